@@ -1,0 +1,40 @@
+# make demo [VIDEO=path]   create the environment, build, run the main job on a clip, write out/
+# make test                the same environment, every claim but the slow ones
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+
+.PHONY: demo test test-slow bench check format clean
+
+demo: $(INSTALLED)
+	$(PY) -m bench.demo --out out $(if $(VIDEO),--video "$(VIDEO)")
+
+test: $(INSTALLED)
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow
+
+bench: $(INSTALLED)
+	$(PY) -m pytest bench
+
+check: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# The pinned torch is installed first, so the extension is built against it instead of a second download.
+$(INSTALLED): $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out dist *.egg-info k5kernels/_native.so

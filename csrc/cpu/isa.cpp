@@ -1,0 +1,28 @@
+#include "isa.h"
+
+#include <atomic>
+
+namespace k5 {
+namespace {
+
+Isa detect() {
+#ifdef K5_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+const Isa kBest = detect();
+std::atomic<Isa> chosen{kBest};
+
+}  // namespace
+
+Isa current_isa() { return chosen.load(std::memory_order_relaxed); }
+
+bool force_isa(Isa isa) {
+  if (isa > kBest) return false;
+  chosen.store(isa, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace k5

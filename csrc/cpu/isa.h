@@ -1,0 +1,23 @@
+// Which instruction set a kernel runs with. Every csrc/cpu/X.cpp is compiled once for each: K5_ISA names the
+// namespace its code goes to. Nothing else in those files may have external linkage, inline functions and templates of
+// the standard library included: the linker would merge the two builds' copies.
+#pragma once
+
+namespace k5 {
+
+enum class Isa : int { portable = 0, avx2 = 1 };
+
+// The best one this processor runs, unless one was forced.
+Isa current_isa();
+
+// Force one (tests, bug reports); false where this build or this processor lacks it.
+bool force_isa(Isa isa);
+
+}  // namespace k5
+
+#ifdef K5_HAS_AVX2
+#define K5_DISPATCH(function, ...) \
+  (k5::current_isa() == k5::Isa::avx2 ? k5::avx2::function(__VA_ARGS__) : k5::portable::function(__VA_ARGS__))
+#else
+#define K5_DISPATCH(function, ...) k5::portable::function(__VA_ARGS__)
+#endif

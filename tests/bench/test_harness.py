@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from bench import harness
+
+
+class RecordingBenchmark:
+    """The part of pytest-benchmark's fixture that the harness uses."""
+
+    def __init__(self):
+        self.name, self.extra_info, self.timed = "test_case", {}, []
+
+    def pedantic(self, function, rounds, iterations):
+        self.timed.append(function)
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    monkeypatch.setattr(harness, "ROWS", [])
+    monkeypatch.setattr(harness, "ROUND_SECONDS", 1e-4)
+    return harness.ROWS
+
+
+def check(out):
+    torch.testing.assert_close(out, torch.ones(4))
+
+
+def test_a_wrong_output_is_never_timed(rows):
+    benchmark = RecordingBenchmark()
+    variants = {"ours": lambda: torch.ones(4), "wrong": lambda: torch.zeros(4)}
+    with pytest.raises(AssertionError):
+        harness.compare(benchmark, "[4]", variants, check)
+    assert not rows
+    assert not benchmark.timed
+
+
+def test_every_variant_gets_a_median_and_a_ratio_to_ours(rows):
+    benchmark = RecordingBenchmark()
+    variants = {"ours": lambda: torch.ones(4), "other": lambda: torch.ones(4)}
+    row = harness.compare(benchmark, "[4]", variants, check)
+    assert rows == [row]
+    assert list(row.milliseconds) == ["ours", "other"]
+    assert f"({row.milliseconds['other'] / row.milliseconds['ours']:.2f}x)" in str(row)
+    assert benchmark.timed == [variants["ours"]]
+    assert benchmark.extra_info["median_ms"] == row.milliseconds
+
+
+def test_variants_take_turns(rows):
+    order = []
+    variants = {name: lambda name=name: order.append(name) or torch.ones(4) for name in ("ours", "other")}
+    harness.compare(RecordingBenchmark(), "[4]", variants, check)
+    turns = [name for name, before in zip(order[1:], order, strict=False) if name != before]
+    assert len(turns) >= 2 * harness.ROUNDS
