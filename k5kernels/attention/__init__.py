@@ -1,0 +1,6 @@
+"""Attention of the visual tokens: dense through the engine a machine has, or NABLA's block-sparse (§5.4, §7.2)."""
+
+from k5kernels.attention.engines import ENGINES, EngineUnavailableError, attention, choose_engine
+from k5kernels.attention.nabla import nabla_attention, record_block_masks
+
+__all__ = ["ENGINES", "EngineUnavailableError", "attention", "choose_engine", "nabla_attention", "record_block_masks"]

@@ -1,0 +1,43 @@
+"""NABLA attention: the mask from pooled queries and keys, then attention over the kept blocks (§5.4)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from k5kernels.block_mask import BlockMask
+from k5kernels.ops.block_sparse_attention import block_sparse_attention
+from k5kernels.ops.nabla_mask import nabla_mask
+from k5kernels.token_layout import TokenLayout
+
+_observers: list[Callable[[BlockMask], None]] = []
+
+
+def nabla_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, thr: float, sta: tuple[int, int, int] | None = None
+) -> Tensor:
+    """Self-attention that keeps the probability mass thr of each block row: [B, h, S, D] in the dtype of q.
+
+    q, k, v: [B, h, S, D] in fractal order, one floating dtype. thr: 0 to 1; 1 is dense attention inside each clip.
+    sta: a Sliding-Tile Attention window (w_T, w_H, w_W) in blocks, kept as well. Differentiable in q, k and v;
+    no gradient flows through the mask.
+
+    Raises ValueError where a shape, dtype or thr does not fit.
+    """
+    mask = nabla_mask(q, k, layout, thr, sta)
+    for observe in _observers:
+        observe(mask)
+    return block_sparse_attention(q, k, v, mask, layout)
+
+
+@contextmanager
+def record_block_masks(observe: Callable[[BlockMask], None]) -> Iterator[None]:
+    """Call `observe` with every mask that `nabla_attention` builds inside: to measure density or to draw a mask.
+
+    Not for compiled code, which keeps the observers it was traced with.
+    """
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)

@@ -1,0 +1,180 @@
+"""Which key blocks each query block reads, per batch and head, as compact lists (§5.4).
+
+The lists are compressed sparse rows: memory is four bytes a kept block and eight a row, never N_b². A head whose mask
+is the same for the whole batch, or a mask that is the same for all heads, is kept once (B_m = 1, H_m = 1).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+from torch.nn.attention.flex_attention import noop_mask
+
+from k5kernels.token_layout import TokenLayout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Row r of (b, h) reads the key blocks indices[offsets[b, h, r] : offsets[b, h, r + 1]], ascending.
+
+    offsets: int64 [B_m, H_m, N_b + 1], positions in indices; B_m is 1 or the batch, H_m 1 or the heads.
+    indices: int32 [kept]. layout: of the tokens; no row reads a block of another clip.
+
+    Raises ValueError where shapes or dtypes do not fit. A pytree node: it passes through torch.compile.
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    layout: TokenLayout
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, layout: TokenLayout) -> "BlockMask":
+        """From a mask over blocks: dense bool [B_m, H_m, N_b, N_b], or [N_b, N_b] for all batches and heads.
+
+        Raises ValueError where the shape does not fit the layout or a block reads one of another clip.
+        """
+        dense = dense[None, None] if dense.ndim == 2 else dense
+        if dense.ndim != 4 or dense.shape[2:] != (layout.blocks, layout.blocks) or dense.dtype != torch.bool:
+            raise ValueError(
+                f"dense: expected a bool [B, h, {layout.blocks}, {layout.blocks}] for this layout, "
+                f"got {dense.dtype} {list(dense.shape)}"
+            )
+        clip = layout.block_coordinates(dense.device)[:, 0]
+        if (dense & (clip[:, None] != clip)).any():
+            raise ValueError("dense: a block reads a block of another clip; attention stays inside a clip")
+        return cls(row_offsets(dense.sum(-1)), dense.nonzero()[:, -1].to(torch.int32), layout)
+
+    @classmethod
+    def from_flex(cls, mask: FlexBlockMask, layout: TokenLayout) -> "BlockMask":
+        """From a mask of `torch.nn.attention.flex_attention`, whose blocks must be those of the layout.
+
+        Raises ValueError where the layout has blocks of fewer than P² tokens, the block size is not P², or the mask
+        has blocks that are read in part.
+        """
+        block_size = _flex_block_size(layout)
+        if (block_size, block_size) != mask.BLOCK_SIZE:
+            raise ValueError(f"mask: expected blocks of {block_size}×{block_size} tokens, got {mask.BLOCK_SIZE}")
+        if mask.mask_mod is not noop_mask and bool(mask.kv_num_blocks.any()):
+            raise ValueError("mask: some blocks are read in part (through mask_mod); only whole blocks can be listed")
+        return cls.from_dense(mask.to_dense().bool(), layout)
+
+    def __post_init__(self) -> None:
+        shape = self.offsets.shape
+        if len(shape) != 3 or shape[2] != self.layout.blocks + 1 or self.offsets.dtype != torch.int64:
+            raise ValueError(
+                f"offsets: expected int64 [B, h, {self.layout.blocks + 1}] for this layout, "
+                f"got {self.offsets.dtype} {list(shape)}"
+            )
+        if self.indices.ndim != 1 or self.indices.dtype != torch.int32:
+            raise ValueError(f"indices: expected int32 [kept], got {self.indices.dtype} {list(self.indices.shape)}")
+
+    @property
+    def density(self) -> float:
+        """Kept blocks over possible ones, N_b² a head. With several clips the blocks across them count as possible."""
+        batch, heads, rows = self.offsets.shape
+        return self.indices.shape[0] / (batch * heads * (rows - 1) ** 2)
+
+    def to_dense(self) -> Tensor:
+        """The mask over blocks: bool [B_m, H_m, N_b, N_b]."""
+        return lists_to_dense(self.offsets, self.indices)
+
+    def to_flex(self) -> FlexBlockMask:
+        """The same mask for `torch.nn.attention.flex_attention.flex_attention`.
+
+        Raises ValueError where the layout has blocks of fewer than P² tokens: flex_attention knows one block size.
+        """
+        block_size = _flex_block_size(self.layout)
+        dense = self.to_dense()
+        full_counts = dense.sum(-1, dtype=torch.int32)
+        full_indices = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        # Tensors of its own for the empty list of partial blocks: flex_attention on the CPU compiles no aliases.
+        return FlexBlockMask.from_kv_blocks(
+            torch.zeros_like(full_counts),
+            torch.zeros_like(full_indices),
+            full_counts,
+            full_indices,
+            BLOCK_SIZE=block_size,
+        )
+
+    def transpose(self) -> "BlockMask":
+        """For each key block the query blocks that read it, ascending: what gradients of keys and values run over."""
+        batch, heads, rows = self.offsets.shape
+        blocks = rows - 1
+        reader = _rows(self.offsets, self.indices)
+        key_row = torch.div(reader, blocks, rounding_mode="floor") * blocks + self.indices
+        order = torch.argsort(key_row, stable=True)
+        counts = torch.bincount(key_row, minlength=batch * heads * blocks).view(batch, heads, blocks)
+        return BlockMask(row_offsets(counts), (reader[order] % blocks).to(torch.int32), self.layout)
+
+    def union(self, other: "BlockMask") -> "BlockMask":
+        """The blocks that either mask keeps; a batch or head dimension of 1 spreads over the other's.
+
+        Raises ValueError where layouts differ or batches and heads do not broadcast.
+        """
+        if self.layout != other.layout:
+            raise ValueError(f"union: expected masks of one layout, got {self.layout} and {other.layout}")
+        try:
+            batch, heads = torch.broadcast_shapes(self.offsets.shape[:2], other.offsets.shape[:2])
+        except RuntimeError as error:
+            raise ValueError(
+                f"union: [B, h] of the masks do not broadcast: "
+                f"{list(self.offsets.shape[:2])} and {list(other.offsets.shape[:2])}"
+            ) from error
+        blocks = self.layout.blocks
+        masks = (self.expand(batch, heads), other.expand(batch, heads))
+        cells = torch.cat([_rows(mask.offsets, mask.indices) * blocks + mask.indices for mask in masks]).unique()
+        rows = torch.div(cells, blocks, rounding_mode="floor")
+        counts = torch.bincount(rows, minlength=batch * heads * blocks).view(batch, heads, blocks)
+        return BlockMask(row_offsets(counts), (cells % blocks).to(torch.int32), self.layout)
+
+    def expand(self, batch: int, heads: int) -> "BlockMask":
+        """The same mask with lists of its own for every batch and head (from B_m or H_m = 1)."""
+        if self.offsets.shape[:2] == (batch, heads):
+            return self
+        offsets = self.offsets.expand(batch, heads, -1)
+        counts = offsets.diff(dim=-1)
+        own = row_offsets(counts)
+        shift = (offsets - own)[..., :-1].flatten().repeat_interleave(counts.flatten())
+        positions = torch.arange(shift.shape[0], device=shift.device) + shift
+        return BlockMask(own, self.indices[positions], self.layout)
+
+    def image(self, batch: int = 0, head: int = 0) -> np.ndarray:
+        """The mask of one head as a picture: bool [N_b, N_b], query blocks downwards, key blocks to the right."""
+        offsets = self.offsets[batch, head]
+        first, last = int(offsets[0]), int(offsets[-1])
+        one = BlockMask((offsets - first)[None, None], self.indices[first:last], self.layout)
+        return one.to_dense()[0, 0].cpu().numpy()
+
+
+torch.export.register_dataclass(BlockMask, serialized_type_name="k5kernels.BlockMask")
+
+
+def row_offsets(counts: Tensor) -> Tensor:
+    """Offsets int64 [B_m, H_m, N_b + 1] of rows that stand one after another; counts: [B_m, H_m, N_b]."""
+    ends = counts.flatten().cumsum(0, dtype=torch.int64).view(counts.shape)
+    return torch.cat([(ends - counts)[..., :1], ends], dim=-1)
+
+
+def lists_to_dense(offsets: Tensor, indices: Tensor) -> Tensor:
+    """Lists as in `BlockMask` to bool [B_m, H_m, N_b, N_b]."""
+    batch, heads, rows = offsets.shape
+    dense = indices.new_zeros(batch * heads * (rows - 1), rows - 1, dtype=torch.bool)
+    dense[_rows(offsets, indices), indices.long()] = True
+    return dense.view(batch, heads, rows - 1, rows - 1)
+
+
+def _rows(offsets: Tensor, indices: Tensor) -> Tensor:
+    """The row, counted over batches and heads too, of each entry of indices: int64 [kept]."""
+    counts = offsets.diff(dim=-1).flatten()
+    return torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts, output_size=indices.shape[0])
+
+
+def _flex_block_size(layout: TokenLayout) -> int:
+    if not layout.full_blocks:
+        raise ValueError(
+            f"flex_attention needs blocks of one size: every H and W must be a multiple of {layout.patch}, "
+            f"got the clips {layout.clips}"
+        )
+    return layout.patch**2

@@ -1,0 +1,106 @@
+"""Fractal order of visual tokens and back: the tokens of a P×P patch stand together (§5.4).
+
+    flat[:, i] = x.flatten(1, 3)[:, layout.permutation()[i]]
+
+A permutation of whole tokens: the bits of a value do not change, and no token is added.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from k5kernels.ops.library import register
+from k5kernels.token_layout import TokenLayout
+
+
+def fractal_flatten(x: Tensor | Sequence[Tensor], layout: TokenLayout) -> Tensor:
+    """Row-major clips to one sequence in fractal order: [B, S, ...].
+
+    x: [B, T, H, W, ...] for a layout of one clip, a list of [B, T_i, H_i, W_i, ...] for several; any dtype.
+    Differentiable.
+
+    Raises ValueError where x does not fit the layout.
+    """
+    clips = [x] if isinstance(x, Tensor) else list(x)
+    if len(clips) != len(layout.clips):
+        raise ValueError(
+            f"x: expected {len(layout.clips)} tensors [B, T, H, W, ...], one for each clip of the layout, "
+            f"got {len(clips)}"
+        )
+    for number, (clip, grid) in enumerate(zip(clips, layout.clips, strict=True)):
+        if clip.ndim < 4 or tuple(clip.shape[1:4]) != grid:
+            raise ValueError(
+                f"x: expected [B, {', '.join(map(str, grid))}, ...] for clip {number}, got {list(clip.shape)}"
+            )
+    return torch.cat([torch.ops.k5.fractal_flatten(clip, layout.patch) for clip in clips], dim=1)
+
+
+def fractal_unflatten(x: Tensor, layout: TokenLayout) -> Tensor | list[Tensor]:
+    """The inverse: [B, S, ...] to [B, T, H, W, ...] for a layout of one clip, to a list of them for several.
+
+    x: any dtype. Differentiable.
+
+    Raises ValueError where x does not have the layout's number of tokens.
+    """
+    if x.ndim < 2 or x.shape[1] != layout.tokens:
+        raise ValueError(f"x: expected [B, {layout.tokens}, ...] for this layout, got {list(x.shape)}")
+    sequences = x.split([T * H * W for T, H, W in layout.clips], dim=1)
+    clips = [
+        torch.ops.k5.fractal_unflatten(sequence, *grid, layout.patch)
+        for sequence, grid in zip(sequences, layout.clips, strict=True)
+    ]
+    return clips[0] if len(clips) == 1 else clips
+
+
+def fractal_flatten_reference(x: Tensor, patch: int) -> Tensor:
+    """The definition, in plain PyTorch, of one clip."""
+    T, H, W = x.shape[1:4]
+    return x.flatten(1, 3).index_select(1, TokenLayout(((T, H, W),), patch).permutation(x.device))
+
+
+def fractal_unflatten_reference(x: Tensor, frames: int, height: int, width: int, patch: int) -> Tensor:
+    """The definition, in plain PyTorch, of one clip."""
+    order = TokenLayout(((frames, height, width),), patch).inverse_permutation(x.device)
+    return x.index_select(1, order).unflatten(1, (frames, height, width))
+
+
+def _flatten_fake(x: Tensor, patch: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _unflatten_fake(x: Tensor, frames: int, height: int, width: int, patch: int) -> Tensor:
+    return x.new_empty(x.shape[0], frames, height, width, *x.shape[2:])
+
+
+def _flatten_setup_context(ctx, inputs, output) -> None:
+    x, ctx.patch = inputs
+    ctx.grid = x.shape[1:4]
+
+
+def _flatten_backward(ctx, grad: Tensor):
+    return torch.ops.k5.fractal_unflatten(grad, *ctx.grid, ctx.patch), None
+
+
+def _unflatten_setup_context(ctx, inputs, output) -> None:
+    ctx.patch = inputs[-1]
+
+
+def _unflatten_backward(ctx, grad: Tensor):
+    return torch.ops.k5.fractal_flatten(grad, ctx.patch), None, None, None, None
+
+
+register(
+    "fractal_flatten(Tensor x, SymInt patch) -> Tensor",
+    fractal_flatten_reference,
+    _flatten_fake,
+    _flatten_backward,
+    _flatten_setup_context,
+)
+register(
+    "fractal_unflatten(Tensor x, SymInt frames, SymInt height, SymInt width, SymInt patch) -> Tensor",
+    fractal_unflatten_reference,
+    _unflatten_fake,
+    _unflatten_backward,
+    _unflatten_setup_context,
+)

@@ -1,0 +1,138 @@
+"""NABLA: which key blocks a query block reads, from the attention of pooled blocks (§5.4).
+
+    probabilities = softmax(mean(q) mean(k)^T / sqrt(D))        means over the tokens of a block, keys of one clip
+    kept: where the cumulative sum of the probabilities sorted upwards is at least 1 - thr
+
+united with a Sliding-Tile Attention mask where a window is given. Softmax and sums are float32 whatever the dtype.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from k5kernels.block_mask import BlockMask, lists_to_dense, row_offsets
+from k5kernels.ops.library import register
+from k5kernels.ops.sta_mask import sta_mask
+from k5kernels.token_layout import TokenLayout, to_blocks
+
+# Cells of the probability map in work at a time: bounds the memory beyond the result.
+CHUNK = 1 << 24
+
+
+def nabla_mask(
+    q: Tensor, k: Tensor, layout: TokenLayout, thr: float, sta: tuple[int, int, int] | None = None
+) -> BlockMask:
+    """The mask of every batch and head (B_m = B, H_m = h); no gradient flows through it.
+
+    q, k: [B, h, S, D] in fractal order, one floating dtype. thr: the probability mass kept, 0 to 1: 1 keeps every
+    block of the clip; at 0 a row keeps what rounding lets reach 1, its largest block or nothing.
+    sta: a window (w_T, w_H, w_W) in blocks.
+
+    A row whose probabilities are NaN (NaN or infinite input) keeps every block of its clip, so that the NaN reaches
+    the output as in dense attention.
+
+    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible.
+    """
+    check_tokens("q", q, layout)
+    if k.shape != q.shape or k.dtype != q.dtype:
+        raise ValueError(f"k: expected {q.dtype} {list(q.shape)} like q, got {k.dtype} {list(k.shape)}")
+    if not 0 <= thr <= 1:
+        raise ValueError(f"thr: expected the probability mass to keep, 0 to 1, got {thr}")
+    near = None if sta is None else sta_mask(layout, sta, q.device)
+    offsets, indices = torch.ops.k5.nabla_mask(
+        q.detach(),
+        k.detach(),
+        layout.block_starts(q.device),
+        layout.clip_block_starts(q.device),
+        thr,
+        None if near is None else near.offsets,
+        None if near is None else near.indices,
+    )
+    return BlockMask(offsets, indices, layout)
+
+
+def check_tokens(name: str, x: Tensor, layout: TokenLayout) -> None:
+    """Raise ValueError unless x is a floating [B, h, S, D] of the layout's S tokens."""
+    if x.ndim != 4 or x.shape[2] != layout.tokens or not x.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a floating [B, h, {layout.tokens}, D] for this layout, got {x.dtype} {list(x.shape)}"
+        )
+
+
+def nabla_mask_reference(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch: (offsets, indices) of `BlockMask`."""
+    B, h = q.shape[:2]
+    blocks = block_starts.shape[0] - 1
+    clip_starts = clip_block_starts.tolist()
+    near = _near(sta_offsets, sta_indices, block_starts)
+    counts, indices = [block_starts.new_empty(0, blocks)], [block_starts.new_empty(0, dtype=torch.int32)]
+    with torch.autocast(q.device.type, enabled=False):
+        heads = max(1, CHUNK // blocks**2)
+        q_pooled = _pool(q, block_starts).flatten(0, 1).split(heads)
+        k_pooled = _pool(k, block_starts).flatten(0, 1).split(heads)
+        for q_part, k_part in zip(q_pooled, k_pooled, strict=True):
+            kept = near.repeat(q_part.shape[0], 1, 1)
+            for first, last in pairwise(clip_starts):
+                kept[:, first:last, first:last] |= _select(q_part[:, first:last], k_part[:, first:last], thr)
+            counts.append(kept.sum(-1))
+            indices.append(kept.nonzero()[:, -1].to(torch.int32))
+    return row_offsets(torch.cat(counts).view(B, h, blocks)), torch.cat(indices)
+
+
+def _near(offsets: Tensor | None, indices: Tensor | None, block_starts: Tensor) -> Tensor:
+    """The Sliding-Tile Attention mask as bool [1, N_b, N_b], nothing kept where there is none."""
+    if offsets is None or indices is None:
+        blocks = block_starts.shape[0] - 1
+        return block_starts.new_zeros(1, blocks, blocks, dtype=torch.bool)
+    return lists_to_dense(offsets, indices)[0]
+
+
+def _pool(x: Tensor, block_starts: Tensor) -> Tensor:
+    """Means over the tokens of each block: float32 [B, h, N_b, D]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (to_blocks(wide, block_starts).sum(-2) / block_starts.diff()[:, None]).float()
+
+
+def _select(q: Tensor, k: Tensor, thr: float) -> Tensor:
+    """Key blocks of one clip that each of its query blocks keeps: bool [heads, n, n] from pooled [heads, n, D]."""
+    rows = max(1, CHUNK // (k.shape[0] * k.shape[1]))
+    return torch.cat([_select_rows(part, k, thr) for part in q.split(rows, dim=1)], dim=1)
+
+
+def _select_rows(q: Tensor, k: Tensor, thr: float) -> Tensor:
+    probabilities = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
+    ascending, order = probabilities.sort(dim=-1)
+    dropped = ascending.cumsum(-1) < 1 - thr  # false for NaN, which is kept
+    return torch.empty_like(dropped).scatter_(-1, order, ~dropped)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    kept = torch.library.get_ctx().new_dynamic_size()
+    offsets = block_starts.new_empty(q.shape[0], q.shape[1], block_starts.shape[0])
+    return offsets, block_starts.new_empty(kept, dtype=torch.int32)
+
+
+register(
+    "nabla_mask(Tensor q, Tensor k, Tensor block_starts, Tensor clip_block_starts, float thr, Tensor? sta_offsets,"
+    " Tensor? sta_indices) -> (Tensor, Tensor)",
+    nabla_mask_reference,
+    _fake,
+)
