@@ -1,0 +1,187 @@
+"""VAE weights: what is saved loads again, diffusers' folders load, wrong files say what is wrong."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from safetensors.torch import load_file, save_file
+from torch import nn
+from vae_models import CONFIG, diffusers_vae
+
+from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
+from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
+
+LOADERS = (load_encoder, load_decoder)
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLHunyuanVideo:
+    return diffusers_vae()
+
+
+@pytest.fixture(scope="module")
+def folder(vae: AutoencoderKLHunyuanVideo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("released")
+    vae.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "vae.safetensors"
+    save_vae(path, HunyuanEncoder(CONFIG), HunyuanDecoder(CONFIG))
+    return path
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def rewrite(path: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:
+    """Change the file's configuration and tensors; None removes one."""
+    state = {name: t for name, t in (load_file(path) | tensors).items() if t is not None}
+    settings = {"block_out_channels": list(CONFIG.widths), "norm_num_groups": CONFIG.groups} | (config or {})
+    save_file(state, path, {"config": json.dumps(settings)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_saved_weights_load_as_float32_of_what_was_stored(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = VAEConfig(widths=(8, 16, 8, 24), groups=4, layers_per_block=1, latent_channels=4, scaling_factor=0.7)
+    encoder, decoder = HunyuanEncoder(config), HunyuanDecoder(config)
+    save_vae(tmp_path / "vae.safetensors", encoder, decoder, dtype)
+    for load, model in zip(LOADERS, (encoder, decoder), strict=True):
+        loaded = load(tmp_path / "vae.safetensors")
+        assert loaded.config == config
+        assert not loaded.training
+        assert_same_weights(loaded, model.to(dtype).float())
+    assert {t.dtype for t in load_file(tmp_path / "vae.safetensors").values()} == {dtype}
+
+
+def test_diffusers_folder_loads(vae: AutoencoderKLHunyuanVideo, folder: Path) -> None:
+    encoder, decoder = load_encoder(folder), load_decoder(folder)
+    assert encoder.config == decoder.config == CONFIG
+    assert_same_weights(encoder.conv_in, vae.encoder.conv_in)
+    assert_same_weights(encoder.quant_conv, vae.quant_conv)
+    assert_same_weights(decoder.conv_out, vae.decoder.conv_out)
+    assert_same_weights(decoder.post_quant_conv, vae.post_quant_conv)
+
+
+def test_half_precision_diffusers_folder_loads_as_float32(tmp_path: Path) -> None:
+    diffusers_vae().half().save_pretrained(tmp_path)
+    assert {t.dtype for t in load_encoder(tmp_path).state_dict().values()} == {torch.float32}
+
+
+def test_saved_file_is_a_diffusers_vae_once_its_configuration_stands_beside_it(
+    vae: AutoencoderKLHunyuanVideo, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_vae(path, load_encoder(folder), load_decoder(folder), torch.float32)
+    header = path.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    (tmp_path / "config.json").write_text(json.loads(header[8 : 8 + length])["__metadata__"]["config"])
+    assert_same_weights(AutoencoderKLHunyuanVideo.from_pretrained(tmp_path), vae)
+
+
+def test_loaded_weights_are_channels_last_as_convolutions_need_them(saved: Path) -> None:
+    assert load_encoder(saved).conv_in.conv.weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_loading_draws_no_random_numbers(saved: Path) -> None:
+    before = torch.get_rng_state()
+    load_encoder(saved)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("size", [0, 4, 1000, -1])
+def test_truncated_file_is_refused(saved: Path, load: Any, size: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:size])
+    with pytest.raises(ValueError, match="expected a whole VAE in safetensors format"):
+        load(saved)
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a safetensors file or a diffusers VAE folder, found no file nope"):
+        load_encoder(tmp_path / "nope")
+    with pytest.raises(ValueError, match=r"found no file diffusion_pytorch_model\.safetensors"):
+        load_encoder(tmp_path)
+
+
+def test_folder_without_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
+    name = "diffusion_pytorch_model.safetensors"
+    (tmp_path / name).symlink_to(folder / name)
+    with pytest.raises(ValueError, match=r"expected a config\.json in the folder"):
+        load_encoder(tmp_path)
+
+
+def test_file_without_configuration_is_refused(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected `config` in the file's metadata"):
+        load_encoder(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "AutoencoderKLWan"}, "_class_name = AutoencoderKLHunyuanVideo.*got AutoencoderKLWan"),
+        ({"temporal_compression_ratio": 8}, "temporal_compression_ratio = 4.*got 8"),
+        ({"block_out_channels": [16, 32]}, "expected four positive multiples"),
+        ({"block_out_channels": 16}, "expected a VAE configuration"),
+        ({"scaling_factor": "large"}, "expected a VAE configuration"),
+        ({"layers_per_block": 3}, "lacks 32 tensors"),
+        ({"layers_per_block": 1}, "has unknown 32 tensors"),
+        ({"block_out_channels": [16, 32, 64, 56]}, r"expected \[56.*got \[48"),
+    ],
+)
+def test_configuration_of_another_model_is_refused(saved: Path, config: dict[str, Any], message: str) -> None:
+    rewrite(saved, config)
+    with pytest.raises(ValueError, match=message):
+        load_encoder(saved)
+
+
+def test_tensors_of_another_model_are_refused(saved: Path) -> None:
+    rewrite(saved, **{"encoder.conv_in.conv.bias": None})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: encoder\.conv_in\.conv\.bias"):
+        load_encoder(saved)
+    load_decoder(saved)
+    rewrite(saved, **{"encoder.conv_in.conv.bias": torch.zeros(16, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.conv\.bias: expected \[16\] floating"):
+        load_encoder(saved)
+
+
+def test_weights_that_overflow_the_dtype_are_refused(tmp_path: Path) -> None:
+    encoder, decoder = HunyuanEncoder(CONFIG), HunyuanDecoder(CONFIG)
+    with torch.no_grad():
+        encoder.conv_in.conv.bias.fill_(1e6)
+    with pytest.raises(ValueError, match=r"encoder\.conv_in\.conv\.bias: expected finite weights"):
+        save_vae(tmp_path / "vae.safetensors", encoder, decoder)
+    save_vae(tmp_path / "vae.safetensors", encoder, decoder, torch.float32)
+
+
+def test_halves_of_two_vaes_and_odd_dtypes_are_refused(tmp_path: Path) -> None:
+    decoder = HunyuanDecoder(CONFIG)
+    with pytest.raises(ValueError, match="encoder and decoder of one VAE"):
+        save_vae(tmp_path / "x", HunyuanEncoder(VAEConfig(widths=(8, 8, 8, 8), groups=8)), decoder)
+    with pytest.raises(ValueError, match="dtype: expected one of"):
+        save_vae(tmp_path / "x", HunyuanEncoder(CONFIG), decoder, torch.int8)
+
+
+def test_failed_save_leaves_the_former_file(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved.read_bytes()
+
+    def fail(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("k5kernels.vae.weights.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_vae(saved, load_encoder(saved), load_decoder(saved))
+    assert saved.read_bytes() == before
+    assert [file.name for file in saved.parent.iterdir()] == [saved.name]
