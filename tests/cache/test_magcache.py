@@ -1,0 +1,278 @@
+"""MagCache: which steps run, what a skipped step gives, and what state survives."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from k5kernels.cache import MagCache, MagCalibration
+from k5kernels.cache.magcache import compute_schedule, resample_ratios
+
+THRESHOLD, MAX_SKIPS, RETENTION = 0.12, 2, 0.2
+ratio_lists = st.lists(st.floats(0.7, 1.3), min_size=0, max_size=60)
+
+
+def restated_schedule(ratios, threshold, max_skips, retention):
+    """The rule said again from the steps themselves: sums and products over runs, nothing accumulated."""
+    magnitude = [1.0, *ratios]
+    computed = [0]
+    for step in range(1, len(magnitude)):
+        last = computed[-1]
+        since = range(max(last + 1, math.ceil(round(retention * len(magnitude), 9))), step + 1)
+        error = sum(abs(1 - math.prod(magnitude[since.start : end + 1])) for end in since)
+        if len(since) == 0 or len(since) > max_skips or error >= threshold:
+            computed.append(step)
+    return [step in computed for step in range(len(magnitude))]
+
+
+@given(ratio_lists, st.floats(0, 0.5), st.integers(0, 5), st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0]))
+def test_schedule_is_what_the_rule_says(ratios, threshold, max_skips, retention):
+    expected = restated_schedule(ratios, threshold, max_skips, retention)
+    assert compute_schedule(ratios, threshold, max_skips, retention) == expected
+
+
+@given(ratio_lists)
+@settings(max_examples=40, deadline=None)
+def test_schedule_agrees_with_diffusers(ratios):
+    """Its hook, driven over two blocks. Retention 0.2 of a multiple of five steps, where both round alike."""
+    steps = len(ratios) + 1 - (len(ratios) + 1) % 5
+    if steps == 0:
+        return
+    assert compute_schedule(ratios[: steps - 1], THRESHOLD, MAX_SKIPS, RETENTION) == diffusers_schedule(
+        [1.0, *ratios[: steps - 1]]
+    )
+
+
+def diffusers_schedule(ratios):
+    hooks = pytest.importorskip("diffusers.hooks.mag_cache", reason="needs a diffusers that has MagCache")
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states):
+            ran.append(True)
+            return hidden_states + 1
+
+    class Transformer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.transformer_blocks = torch.nn.ModuleList([Block(), Block()])
+
+    ran: list[bool] = []
+    TransformerBlockRegistry.register(Block, TransformerBlockMetadata(return_hidden_states_index=0))
+    config = hooks.MagCacheConfig(
+        threshold=math.nextafter(THRESHOLD, 0),  # it skips at the threshold itself, the rule below it
+        max_skip_steps=MAX_SKIPS,
+        retention_ratio=RETENTION,
+        num_inference_steps=len(ratios),
+        mag_ratios=torch.tensor(ratios, dtype=torch.float64),
+    )
+    transformer = Transformer()
+    hooks.apply_mag_cache(transformer, config)
+    schedule = []
+    for _ in ratios:
+        ran.clear()
+        first, last = transformer.transformer_blocks
+        last(first(torch.zeros(1, 2, 3)))
+        schedule.append(bool(ran))
+    return schedule
+
+
+def test_steady_ratios_skip_two_of_three_after_retention():
+    schedule = compute_schedule([1.01] * 49, THRESHOLD, MAX_SKIPS, RETENTION)
+    assert schedule[:10] == [True] * 10
+    assert schedule[10:16] == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("steps", [5, 10, 15, 25, 35, 45, 50])
+def test_retention_is_a_share_of_the_steps_without_rounding_up_on_whole_numbers(steps):
+    assert compute_schedule([1.0] * (steps - 1), THRESHOLD, MAX_SKIPS, RETENTION).index(False) == steps // 5
+
+
+def test_the_first_step_runs_even_without_retention():
+    assert compute_schedule([1.0] * 9, THRESHOLD, MAX_SKIPS, 0.0)[:4] == [True, False, False, True]
+
+
+@given(ratio_lists)
+def test_ratios_for_their_own_number_of_steps_are_themselves(ratios):
+    assert resample_ratios(ratios, len(ratios) + 1) == ratios
+
+
+@given(ratio_lists, st.integers(1, 100))
+def test_resampled_ratios_are_nearest_neighbours(ratios, steps):
+    source, resampled = [1.0, *ratios], resample_ratios(ratios, steps)
+    assert len(resampled) == steps - 1
+    for step, ratio in enumerate(resampled, start=1):
+        position = step * (len(source) - 1) / (steps - 1)
+        near = [value for index, value in enumerate(source) if abs(index - position) <= 0.5 + 1e-9]
+        assert ratio in near
+
+
+class Blocks:
+    """Adds a residual that differs from call to call, and counts the calls."""
+
+    def __init__(self, scale=1.0):
+        self.calls, self.scale = 0, scale
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.scale * self.calls
+
+
+def run(branch, blocks, steps, start=0):
+    return [branch(blocks, torch.full((1, 2, 3), float(step))) for step in range(start, steps)]
+
+
+def test_a_skipped_step_adds_the_last_computed_residual():
+    cache = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    outputs = run(cache.branch("cond"), Blocks(), 10)
+    residuals = [float(out[0, 0, 0]) - step for step, out in enumerate(outputs)]
+    assert residuals == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    assert cache.schedule == {"cond": [True, False, False] * 3 + [True]}
+
+
+def test_branches_keep_separate_ratios_steps_and_residuals():
+    cache = MagCache({"cond": [1.0] * 5, "uncond": [2.0] * 5}, retention=0.0)
+    cond, uncond = Blocks(), Blocks(scale=100.0)
+    for step in range(6):
+        x = torch.zeros(1, 2, 3)
+        cond_out = cache.branch("cond")(cond, x)
+        uncond_out = cache.branch("uncond")(uncond, x)
+        assert float(cond_out[0, 0, 0]) == 1 + step // 3
+        assert float(uncond_out[0, 0, 0]) == 100 * (step + 1)
+    assert (cond.calls, uncond.calls) == (2, 6)
+
+
+def test_a_threshold_of_zero_computes_every_step_and_changes_nothing():
+    cache = MagCache({"cond": [1.0] * 9}, threshold=0.0)
+    blocks = Blocks()
+    assert torch.equal(torch.stack(run(cache.branch("cond"), blocks, 10)), torch.stack(run(_plain, Blocks(), 10)))
+    assert blocks.calls == 10
+
+
+def _plain(blocks, x):
+    return blocks(x)
+
+
+def test_a_second_run_repeats_the_first():
+    cache = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    first = run(cache.branch("cond"), Blocks(), 10)
+    assert torch.equal(torch.stack(first), torch.stack(run(cache.branch("cond"), Blocks(), 10)))
+
+
+def test_after_an_interruption_reset_begins_a_clean_run():
+    cache = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    clean = run(cache.branch("cond"), Blocks(), 10)
+    run(cache.branch("cond"), Blocks(scale=7.0), 5)
+    cache.reset()
+    assert torch.equal(torch.stack(clean), torch.stack(run(cache.branch("cond"), Blocks(), 10)))
+
+
+def test_a_run_of_another_shape_without_reset_is_refused():
+    cache = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    cache.branch("cond")(Blocks(), torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="reset"):
+        cache.branch("cond")(Blocks(), torch.zeros(1, 4, 3))
+
+
+def test_reset_to_another_number_of_steps_resamples_the_calibrated_ratios():
+    ratios = [1.0 + 0.01 * index for index in range(49)]
+    cache = MagCache({"cond": ratios})
+    cache.reset(20)
+    cache.reset(50)
+    assert cache.schedule["cond"] == compute_schedule(ratios, THRESHOLD, MAX_SKIPS, RETENTION)
+    cache.reset(25)
+    assert len(cache.schedule["cond"]) == 25
+
+
+def test_residuals_are_detached_and_not_kept_when_no_step_reuses_them():
+    cache = MagCache({"cond": [1.0] * 3}, retention=0.0, max_skips=1)
+    branch, weight = cache.branch("cond"), torch.ones(1, 2, 3, requires_grad=True)
+    kept = []
+    for _ in range(4):
+        branch(lambda x: x * 2 + weight, torch.zeros(1, 2, 3))
+        kept.append([residual.requires_grad for residual in cache._residual.values()])
+    assert cache.schedule["cond"] == [True, False, True, False]
+    assert kept == [[False], [], [False], []]
+
+
+def test_an_exception_in_the_blocks_leaves_the_step_to_be_run_again():
+    cache = MagCache({"cond": [1.0] * 4}, retention=0.0)
+
+    def out_of_memory(x):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        cache.branch("cond")(out_of_memory, torch.zeros(1, 2, 3))
+    blocks = Blocks()
+    run(cache.branch("cond"), blocks, 5)
+    assert blocks.calls == cache.schedule["cond"].count(True)
+
+
+def test_released_list_interleaves_cond_and_uncond():
+    flat = [value for step in range(49) for value in (1.0 + step / 1000, 2.0)]
+    cache = MagCache.from_released(flat, steps=50)
+    assert cache.schedule["cond"] == compute_schedule(flat[0::2], THRESHOLD, MAX_SKIPS, RETENTION)
+    assert cache.schedule["uncond"] == [True] * 50
+
+
+def test_released_distilled_list_has_no_unconditional_branch():
+    cache = MagCache.from_released([1.0, 0.0] * 49, steps=50)
+    assert list(cache.schedule) == ["cond"]
+    with pytest.raises(ValueError, match="uncond"):
+        cache.branch("uncond")
+
+
+RELEASED = Path(__file__).parents[2] / "model" / "released_presets.json"
+
+
+@pytest.mark.parametrize("preset", ["lite_t2v_5s_sft_sd", "lite_i2v_5s_sft_sd", "pro_t2v_10s_sft_hd"])
+def test_released_ratios_skip_over_a_third_of_the_passes(preset):
+    mag_ratios = json.loads(RELEASED.read_text())[preset]["mag_ratios"]
+    cache = MagCache.from_released(mag_ratios, steps=50)
+    computed = sum(schedule.count(True) for schedule in cache.schedule.values())
+    assert 40 <= computed <= 65
+
+
+def test_calibration_measures_the_ratio_of_residual_norms_by_branch():
+    calibration = MagCalibration()
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for scale in (1.0, 2.0, 3.0):
+        out = calibration.branch("cond")(lambda x, scale=scale: x + scale * torch.sign(x), x)
+        assert torch.equal(out, x + scale * torch.sign(x))
+        calibration.branch("uncond")(lambda x: x + 1, x)
+    assert calibration.ratios["cond"] == pytest.approx([2.0, 1.5], rel=1e-5)
+    assert calibration.ratios["uncond"] == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
+def test_calibrated_ratios_make_a_cache_and_reset_forgets_them():
+    calibration = MagCalibration()
+    run(calibration.branch("cond"), Blocks(), 10)
+    assert MagCache(calibration.ratios).steps == 10
+    calibration.reset(10)
+    assert calibration.ratios == {}
+
+
+def test_blocks_that_change_nothing_still_give_finite_ratios():
+    calibration = MagCalibration()
+    run(calibration.branch("cond"), lambda x: x, 3)
+    assert calibration.ratios["cond"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MagCache({}), "at least one branch"),
+        (lambda: MagCache({"cond": [1.0], "uncond": [1.0, 1.0]}), "as many"),
+        (lambda: MagCache({"cond": [math.nan]}), "finite"),
+        (lambda: MagCache({"cond": [1.0]}, retention=20), "retention"),
+        (lambda: MagCache.from_released([1.0] * 97, steps=50), "even number"),
+        (lambda: MagCache.from_released([1.0] * 98, steps=0), "steps"),
+    ],
+)
+def test_wrong_input_is_refused_in_words(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
