@@ -1,0 +1,106 @@
+"""What this machine can run: versions, CPU and GPUs, which kernel serves which operator, and attention engines."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from k5kernels import TokenLayout, __version__
+from k5kernels.attention import ENGINES, EngineUnavailableError, attention
+from k5kernels.ops import library
+
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "diffusers", "transformers", "av")
+DEVICES = ("cpu", "cuda")
+INSTRUCTION_SETS = ("portable", "avx2")  # by the numbers of csrc/cpu/isa.h
+
+
+@dataclass(frozen=True)
+class CPU:
+    """threads: of PyTorch and of our kernels. instruction_set: our C++ kernels' ("portable" or "avx2"), None where
+    none were built. torch_capability: the widest that PyTorch's own kernels use."""
+
+    threads: int
+    instruction_set: str | None
+    torch_capability: str
+
+
+@dataclass(frozen=True)
+class OperatorKernel:
+    """The kernel ("C++", "Triton" or "reference") that serves `k5::name` on a device ("cpu" or "cuda"), and why."""
+
+    name: str
+    device: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class AttentionEngine:
+    """An engine of `k5kernels.attention`: whether it runs on `device`, and why not where it does not."""
+
+    name: str
+    device: str
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """versions: of this library, Python and each package that matters here, None where it is not installed."""
+
+    versions: dict[str, str | None]
+    cpu: CPU
+    gpus: list[str]
+    operators: list[OperatorKernel]
+    engines: list[AttentionEngine]
+
+
+def machine() -> Machine:
+    """Describe the machine and the installation this process runs on."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions: dict[str, str | None] = {"k5kernels": __version__, "python": platform.python_version()}
+    return Machine(
+        versions=versions | {name: _version(name) for name in PACKAGES},
+        cpu=CPU(torch.get_num_threads(), _instruction_set(), torch.backends.cpu.get_cpu_capability()),
+        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        operators=[_operator(name, device) for name in library.operator_names() for device in DEVICES],
+        engines=[_engine(name, device) for name in ENGINES if name != "auto"],
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _instruction_set() -> str | None:
+    return INSTRUCTION_SETS[torch.ops.k5_cpu.isa()] if library.NATIVE.exists() else None
+
+
+def _operator(name: str, device: str) -> OperatorKernel:
+    kernel = library.kernel_for(name, device)
+    return OperatorKernel(name, device, kernel, _reason(kernel, device))
+
+
+def _reason(kernel: str, device: str) -> str:
+    if kernel == "C++":
+        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in library.CPU_DTYPES)
+        return f"{_instruction_set()}; {dtypes}, other dtypes run on the reference"
+    if kernel == "Triton":
+        return "compiled when first launched"
+    if device == "cpu" and not library.NATIVE.exists():
+        return "installed without a C++ compiler"
+    return f"no {'C++' if device == 'cpu' else 'Triton'} kernel for it"
+
+
+def _engine(name: str, device: str) -> AttentionEngine:
+    """Try it on one block: an installed package may still be broken, or built for another GPU."""
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    try:
+        attention(q, q, q, engine=name, layout=TokenLayout(((1, 8, 8),)))
+    except (EngineUnavailableError, ImportError, RuntimeError) as error:
+        return AttentionEngine(name, device, False, " ".join(str(error).split()))
+    return AttentionEngine(name, device, True, f"runs on {device}")

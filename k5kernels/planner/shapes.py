@@ -1,0 +1,70 @@
+"""The numbers of a model and of a clip that the formulas read."""
+
+from dataclasses import dataclass
+
+from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
+
+FRAMES_PER_SECOND = 24  # of the released models: 5 s are 121 frames (Table 5)
+PATCH = 2  # latent pixels along a side of a token (patchify 1×2×2, §5.2)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Size of a CrossDiT (Table 3): widths of the tokens, the time embedding and the MLP, and CrossDiT blocks."""
+
+    model_dim: int
+    time_dim: int
+    ff_dim: int
+    blocks: int
+
+
+MODELS: dict[str, ModelShape] = {
+    "image_lite": ModelShape(model_dim=2560, time_dim=512, ff_dim=10240, blocks=50),
+    "video_lite": ModelShape(model_dim=1792, time_dim=512, ff_dim=7168, blocks=32),
+    "video_pro": ModelShape(model_dim=4096, time_dim=1024, ff_dim=16384, blocks=60),
+}
+
+
+def model_shape(name: str) -> ModelShape:
+    """The shape of a released model; ValueError where there is none of that name."""
+    if name not in MODELS:
+        raise ValueError(f"preset: expected one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name]
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """Size of a clip: height and width in pixels, multiples of 16; video frames, 1 (an image) + a multiple of 4."""
+
+    height: int
+    width: int
+    frames: int
+
+    def __post_init__(self) -> None:
+        side = SPATIAL_STRIDE * PATCH
+        for field in ("height", "width"):
+            if positive_integer(field, getattr(self, field)) % side:
+                raise ValueError(f"{field}: expected a multiple of {side} pixels, got {getattr(self, field)}")
+        latent_frames(positive_integer("frames", self.frames))
+
+    @property
+    def latent_frames(self) -> int:
+        """Frames of the latent: T."""
+        return latent_frames(self.frames)
+
+    @property
+    def pixels(self) -> int:
+        """Height · width · latent frames: the S of the step formula."""
+        return self.height * self.width * self.latent_frames
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens: the S of the memory formula."""
+        return self.pixels // (SPATIAL_STRIDE * PATCH) ** 2
+
+
+def frames_for(seconds: float) -> int:
+    """Video frames of a clip of that length at 24 frames a second, rounded to 1 + a multiple of 4."""
+    groups = positive_number("seconds", seconds) * FRAMES_PER_SECOND / TEMPORAL_STRIDE
+    return 1 + TEMPORAL_STRIDE * round(groups)

@@ -1,0 +1,91 @@
+"""What `import k5kernels` gives, and what it does not load."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import k5kernels as k5
+
+FUNCTIONS = [
+    "attention",
+    "block_sparse_attention",
+    "fractal_flatten",
+    "fractal_unflatten",
+    "gated_residual",
+    "groupnorm_silu",
+    "layernorm_modulate",
+    "nabla_attention",
+    "nabla_mask",
+    "qk_norm_rope",
+    "sta_mask",
+]
+CLASSES = ["BlockMask", "TokenLayout"]
+MODULES = {
+    "vae": ["HunyuanEncoder", "HunyuanDecoder"],
+    "cache": ["MagCache"],
+    "offload": [],
+    "planner": ["step_time_ms", "memory_bytes", "parameters"],
+}
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_operators_and_attention_are_functions_of_the_package(name):
+    assert callable(getattr(k5, name))
+    assert not isinstance(getattr(k5, name), ModuleType)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_layouts_and_masks_are_classes_of_the_package(name):
+    assert isinstance(getattr(k5, name), type)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_subpackages_are_loaded_with_the_package(module):
+    assert all(hasattr(getattr(k5, module), name) for name in MODULES[module])
+
+
+def test_all_lists_exactly_the_public_names():
+    assert sorted(k5.__all__) == sorted([*FUNCTIONS, *CLASSES, *MODULES])
+
+
+def test_attention_is_callable_as_a_name_of_the_package_and_its_subpackage_importable():
+    from k5kernels.attention import nabla_attention
+
+    assert nabla_attention is k5.nabla_attention
+    q = torch.randn(1, 2, 5, 4)
+    torch.testing.assert_close(k5.attention(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q))
+
+
+def test_the_version_is_that_of_the_distribution():
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert k5.__version__ == pyproject["project"]["version"]
+
+
+def test_the_import_loads_the_native_kernels_once_all_operators_are_registered():
+    code = (
+        "import k5kernels; from k5kernels.ops import library; "
+        "native = [n for n in library.operator_names() if library.kernel_for(n, 'cpu') == 'C++']; "
+        "print(library.NATIVE.exists(), 'layernorm_modulate' in native)"
+    )
+    exists, served = run(code).split()
+    assert served == exists
+
+
+def test_the_import_registers_every_operator():
+    modules = {f"k5kernels.ops.{path.stem}" for path in (Path(k5.__file__).parent / "ops").glob("[a-z]*.py")}
+    loaded = run("import sys, k5kernels; print(*(name for name in sys.modules if name.startswith('k5kernels.ops.')))")
+    assert modules == set(loaded.split())
+
+
+def test_the_import_leaves_video_shards_and_the_command_line_alone():
+    heavy = ["av", "webdataset", "typer", "rich", "diffusers", "transformers", "fsspec"]
+    assert run(f"import sys, k5kernels; print([name for name in {heavy} if name in sys.modules])").strip() == "[]"
