@@ -1,0 +1,107 @@
+"""Flow matching: the straight path from latent to noise, and the loss of its velocity (§6.3).
+
+    x_t = (1 - t) * x_0 + t * noise          target velocity = noise - x_0          t in [0, 1]
+
+Latents are channels last, [B, T, H, W, C], as CrossDiT takes them. The model is given t * 1000.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.conditioning import TextCondition
+from model.config import DENSE, AttentionConfig
+
+TIME_UNITS = 1000.0
+
+
+def noisy_latent(latent: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    """x_t of every sample: latent and noise [B, T, H, W, C], time [B] in 0..1."""
+    t = time.to(latent.dtype).view(-1, *[1] * (latent.ndim - 1))
+    return (1 - t) * latent + t * noise
+
+
+def shift_time(time: Tensor, scheduler_scale: float | None) -> Tensor:
+    """scale * t / (1 + (scale - 1) * t): a scale above 1 spends more of the path near the noise; None leaves t."""
+    if scheduler_scale is None:
+        return time
+    if scheduler_scale <= 0:
+        raise ValueError(f"scheduler_scale: expected a positive number or None, got {scheduler_scale}")
+    return scheduler_scale * time / (1 + (scheduler_scale - 1) * time)
+
+
+def condition_input(noisy: Tensor, first_frame: Tensor | None = None) -> Tensor:
+    """The 2C + 1 input channels of a model that takes a condition: noisy latent, condition latent, mask (§6.3.1).
+
+    noisy: [B, T, H, W, C]. Without first_frame (text to video) condition and mask are zero. With first_frame
+    [B, 1, H, W, C] (image to video) it stands un-noised in place of noisy's first frame, and the mask is one there;
+    the condition channels stay zero, as the released pipelines leave them.
+
+    Returns [B, T, H, W, 2C + 1], dtype of noisy. Raises ValueError where first_frame does not fit.
+    """
+    condition = torch.zeros_like(noisy)
+    mask = torch.zeros_like(noisy[..., :1])
+    if first_frame is not None:
+        expected = noisy[:, :1].shape
+        if first_frame.shape != expected:
+            raise ValueError(f"first_frame: expected {list(expected)}, got {list(first_frame.shape)}")
+        noisy = torch.cat([first_frame.to(noisy), noisy[:, 1:]], dim=1)
+        mask[:, :1] = 1
+    return torch.cat([noisy, condition, mask], dim=-1)
+
+
+def flow_matching_loss(
+    model: nn.Module,
+    latents: Tensor,
+    text: TextCondition,
+    generator: torch.Generator,
+    first_frame: Tensor | None = None,
+    *,
+    scheduler_scale: float | None = None,
+    rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    attention: AttentionConfig = DENSE,
+) -> Tensor:
+    """Mean squared error of the velocity, at one uniform time a sample: a float32 scalar, the mean over samples.
+
+    model: CrossDiT. latents: [B, T, H, W, C], clean. text: in the dtype the model computes in; its input is cast to it.
+    first_frame: [B] bool, the samples trained image to video: their first frame is given clean and does not count.
+    scheduler_scale: shifts the times as it shifts the sampler's grid. generator: draws times and noise on its own
+    device, whatever the device of the latents.
+
+    Raises ValueError where first_frame does not fit, leaves a one-frame latent nothing to learn, or is asked of a model
+    that takes no condition.
+    """
+    given = torch.zeros(latents.shape[0], dtype=torch.bool) if first_frame is None else first_frame
+    _check_first_frame(model, given, latents)
+    given = given.to(latents.device)
+    latents = latents.float()
+    time, noise = _draw(latents, generator)
+    time = shift_time(time, scheduler_scale)
+    x = noisy_latent(latents, noise, time)
+    if model.config.visual_cond:
+        x = torch.where(given[:, None, None, None, None], condition_input(x, latents[:, :1]), condition_input(x))
+    x = x.to(text.tokens.dtype)
+    velocity = model(x, time * TIME_UNITS, text, rope_scale=rope_scale, attention=attention)
+    error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))
+    counted = torch.ones_like(error)
+    counted[given, 0] = 0
+    return ((error * counted).sum(1) / counted.sum(1)).mean()
+
+
+def _draw(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    time = torch.rand(latents.shape[0], generator=generator, device=generator.device)
+    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
+    return time.to(latents.device), noise.to(latents.device)
+
+
+def _check_first_frame(model: nn.Module, first_frame: Tensor, latents: Tensor) -> None:
+    if first_frame.dtype != torch.bool or first_frame.shape != latents.shape[:1]:
+        raise ValueError(
+            f"first_frame: expected bool [{latents.shape[0]}], one a sample, got {first_frame.dtype} "
+            f"{list(first_frame.shape)}"
+        )
+    if not first_frame.any():
+        return
+    if not model.config.visual_cond:
+        raise ValueError("first_frame: this model takes no condition (config.visual_cond is False); pass None")
+    if latents.shape[1] == 1:
+        raise ValueError("first_frame: a latent of one frame has no further frame to predict; pass None")

@@ -1,0 +1,147 @@
+"""Weights in and out: whole, exact, in the released layout, with clear errors."""
+
+import json
+
+import pytest
+import torch
+from diffusers import Kandinsky5Transformer3DModel
+from safetensors.torch import load_file, save_file
+
+from model import CrossDiT, CrossDiTConfig
+from model.weights import WeightsError, config_from_json, config_to_json, load_crossdit, save_crossdit
+
+CONFIG = CrossDiTConfig(
+    model_dim=32,
+    time_dim=8,
+    ff_dim=48,
+    text_blocks=1,
+    visual_blocks=2,
+    axes_dims=(4, 6, 6),
+    in_text_dim=10,
+    in_text_dim2=6,
+)
+
+
+@pytest.fixture
+def model() -> CrossDiT:
+    model = CrossDiT(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return model
+
+
+def rewrite(path, change) -> None:
+    """Apply change(state) to the tensors of a saved model and keep its config."""
+    state = load_file(path)
+    change(state)
+    save_file(state, path, {"config": json.dumps(config_to_json(CONFIG))})
+
+
+def test_what_was_saved_is_loaded_bit_for_bit(model, tmp_path):
+    save_crossdit(tmp_path / "model.safetensors", model)
+    loaded = load_crossdit(tmp_path / "model.safetensors")
+    assert loaded.config == CONFIG
+    assert not loaded.training
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in loaded.parameters())
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_file_stored_in_bfloat16_is_half_as_large_and_loads_in_float32(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_crossdit(path, model, torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.bfloat16}
+    for name, tensor in load_crossdit(path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].bfloat16().float())
+
+
+def test_loaded_in_bfloat16_the_modulation_layers_stay_exact(model, tmp_path):
+    save_crossdit(tmp_path / "model.safetensors", model)
+    loaded = load_crossdit(tmp_path / "model.safetensors", torch.bfloat16)
+    name = "visual_transformer_blocks.0.visual_modulation.out_layer.weight"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+    assert loaded.visual_transformer_blocks[0].feed_forward.in_layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_folder_of_diffusers_loads(model, tmp_path, shard):
+    other = Kandinsky5Transformer3DModel(**config_to_json(CONFIG))
+    other.load_state_dict(model.state_dict())
+    other.save_pretrained(tmp_path, max_shard_size=shard)
+    loaded = load_crossdit(tmp_path)
+    assert loaded.config == CONFIG
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_diffusers_loads_what_was_saved(model, tmp_path):
+    save_crossdit(tmp_path / "diffusion_pytorch_model.safetensors", model)
+    other = Kandinsky5Transformer3DModel.from_config(config_to_json(CONFIG))
+    other.load_state_dict(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), strict=True)
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_a_config_survives_its_json(tmp_path):
+    assert config_from_json(json.loads(json.dumps(config_to_json(CONFIG)))) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("out_layer.out_layer.bias"), r"1 missing \(out_layer.out_layer.bias\); 0 unexpected"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"0 missing; 1 unexpected \(extra\)"),
+        (
+            lambda state: state.update({"out_layer.out_layer.bias": torch.zeros(3)}),
+            r"out_layer.out_layer.bias: the config asks for \[64\], the file has \[3\]",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(model, tmp_path, change, words):
+    path = tmp_path / "model.safetensors"
+    save_crossdit(path, model)
+    rewrite(path, change)
+    with pytest.raises(WeightsError, match=words):
+        load_crossdit(path)
+
+
+def test_a_corrupt_or_cut_file_is_refused(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_crossdit(path, model)
+    whole = path.read_bytes()
+    for broken in (b"", b"not safetensors at all", whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(WeightsError, match="not a whole safetensors file"):
+            load_crossdit(path)
+
+
+def test_a_path_without_weights_or_config_is_refused(tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        load_crossdit(tmp_path / "nothing.safetensors")
+    with pytest.raises(WeightsError, match=r"expected config\.json"):
+        load_crossdit(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="no config in the metadata"):
+        load_crossdit(tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors", {"config": json.dumps({"channels": [8]})})
+    with pytest.raises(WeightsError, match="not the config of a CrossDiT"):
+        load_crossdit(tmp_path / "vae.safetensors")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"unreadable config\.json"):
+        load_crossdit(tmp_path)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_crossdit(path, model)
+    before = path.read_bytes()
+
+    def disk_full(state, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("model.weights.save_file", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        save_crossdit(path, model)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
