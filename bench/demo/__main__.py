@@ -1,0 +1,58 @@
+"""The main job on a real clip: encode, fine-tune, sample in three ways, decode, report.
+
+python -m bench.demo --out out [--video path]
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.demo.job import Job
+from bench.demo.page import write_page
+from k5kernels.shards import ShardError
+from k5kernels.video import VideoError
+from train.clips import clip_path
+
+CAPTIONS = json.loads((Path(__file__).parents[2] / "train" / "captions.json").read_text())
+
+
+def run(video: Path, out: Path, caption: str, console: Console) -> None:
+    """The whole job, a progress bar a step."""
+    with Progress(console=console) as bars:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        job = Job(video, out, caption)
+        job.encode(bar("encode"))
+        job.train(bar("train"))
+        for name in job.paths:
+            job.sample(name, bar(f"sample: {name}"))
+        job.write_video()
+        job.measure_memory(bar("memory"))
+    console.print(f"Wrote {write_page(job)}")
+
+
+def main(
+    video: Annotated[Path | None, typer.Option(help="any video; Big Buck Bunny without")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("out"),
+    caption: Annotated[str | None, typer.Option(help="what the video shows")] = None,
+) -> None:
+    """Run the demo; a second run overwrites the first."""
+    console = Console()
+    try:
+        video = video or clip_path("bigbuckbunny")
+        run(video, out, caption or CAPTIONS.get(video.stem, "A video."), console)
+    except (VideoError, ShardError, OSError) as error:
+        Console(stderr=True).print(f"demo: {error}", style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    typer.run(main)

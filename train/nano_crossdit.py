@@ -1,0 +1,113 @@
+"""Trains CrossDiT-nano on the latents of three short clips, calibrates MagCache and measures NABLA.
+
+    python -m train.nano_crossdit --out runs/nano_crossdit
+
+Short to long, as in pre-training: single frames, three latent frames, seven. The last quarter of each clip is held
+out, and what the approximations cost is measured on a clip that starts there.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import track
+
+from k5kernels.cache import MagCache, MagCalibration
+from k5kernels.shards import ShardWriter, read_shard
+from k5kernels.vae.weights import load_decoder, load_encoder
+from k5kernels.video import to_model
+from model.config import DENSE, AttentionConfig
+from model.crossdit import CrossDiT
+from model.nano import CLIP_FRAMES, RESOLUTION, VAE_WEIGHTS, NanoSettings
+from model.presets import PRESETS
+from model.text_encoders import MiniLMTextEncoder
+from model.weights import load_crossdit
+from train.clips import NAMES, load_clip, split
+from train.evaluation import Scene, generate, psnr
+from train.latents import LatentSet
+from train.run import run
+from train.trainer import TrainConfig, Trainer
+
+CAPTIONS = json.loads((Path(__file__).parent / "captions.json").read_text())
+WINDOW_STRIDE = 8
+STEPS = 50
+THRESHOLDS = (0.9, 0.7, 0.4)
+
+SAMPLING = NanoSettings(thr=0.7, sta=(1, 3, 3), guidance=2.0, scheduler_scale=3.0, mag_ratios={})
+STAGE = TrainConfig(steps=1, ema_decay=0.998, warmup_steps=100, scheduler_scale=SAMPLING.scheduler_scale, bf16=True)
+STAGES = (
+    replace(STAGE, steps=1500, batch=8, latent_frames=1, peak_learning_rate=1e-3),
+    replace(STAGE, steps=700, batch=2, latent_frames=3, peak_learning_rate=1e-3),
+    replace(STAGE, steps=700, batch=1, peak_learning_rate=7e-4, decay_steps=400),
+)
+
+
+def encode_clips(path: Path) -> None:
+    """One shard with the latents of overlapping windows of every clip's training frames."""
+    encoder = load_encoder(VAE_WEIGHTS)
+    with ShardWriter(path) as shard, torch.inference_mode():
+        for name in NAMES:
+            frames, _ = split(load_clip(name, RESOLUTION))
+            starts = range(0, frames.shape[0] - CLIP_FRAMES + 1, WINDOW_STRIDE)
+            for start in track(starts, description=f"encode {name}"):
+                latent = encoder(to_model(frames[start : start + CLIP_FRAMES]))[0]
+                meta = {"frames": CLIP_FRAMES, "height": frames.shape[1], "width": frames.shape[2], "rate": "25"}
+                shard.write(f"{name}-{start:04d}", latent, meta | {"source": f"{name}.mp4", "first_frame": start})
+
+
+def train_stages(out: Path, shard: Path) -> CrossDiT:
+    """The stages one after the other, each in its own folder and resumable; the last one's averaged weights."""
+    data, encoder = LatentSet(read_shard(shard), CAPTIONS), MiniLMTextEncoder()
+    torch.manual_seed(0)
+    model = CrossDiT(PRESETS["nano"])
+    for number, config in enumerate(STAGES):
+        trainer = Trainer(model, data, encoder.encode, replace(config, seed=number))
+        run(trainer, out / f"stage{number}", every=100)
+    return load_crossdit(out / f"stage{len(STAGES) - 1}" / "crossdit.safetensors")
+
+
+def held_out_scene(name: str) -> Scene:
+    """The first held-out frames of a clip and its caption."""
+    _, frames = split(load_clip(name, RESOLUTION))
+    encoder = MiniLMTextEncoder()
+    with torch.inference_mode():
+        latent = load_encoder(VAE_WEIGHTS)(to_model(frames[:CLIP_FRAMES]))
+    return Scene(latent.permute(0, 2, 3, 4, 1).clone(), encoder.encode([CAPTIONS[name]]), encoder.encode([""]))
+
+
+def calibrate_and_measure(model: CrossDiT) -> dict:
+    """MagCache's ratios, and for each approximation its PSNR to full attention: what settings.json keeps."""
+    scene, decoder = held_out_scene(NAMES[0]), load_decoder(VAE_WEIGHTS)
+    calibration = MagCalibration()
+    full = generate(model, decoder, scene, SAMPLING, DENSE, calibration, steps=STEPS, seed=0)
+    settings = replace(SAMPLING, mag_ratios={k: [round(r, 5) for r in v] for k, v in calibration.ratios.items()})
+    figures = []
+    for thr in THRESHOLDS:
+        attention = AttentionConfig("nabla", thr, None)
+        nabla = generate(model, decoder, scene, settings, attention, steps=STEPS, seed=0)
+        row = {
+            "thr": thr,
+            "density": round(nabla.density, 4),
+            "psnr_to_full_db": round(psnr(nabla.frames, full.frames), 2),
+        }
+        figures.append(row)
+    cached = generate(model, decoder, scene, settings, DENSE, MagCache(settings.mag_ratios), steps=STEPS, seed=0)
+    magcache = {"psnr_to_full_db": round(psnr(cached.frames, full.frames), 2)}
+    return {"sampling": asdict(settings), "nabla_without_sta": figures, "magcache_dense": magcache}
+
+
+def main(out: Annotated[Path, typer.Option(help="folder for latents, stages and the settings")]) -> None:
+    """Train, or go on; then measure."""
+    out.mkdir(parents=True, exist_ok=True)
+    shard = out / "latents.tar"
+    if not shard.exists():
+        encode_clips(shard)
+    settings = calibrate_and_measure(train_stages(out, shard))
+    (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
