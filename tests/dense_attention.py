@@ -1,0 +1,46 @@
+"""What block-sparse attention must equal: PyTorch's dense attention under a mask over tokens."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from k5kernels import BlockMask, TokenLayout
+
+
+def over_tokens(blocks: Tensor, layout: TokenLayout) -> Tensor:
+    """A dense mask over blocks [..., N_b, N_b] as one over tokens [..., S, S]."""
+    lengths = layout.block_starts(blocks.device).diff()
+    return blocks.repeat_interleave(lengths, dim=-2).repeat_interleave(lengths, dim=-1)
+
+
+def same_clip(layout: TokenLayout, device: str = "cpu") -> Tensor:
+    """Bool [N_b, N_b], true for blocks of one clip."""
+    clip = layout.block_coordinates(device)[:, 0]
+    return clip[:, None] == clip
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, layout: TokenLayout, scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention under the mask; zeros where a row reads nothing."""
+    tokens = over_tokens(mask.to_dense(), layout)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=tokens, scale=scale)
+    return out.masked_fill(~tokens.any(-1, keepdim=True), 0)
+
+
+def random_tokens(layout: TokenLayout, batch: int, heads: int, dim: int, seed: int = 0, **options) -> list[Tensor]:
+    """q, k, v: [B, h, S, D], peaked enough that a mask matters."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, layout.tokens, dim)
+    return [(2 * torch.randn(shape, generator=random)).to(**options) for _ in range(3)]
+
+
+def random_mask(
+    layout: TokenLayout, batch: int, heads: int, density: float = 0.5, seed: int = 0, device: str = "cpu"
+) -> BlockMask:
+    """Within clips, differing per batch and head; row 1 reads nothing."""
+    random = torch.Generator().manual_seed(seed)
+    dense = torch.rand(batch, heads, layout.blocks, layout.blocks, generator=random).to(device) < density
+    dense &= same_clip(layout, device)
+    dense[:, :, 1] = False
+    return BlockMask.from_dense(dense, layout)

@@ -1,0 +1,214 @@
+"""NABLA's selection: sort, cumulative sum and threshold of the pooled attention map, united with STA."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from dense_attention import random_tokens, same_clip
+from diffusers.models.transformers.transformer_kandinsky import nablaT_v2
+from hypothesis import given
+from hypothesis import strategies as st
+from operator_checks import assert_thread_count_changes_no_bit
+
+from k5kernels import TokenLayout, nabla_mask, sta_mask
+
+RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
+
+
+def constant_blocks(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Tokens [1, 1, S, D] that have the value [N_b, D] of their block."""
+    return values.repeat_interleave(layout.block_starts().diff(), dim=0)[None, None]
+
+
+def same_lists(one, other) -> bool:
+    return torch.equal(one.offsets, other.offsets) and torch.equal(one.indices, other.indices)
+
+
+@pytest.mark.parametrize("thr", [0.0, 0.4, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("window", [None, (11, 3, 3)])
+@pytest.mark.parametrize("grid", [(4, 16, 24), (1, 8, 8), (12, 8, 16)])
+def test_the_selection_is_that_of_diffusers(grid, window, thr):
+    layout = TokenLayout(grid)
+    q, k, _ = random_tokens(layout, 2, 3, 32)
+    near = torch.zeros(layout.blocks, layout.blocks, dtype=torch.bool)
+    if window:
+        near = sta_mask(layout, window).to_dense()[0, 0]
+    theirs = nablaT_v2(q.transpose(1, 2), k.transpose(1, 2), near, thr).to_dense().bool()
+    ours = nabla_mask(q, k, layout, thr, window).to_dense()
+    # Their sums round otherwise: at thr 0 that decides whether the largest block reaches 1, else next to never.
+    allowed = 2 * 3 * layout.blocks if thr == 0 else 2
+    assert (ours != theirs).sum() <= allowed
+
+
+def test_the_mass_kept_is_the_smallest_that_reaches_thr():
+    layout = TokenLayout((1, 8, 32))
+    q = torch.ones(4, 1)
+    probabilities = torch.tensor([0.125, 0.5, 0.125, 0.25])
+    k = probabilities.log()[:, None]
+    for thr, kept in [(0.4, [1]), (0.55, [1, 3]), (0.76, [1, 3, "tie"]), (0.9, [0, 1, 2, 3]), (1.0, [0, 1, 2, 3])]:
+        mask = nabla_mask(constant_blocks(q, layout), constant_blocks(k, layout), layout, thr)
+        row = mask.to_dense()[0, 0, 0].nonzero().flatten().tolist()
+        if "tie" in kept:  # one of two equal blocks, whichever
+            assert set(row) in ({0, 1, 3}, {1, 2, 3})
+        else:
+            assert row == kept
+
+
+def test_of_equal_blocks_as_many_are_kept_as_thr_needs():
+    layout = TokenLayout((1, 16, 32))
+    zeros = torch.zeros(1, 1, layout.tokens, 4)
+    for thr, kept in [(0.125, 2), (0.5, 5), (0.75, 7), (1.0, 8)]:  # the sum that is 1 - thr exactly is kept too
+        assert nabla_mask(zeros, zeros, layout, thr).to_dense().sum(-1).unique().tolist() == [kept]
+
+
+def test_thr_one_keeps_every_block_of_the_clip_and_none_of_another():
+    q, k, _ = random_tokens(RAGGED, 2, 3, 8)
+    dense = nabla_mask(q, k, RAGGED, 1.0).to_dense()
+    assert torch.equal(dense, same_clip(RAGGED).expand_as(dense))
+
+
+def test_thr_zero_keeps_at_most_what_rounds_up_to_all():
+    layout = TokenLayout((4, 16, 16))
+    q, k, _ = random_tokens(layout, 1, 4, 32)
+    mask = nabla_mask(q, k, layout, 0.0).to_dense()
+    assert mask.sum(-1).max() <= 2
+    peaked = torch.eye(layout.blocks) * 100
+    own = nabla_mask(constant_blocks(peaked, layout), constant_blocks(peaked, layout), layout, 0.0)
+    assert torch.equal(own.to_dense()[0, 0], torch.eye(layout.blocks, dtype=torch.bool))
+
+
+@given(st.integers(0, 99), st.floats(0, 1), st.floats(0, 1))
+def test_a_higher_thr_keeps_all_that_a_lower_one_keeps(seed, one, other):
+    q, k, _ = random_tokens(RAGGED, 1, 2, 8, seed)
+    low, high = (nabla_mask(q, k, RAGGED, thr).to_dense() for thr in sorted((one, other)))
+    assert not (low & ~high).any()
+
+
+def test_a_clip_is_masked_as_if_it_stood_alone():
+    q, k, _ = random_tokens(RAGGED, 2, 2, 8)
+    dense = nabla_mask(q, k, RAGGED, 0.7, (3, 1, 3)).to_dense()
+    tokens, blocks = RAGGED.clip_tokens, RAGGED.clip_blocks
+    for number, grid in enumerate(RAGGED.clips):
+        here = slice(tokens[number], tokens[number + 1])
+        alone = nabla_mask(q[:, :, here], k[:, :, here], TokenLayout(grid), 0.7, (3, 1, 3))
+        own = slice(blocks[number], blocks[number + 1])
+        assert torch.equal(dense[:, :, own, own], alone.to_dense())
+    assert not dense[:, :, ~same_clip(RAGGED)].any()
+
+
+def test_a_small_block_is_the_mean_of_the_tokens_it_has():
+    q, k, _ = random_tokens(RAGGED, 1, 2, 8)
+    ranges = [slice(*ends) for ends in pairwise(RAGGED.block_starts().tolist())]
+    flat_q, flat_k = q.clone(), k.clone()
+    for block in ranges:
+        flat_q[:, :, block] = q[:, :, block].mean(2, keepdim=True)
+        flat_k[:, :, block] = k[:, :, block].mean(2, keepdim=True)
+    assert same_lists(nabla_mask(flat_q, flat_k, RAGGED, 0.7), nabla_mask(q, k, RAGGED, 0.7))
+
+
+def test_a_small_block_counts_as_much_as_a_whole_one():
+    ragged, whole = TokenLayout((2, 9, 17)), TokenLayout((2, 16, 24))
+    random = torch.Generator().manual_seed(0)
+    q, k = (3 * torch.randn(whole.blocks, 8, generator=random) for _ in range(2))
+    masks = [
+        nabla_mask(constant_blocks(q, layout), constant_blocks(k, layout), layout, 0.7).to_dense()
+        for layout in (ragged, whole)
+    ]
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("thr", [0.0, 0.5, 0.9])
+def test_the_window_adds_its_blocks_to_every_head(thr):
+    q, k, _ = random_tokens(RAGGED, 2, 3, 8)
+    window = (3, 3, 1)
+    chosen = nabla_mask(q, k, RAGGED, thr).to_dense()
+    near = sta_mask(RAGGED, window).to_dense()
+    assert torch.equal(nabla_mask(q, k, RAGGED, thr, window).to_dense(), chosen | near)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_without_defined_probabilities_keep_their_whole_clip(value):
+    q, k, _ = random_tokens(RAGGED, 2, 2, 8)
+    clean = nabla_mask(q, k, RAGGED, 0.5).to_dense()
+    block = RAGGED.block_starts().tolist()
+    q[0, 1, block[2]] = value  # an infinite mean gives an infinite logit or NaN somewhere in the row
+    mask = nabla_mask(q, k, RAGGED, 0.5).to_dense()
+    assert torch.equal(mask[0, 1, 2], same_clip(RAGGED)[2])
+    mask[0, 1, 2] = clean[0, 1, 2]
+    assert torch.equal(mask, clean)
+
+
+def test_a_key_that_is_nan_keeps_all_in_its_clip_and_head_only():
+    q, k, _ = random_tokens(RAGGED, 2, 2, 8)
+    clean = nabla_mask(q, k, RAGGED, 0.5).to_dense()
+    k[1, 0, 3] = float("nan")
+    mask = nabla_mask(q, k, RAGGED, 0.5).to_dense()
+    first = slice(0, RAGGED.clip_blocks[1])
+    assert mask[1, 0, first, first].all()
+    mask[1, 0, first, first] = clean[1, 0, first, first]
+    assert torch.equal(mask, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_is_pooled_and_normalized_in_float32(dtype):
+    q, k, _ = random_tokens(RAGGED, 1, 2, 16, dtype=dtype)
+    assert same_lists(nabla_mask(q, k, RAGGED, 0.7), nabla_mask(q.float(), k.float(), RAGGED, 0.7))
+
+
+def test_autocast_does_not_change_the_mask():
+    q, k, _ = random_tokens(RAGGED, 2, 4, 16)
+    outside = nabla_mask(q, k, RAGGED, 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_lists(nabla_mask(q, k, RAGGED, 0.7), outside)
+
+
+def test_the_mask_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch):
+    q, k, _ = random_tokens(RAGGED, 2, 3, 8)
+    whole = nabla_mask(q, k, RAGGED, 0.7, (3, 3, 3))
+    for chunk in (1, 60, 2 * RAGGED.blocks**2):
+        monkeypatch.setattr("k5kernels.ops.nabla_mask.CHUNK", chunk)
+        assert same_lists(nabla_mask(q, k, RAGGED, 0.7, (3, 3, 3)), whole)
+
+
+def test_strides_of_projections_need_no_copy_by_the_caller():
+    q, k, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_tokens(RAGGED, 2, 3, 8))
+    assert not q.is_contiguous()
+    assert same_lists(nabla_mask(q, k, RAGGED, 0.7), nabla_mask(q.contiguous(), k.contiguous(), RAGGED, 0.7))
+
+
+def test_two_runs_and_two_thread_counts_give_the_same_lists(set_threads):
+    q, k, _ = random_tokens(RAGGED, 2, 3, 8)
+
+    def lists():
+        mask = nabla_mask(q, k, RAGGED, 0.7, (3, 3, 3))
+        return mask.offsets, mask.indices
+
+    assert_thread_count_changes_no_bit(lists, set_threads)
+
+
+def test_no_batch_and_one_token_are_masks_too():
+    layout = TokenLayout((1, 1, 1))
+    assert nabla_mask(torch.zeros(0, 2, 1, 4), torch.zeros(0, 2, 1, 4), layout, 0.5).indices.numel() == 0
+    one = torch.ones(1, 1, 1, 4)
+    assert nabla_mask(one, one, layout, 0.5).to_dense().tolist() == [[[[True]]]]
+
+
+def test_the_operator_passes_pytorchs_checks(device):
+    q, k, _ = random_tokens(RAGGED, 2, 2, 8, device=device)
+    starts, clips = RAGGED.block_starts(device), RAGGED.clip_block_starts(device)
+    near = sta_mask(RAGGED, (3, 1, 1), device)
+    torch.library.opcheck(torch.ops.k5.nabla_mask, (q, k, starts, clips, 0.7, None, None))
+    torch.library.opcheck(torch.ops.k5.nabla_mask, (q, k, starts, clips, 0.7, near.offsets, near.indices))
+
+
+def test_what_does_not_fit_is_refused():
+    q = torch.zeros(1, 2, RAGGED.tokens, 8)
+    with pytest.raises(ValueError, match="q: expected a floating"):
+        nabla_mask(q[:, :, 1:], q, RAGGED, 0.5)
+    with pytest.raises(ValueError, match=r"k: expected torch\.float32"):
+        nabla_mask(q, q.double(), RAGGED, 0.5)
+    for thr in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="thr: expected the probability mass"):
+            nabla_mask(q, q, RAGGED, thr)
+    with pytest.raises(ValueError, match="three positive integers"):
+        nabla_mask(q, q, RAGGED, 0.5, (3, 3))
