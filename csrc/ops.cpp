@@ -1,66 +1,17 @@
-// Binds csrc/cpu to the operators that k5kernels/ops/library.py defines as `k5_cpu::`, through PyTorch's stable
-// ABI: one binary serves several torch releases. k5kernels/ops has checked the shapes.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/MemoryFormat.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+// Binds the elementwise and normalization kernels of csrc/cpu, and the choice of instruction set.
 #include <tuple>
 #include <vector>
 
+#include "binding.h"
 #include "cpu/gated_residual.h"
 #include "cpu/groupnorm_silu.h"
-#include "cpu/isa.h"
 #include "cpu/layernorm_modulate.h"
 #include "cpu/qk_norm_rope.h"
 
 namespace {
 
+using namespace k5::binding;
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using torch::stable::contiguous;
-using torch::stable::parallel_for;
-
-// Rows a thread takes at once: enough work to pay for waking it.
-int64_t grain(int64_t width) { return 1 + 16384 / (width + 1); }
-
-// Calls `run` with a value of the element type.
-template <class Run>
-void for_dtype(const char* name, const Tensor& tensor, const Run& run) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
-                  ": expected float32 or bfloat16; other dtypes go through torch.ops.k5");
-  if (dtype == ScalarType::Float) {
-    run(float{});
-  } else {
-    run(k5::BFloat16{});
-  }
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor to_float(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
-}
-
-Tensor dense_float(const Tensor& tensor) { return contiguous(to_float(tensor)); }
-
-bool unit_stride(const Tensor& tensor) { return tensor.stride(tensor.dim() - 1) == 1; }
-
-Tensor with_unit_stride(const Tensor& tensor) { return unit_stride(tensor) ? tensor : contiguous(tensor); }
-
-Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 // A per-sample [B, d] or per-token [B, S, d] modulation in float32, seen as [B, S, d].
 struct Modulation {
@@ -68,7 +19,7 @@ struct Modulation {
       : tensor(with_unit_stride(to_float(modulation))),
         batch_stride(tensor.stride(0)),
         sequence_stride(tensor.dim() == 3 ? tensor.stride(1) : 0) {}
-  const float* data() const { return ::data<float>(tensor); }
+  const float* data() const { return k5::binding::data<float>(tensor); }
   Tensor tensor;
   int64_t batch_stride, sequence_stride;
 };

@@ -1,0 +1,176 @@
+"""NABLA attention: the block mask, attention over it forward and backward, and both together.
+
+A tenth of the blocks is kept unless a test says otherwise. Dense attention computes something else than sparse
+attention, so every variant returns its output together with what that output must be.
+"""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.harness import compare
+from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask
+from k5kernels.ops.nabla_mask import nabla_mask_reference
+
+LAYOUT = TokenLayout((4, 32, 32))
+BLOCK = 64
+DENSITY, THR = 0.1, 0.9
+
+
+def random_tokens(layout, heads, dim, dtype=torch.float32):
+    return [torch.randn(1, heads, layout.tokens, dim).to(dtype) for _ in range(3)]
+
+
+def alike_in_blocks(layout, heads, dim):
+    """q, k and v whose tokens differ more between blocks than inside one, so that some blocks matter and others not."""
+    between = 1.5 * torch.randn(3, 1, heads, layout.blocks, dim)
+    return (between.repeat_interleave(BLOCK, dim=3) + 0.5 * torch.randn(3, 1, heads, layout.tokens, dim)).unbind()
+
+
+def random_mask(layout, heads, density=DENSITY):
+    """With its diagonal, so that no row is empty."""
+    diagonal = torch.eye(layout.blocks, dtype=torch.bool)
+    others = (density * layout.blocks - 1) / (layout.blocks - 1)
+    return BlockMask.from_dense((torch.rand(1, heads, layout.blocks, layout.blocks) < others) | diagonal, layout)
+
+
+def check(output_and_truth):
+    output, truth = output_and_truth
+    tolerance = max(4 * torch.finfo(output.dtype).eps, 1e-5) * truth.abs().max().item()
+    torch.testing.assert_close(output.double(), truth, rtol=0, atol=tolerance)
+
+
+def check_all(outputs_and_truths):
+    for pair in zip(*outputs_and_truths, strict=True):
+        check(pair)
+
+
+def sizes(layout, heads, dim, density):
+    return f"S {layout.tokens}, {heads} heads of {dim}, density {density:.0%}"
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention(benchmark, dtype, dim):
+    heads = 512 // dim
+    q, k, v = random_tokens(LAYOUT, heads, dim, dtype)
+    mask = random_mask(LAYOUT, heads)
+    wide = [x.double() for x in (q, k, v)]
+    sparse, dense = block_sparse_attention(*wide, mask, LAYOUT), scaled_dot_product_attention(*wide)
+    flex, flex_mask = torch.compile(flex_attention), mask.to_flex()
+    compare(
+        benchmark,
+        sizes(LAYOUT, heads, dim, mask.density),
+        {
+            "ours": lambda: (block_sparse_attention(q, k, v, mask, LAYOUT), sparse),
+            "dense SDPA": lambda: (scaled_dot_product_attention(q, k, v), dense),
+            "compiled flex_attention": lambda: (flex(q, k, v, block_mask=flex_mask), sparse),
+        },
+        check,
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention_and_a_matrix_product_of_as_many_operations(benchmark, dim):
+    """The ratio is the GFLOP/s on kept blocks as a share of those of torch.mm."""
+    heads = 1024 // dim
+    q, k, v = random_tokens(LAYOUT, heads, dim)
+    mask = random_mask(LAYOUT, heads)
+    truth = block_sparse_attention(q.double(), k.double(), v.double(), mask, LAYOUT)
+    side = round((2 * mask.indices.numel() * BLOCK**2 * dim) ** (1 / 3))
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    product = left.double() @ right.double()
+    compare(
+        benchmark,
+        sizes(LAYOUT, heads, dim, mask.density),
+        {
+            "ours": lambda: (block_sparse_attention(q, k, v, mask, LAYOUT), truth),
+            f"torch.mm {side}³": lambda: (left @ right, product),
+        },
+        check,
+    )
+
+
+def test_attention_at_full_density(benchmark):
+    heads, dim = 2, 64
+    q, k, v = random_tokens(LAYOUT, heads, dim)
+    mask = random_mask(LAYOUT, heads, density=1.0)
+    truth = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    compare(
+        benchmark,
+        sizes(LAYOUT, heads, dim, mask.density),
+        {
+            "ours": lambda: (block_sparse_attention(q, k, v, mask, LAYOUT), truth),
+            "dense SDPA": lambda: (scaled_dot_product_attention(q, k, v), truth),
+        },
+        check,
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_attention_forward_and_backward(benchmark, dtype, dim):
+    heads = 256 // dim
+    tokens = [x.requires_grad_() for x in random_tokens(LAYOUT, heads, dim, dtype)]
+    mask = random_mask(LAYOUT, heads)
+    grad = torch.randn(tokens[0].shape).to(dtype)
+
+    def sparse(q, k, v):
+        return block_sparse_attention(q, k, v, mask, LAYOUT)
+
+    def step(function, inputs, grad):
+        out = function(*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
+
+    wide = [x.detach().double().requires_grad_() for x in tokens]
+    sparse_truth, dense_truth = (step(f, wide, grad.double()) for f in (sparse, scaled_dot_product_attention))
+    compare(
+        benchmark,
+        sizes(LAYOUT, heads, dim, mask.density),
+        {
+            "ours": lambda: (step(sparse, tokens, grad), sparse_truth),
+            "dense SDPA": lambda: (step(scaled_dot_product_attention, tokens, grad), dense_truth),
+        },
+        check_all,
+    )
+
+
+@pytest.mark.parametrize("frames", [12, 48])
+def test_mask(benchmark, frames):
+    """The reference is the construction by sort, cumulative sum and scatter."""
+    heads, layout = 24, TokenLayout((frames, 32, 32))
+    q, k, _ = alike_in_blocks(layout, heads, 64)
+    arguments = (q, k, layout.block_starts(), layout.clip_block_starts(), THR, None, None)
+    expected = BlockMask(*nabla_mask_reference(*arguments), layout)
+    kept = expected.to_dense()
+
+    def check_lists(lists):
+        # Logits that differ in the last bit may swap two blocks at the threshold.
+        assert (BlockMask(*lists, layout).to_dense() != kept).float().mean() < 1e-5
+
+    compare(
+        benchmark,
+        f"{layout.blocks} blocks, {heads} heads, thr {THR}, density {expected.density:.0%}",
+        {
+            "ours": lambda: torch.ops.k5.nabla_mask(*arguments),
+            "by sort": lambda: nabla_mask_reference(*arguments),
+        },
+        check_lists,
+    )
+
+
+def test_nabla_attention(benchmark):
+    """Mask and attention together."""
+    heads, dim = 4, 64
+    q, k, v = alike_in_blocks(LAYOUT, heads, dim)
+    mask = nabla_mask(q, k, LAYOUT, THR)
+    wide = [x.double() for x in (q, k, v)]
+    sparse, dense = block_sparse_attention(*wide, mask, LAYOUT), scaled_dot_product_attention(*wide)
+    compare(
+        benchmark,
+        f"{sizes(LAYOUT, heads, dim, mask.density)}, thr {THR}",
+        {
+            "ours": lambda: (nabla_attention(q, k, v, LAYOUT, THR), sparse),
+            "dense SDPA": lambda: (scaled_dot_product_attention(q, k, v), dense),
+        },
+        check,
+    )

@@ -1,0 +1,91 @@
+// What the files that bind csrc/cpu to the operators share. k5kernels/ops defines the operators as `k5_cpu::` and has
+// checked the shapes; PyTorch's stable ABI makes one binary serve several torch releases.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <new>
+
+#include "cpu/isa.h"
+#include "cpu/vec.h"
+
+namespace k5::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::contiguous;
+using torch::stable::parallel_for;
+
+// Rows a thread takes at once: enough work to pay for waking it.
+inline int64_t grain(int64_t width) { return 1 + 16384 / (width + 1); }
+
+// Calls `run` with a value of the element type.
+template <class Run>
+void for_dtype(const char* name, const Tensor& tensor, const Run& run) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name,
+                  ": expected float32 or bfloat16; other dtypes go through torch.ops.k5");
+  if (dtype == ScalarType::Float) {
+    run(float{});
+  } else {
+    run(k5::BFloat16{});
+  }
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline Tensor to_float(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+
+inline Tensor dense_float(const Tensor& tensor) { return contiguous(to_float(tensor)); }
+
+inline bool unit_stride(const Tensor& tensor) { return tensor.stride(tensor.dim() - 1) == 1; }
+
+inline Tensor with_unit_stride(const Tensor& tensor) { return unit_stride(tensor) ? tensor : contiguous(tensor); }
+
+inline Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+
+// Floats that start on a cache line, uninitialized.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : floats_(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(floats_, std::align_val_t(64)); }
+  float* data() const { return floats_; }
+
+ private:
+  float* floats_;
+};
+
+// Calls run(item, scratch) for every item. Threads take the next item as they get free: items of different length
+// then keep all of them busy. Each thread has its own scratch memory of `floats` floats.
+template <class Run>
+void for_items(int64_t items, int64_t floats, const Run& run) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    const Scratch scratch(floats);
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(item, scratch.data());
+  });
+}
+
+}  // namespace k5::binding

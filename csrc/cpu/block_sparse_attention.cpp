@@ -1,0 +1,371 @@
+// Scores stand transposed: keys down, sixteen queries across. Keys and values are then read as they lie in memory, one
+// number at a time against a panel of queries, and the softmax runs down columns without a horizontal sum.
+#include "block_sparse_attention.h"
+
+namespace k5::K5_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kInfinity = __builtin_inff();
+
+struct Place {
+  int64_t batch, head, block;
+};
+
+K5_INLINE Place place_of(const AttentionSizes& sizes, int64_t item) {
+  const int64_t block = item % sizes.blocks, head = item / sizes.blocks;
+  return {head / sizes.heads, head % sizes.heads, block};
+}
+
+template <class T>
+K5_INLINE T* head_of(const Heads<T>& tensor, const Place& at) {
+  return tensor.data + at.batch * tensor.batch_stride + at.head * tensor.head_stride;
+}
+
+K5_INLINE const int64_t* offsets_of(const BlockLists& lists, const Place& at) {
+  return lists.offsets + at.batch * lists.batch_stride + at.head * lists.head_stride;
+}
+
+// Calls body(first token, tokens) for each part of at most kTileTokens of a block.
+template <class Body>
+K5_INLINE void for_parts(const AttentionSizes& sizes, int64_t block, const Body& body) {
+  const int64_t end = sizes.block_starts[block + 1];
+  for (int64_t first = sizes.block_starts[block]; first < end; first += kTileTokens)
+    body(first, smaller(kTileTokens, end - first));
+}
+
+// The same over all blocks of a list.
+template <class Body>
+K5_INLINE void for_listed_parts(const AttentionSizes& sizes, const BlockLists& lists, const Place& at,
+                                const Body& body) {
+  const int64_t* offsets = offsets_of(lists, at) + at.block;
+  for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) for_parts(sizes, lists.indices[entry], body);
+}
+
+// Rows as float32 with zeros up to padded(width): where they stand, or copied.
+template <class T>
+K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, int64_t width, float* scratch) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (step == width && width == padded(width)) return source;
+  read_rows(source, step, count, width, 1.0f, scratch);
+  return scratch;
+}
+
+// Panels with `count` columns; columns behind them are zeros.
+template <class T>
+K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* rows,
+                           float* panels) {
+  const int64_t wide = padded(width), columns = panels_of(count) * kPanel;
+  read_rows(source, step, count, width, factor, rows);
+  for (int64_t i = count * wide; i < columns * wide; i += kLanes) store(rows + i, Vec8{});
+  rows_to_panels(rows, wide, panels_of(count), panels);
+}
+
+K5_INLINE void fill(float* target, int64_t count, float value) {
+  for (int64_t i = 0; i < count; i++) target[i] = value;
+}
+
+// Into the second-level cache.
+template <class T>
+K5_INLINE void prefetch_rows(const T* source, int64_t step, int64_t count, int64_t width) {
+  const int64_t line = 64 / sizeof(T);
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t i = 0; i < width; i += line) __builtin_prefetch(source + row * step + i, 0, 2);
+}
+
+// panel[d][16] = panel[d][16] · decay + Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small
+// terms added one by one to what many blocks have gathered would round away.
+template <bool kDecays>
+K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights,
+                                 const Vec8 (&decay)[2], float* panel) {
+  for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
+    auto tile = Tile<Rows>::zero();
+    Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count);
+    for (int row = 0; row < Rows; row++)
+      for (int half = 0; half < 2; half++) {
+        float* sums = panel + (d + row) * kPanel + half * kLanes;
+        const Vec8 before = load(sums);
+        store(sums, (kDecays ? before * decay[half] : before) + tile.sums[row][half]);
+      }
+  });
+}
+
+// One panel of queries and up to 64 keys: scores, online softmax, values. top and total: [16], the largest score yet
+// and the sum of 2^(score - top).
+void attend(const float* keys, const float* values, int64_t count, int64_t width, const float* queries, float* scores,
+            float* out, float* top, float* total) {
+  dot_products(keys, width, count, queries, width, scores, kPanel);
+  Vec8 highest[2] = {load(top), load(top + kLanes)}, base[2], decay[2];
+  for (int64_t key = 0; key < count; key++)
+    for (int half = 0; half < 2; half++)
+      highest[half] = larger(load(scores + key * kPanel + half * kLanes), highest[half]);
+  for (int half = 0; half < 2; half++) {
+    base[half] = highest[half] == -kInfinity ? Vec8{} : highest[half];  // so that scores of -inf weigh nothing
+    decay[half] = exp2(load(top + half * kLanes) - base[half]);
+    store(top + half * kLanes, highest[half]);
+  }
+  Vec8 sums[2] = {};
+  for (int64_t key = 0; key < count; key++)
+    for (int half = 0; half < 2; half++) {
+      float* score = scores + key * kPanel + half * kLanes;
+      const Vec8 weight = exp2(load(score) - base[half]);
+      sums[half] += weight;
+      store(score, weight);
+    }
+  for (int half = 0; half < 2; half++) {
+    float* gathered = total + half * kLanes;
+    store(gathered, load(gathered) * decay[half] + sums[half]);
+  }
+  add_weighted_rows<true>(values, count, width, scores, decay, out);
+}
+
+// Scratch of one block of keys: what stays while its readers pass.
+struct KeyBlock {
+  const float *key_rows;  // [64][width]
+  float *keys, *values;   // panels
+  float *grad_keys, *grad_values;
+};
+
+// One part of the queries that read a block of keys: its share of all three gradients. queries: scaled as in the
+// forward, so that scores have the bits from which lse was made and probabilities add up to one. grad_q: rows, or null.
+void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, const float* grads, int64_t count,
+                   int64_t width, const float* base, const float* shift, float* weights,
+                   float* slopes, float* grad_q) {
+  const int64_t panels = panels_of(keys);
+  const Vec8 none[2] = {};
+  for (int64_t panel = 0; panel < panels; panel++) {
+    const int64_t at = panel * width * kPanel;
+    float* slope = slopes + panel * kTileTokens * kPanel;
+    dot_products(queries, width, count, block.keys + at, width, weights, kPanel);
+    for (int64_t row = 0; row < count; row++)
+      for (int half = 0; half < 2; half++) {
+        float* weight = weights + row * kPanel + half * kLanes;
+        store(weight, exp2(load(weight) - base[row]));
+      }
+    add_weighted_rows<false>(grads, count, width, weights, none, block.grad_values + at);
+    dot_products(grads, width, count, block.values + at, width, slope, kPanel);
+    for (int64_t row = 0; row < count; row++)
+      for (int half = 0; half < 2; half++) {
+        const int64_t i = row * kPanel + half * kLanes;
+        store(slope + i, load(weights + i) * (load(slope + i) - shift[row]));
+      }
+    add_weighted_rows<false>(queries, count, width, slope, none, block.grad_keys + at);
+  }
+  if (!grad_q) return;
+  for (int64_t d = 0; d < width; d += kPanel)
+    for_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+      auto tile = Tile<Rows>::zero();
+      for (int64_t panel = 0; panel < panels; panel++)
+        Tile<Rows>::add_product(tile, slopes + (panel * kTileTokens + row) * kPanel, kPanel, 1,
+                                block.key_rows + panel * kPanel * width + d, width,
+                                smaller(kPanel, keys - panel * kPanel));
+      Tile<Rows>::add_to(tile, grad_q + row * width + d, width);
+    });
+}
+
+// Gradients of k and v of a block, written; grad_q: float32 rows of the whole head, added to, or null.
+template <class T>
+void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* scratch, float* grad_q) {
+  const AttentionSizes& sizes = op.sizes;
+  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const T* q = head_of(op.q, at);
+  const T* k = head_of(op.k, at);
+  const T* v = head_of(op.v, at);
+  const T* grad_out = head_of(op.grad_out, at);
+  const float* base = head_of(op.base, at);
+  const float* shift = head_of(op.shift, at);
+  float* key_rows = scratch;
+  float* other_rows = key_rows + block_floats;
+  float* query_rows = other_rows + block_floats;
+  float* grad_rows = query_rows + block_floats;
+  KeyBlock block;
+  block.keys = grad_rows + block_floats;
+  block.values = block.keys + block_floats;
+  block.grad_keys = block.values + block_floats;
+  block.grad_values = block.grad_keys + block_floats;
+  float* weights = block.grad_values + block_floats;
+  float* slopes = weights + kTileTokens * kPanel;
+  float* factors = slopes + kTileTokens * kTileTokens;
+  for_parts(sizes, at.block, [&](int64_t first, int64_t keys) {
+    read_panels(v + first * op.v.step, op.v.step, keys, width, 1.0f, other_rows, block.values);
+    read_panels(k + first * op.k.step, op.k.step, keys, width, 1.0f, key_rows, block.keys);
+    block.key_rows = key_rows;
+    fill(block.grad_keys, 2 * block_floats, 0.0f);
+    for_listed_parts(sizes, op.readers, at, [&](int64_t token, int64_t count) {
+      read_rows(q + token * op.q.step, op.q.step, count, width, sizes.scale * kLog2E, query_rows);
+      const float* grads = dense_rows(grad_out + token * op.grad_out.step, op.grad_out.step, count, width, grad_rows);
+      add_gradients(block, keys, query_rows, grads, count, wide, base + token, shift + token, weights, slopes,
+                     grad_q ? grad_q + token * wide : nullptr);
+    });
+    fill(factors, keys, kLn2);  // scale, and the scaling of queries undone
+    panels_to_rows(block.grad_keys, wide, panels_of(keys), other_rows);
+    write_rows(other_rows, factors, keys, width, head_of(op.grad_k, at) + first * op.grad_k.step,
+               op.grad_k.step);
+    fill(factors, keys, 1.0f);
+    panels_to_rows(block.grad_values, wide, panels_of(keys), other_rows);
+    write_rows(other_rows, factors, keys, width, head_of(op.grad_v, at) + first * op.grad_v.step,
+               op.grad_v.step);
+  });
+}
+
+// One panel of queries and up to 64 keys: their share of the gradient of q, panels.
+void add_query_gradient(const float* keys, const float* values, int64_t count, int64_t width, const float* queries,
+                        const float* grads, const float* base, const float* shift, float* weights,
+                        float* slopes, float* grad_q) {
+  const Vec8 none[2] = {};
+  dot_products(keys, width, count, queries, width, weights, kPanel);
+  dot_products(values, width, count, grads, width, slopes, kPanel);
+  for (int64_t key = 0; key < count; key++)
+    for (int half = 0; half < 2; half++) {
+      const int64_t i = key * kPanel + half * kLanes;
+      const Vec8 weight = exp2(load(weights + i) - load(base + half * kLanes));
+      store(slopes + i, weight * (load(slopes + i) - load(shift + half * kLanes)));
+    }
+  add_weighted_rows<false>(keys, count, width, slopes, none, grad_q);
+}
+
+}  // namespace
+
+template <class T>
+void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch) {
+  const AttentionSizes& sizes = op.sizes;
+  const Place at = place_of(sizes, item);
+  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const T* q = head_of(op.q, at);
+  const T* k = head_of(op.k, at);
+  const T* v = head_of(op.v, at);
+  float* queries = scratch;
+  float* out = queries + block_floats;
+  float* key_rows = out + block_floats;
+  float* value_rows = key_rows + block_floats;
+  float* scores = value_rows + block_floats;
+  float* top = scores + kTileTokens * kPanel;
+  float* total = top + kTileTokens;
+  const int64_t* offsets = offsets_of(op.reads, at) + at.block;
+  for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
+    const int64_t panels = panels_of(rows);
+    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, key_rows, queries);
+    fill(out, panels * kPanel * wide, 0.0f);
+    fill(top, kTileTokens, -kInfinity);
+    fill(total, kTileTokens, 0.0f);
+    for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
+      const int64_t next = op.reads.indices[smaller(entry + 1, offsets[1] - 1)];
+      const int64_t next_first = sizes.block_starts[next];
+      const int64_t next_count = smaller(kTileTokens, sizes.block_starts[next + 1] - next_first);
+      for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
+        const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
+        const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const int64_t from = panel * kPanel, lines = smaller(kPanel, next_count - from);
+          prefetch_rows(k + (next_first + from) * op.k.step, op.k.step, lines, width);
+          prefetch_rows(v + (next_first + from) * op.v.step, op.v.step, lines, width);
+          attend(keys, values, count, wide, queries + from * wide, scores, out + from * wide, top + from,
+                 total + from);
+        }
+      });
+    }
+    const bool reads_nothing = offsets[0] == offsets[1];
+    float* lse = head_of(op.lse, at) + first;
+    for (int64_t row = 0; row < rows; row++) {
+      // All scores -inf: NaN, as 0/0 in the definition.
+      const float undefined = top[row] == -kInfinity && !reads_nothing ? 0 / total[row] : 0.0f;
+      lse[row] = reads_nothing ? -kInfinity : (top[row] + __builtin_log2f(total[row])) * kLn2 + undefined;
+      total[row] = reads_nothing ? 0.0f : 1 / total[row] + undefined;
+    }
+    panels_to_rows(out, wide, panels, key_rows);
+    write_rows(key_rows, total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
+  });
+}
+
+template <class T>
+void prepare_attention_backward(const AttentionSaved<T>& op, int64_t first, int64_t end) {
+  const AttentionSizes& sizes = op.sizes;
+  const int64_t tokens = sizes.block_starts[sizes.blocks];
+  const int64_t whole = sizes.width / kLanes * kLanes, rest = sizes.width - whole;
+  for (int64_t row = first; row < end; row++) {
+    const int64_t token = row % tokens;
+    const Place at{row / tokens / sizes.heads, row / tokens % sizes.heads, 0};
+    const T* grads = head_of(op.grad_out, at) + token * op.grad_out.step;
+    const T* outs = head_of(op.out, at) + token * op.out.step;
+    Vec8 products = {};
+    for (int64_t i = 0; i < whole; i += kLanes) products += load(grads + i) * load(outs + i);
+    if (rest) products += load_partial(grads + whole, rest) * load_partial(outs + whole, rest);
+    op.shift[row] = sum(products);
+    if (op.grad_lse.data) op.shift[row] -= head_of(op.grad_lse, at)[token * op.grad_lse.step];
+    op.base[row] = op.lse[row] * kLog2E;
+  }
+}
+
+template <class T>
+void head_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_scratch) {
+  const AttentionSizes& sizes = op.sizes;
+  const int64_t tokens = sizes.block_starts[sizes.blocks], wide = padded(sizes.width);
+  Place at{item / sizes.heads, item % sizes.heads, 0};
+  fill(grad_q_scratch, tokens * wide, 0.0f);
+  for (; at.block < sizes.blocks; at.block++) gradients_of_keys(op, at, scratch, grad_q_scratch);
+  float* factors = scratch;
+  fill(factors, kTileTokens, sizes.scale);
+  T* grad_q = head_of(op.grad_q, at);
+  for (int64_t token = 0; token < tokens; token += kTileTokens)
+    write_rows(grad_q_scratch + token * wide, factors, smaller(kTileTokens, tokens - token), sizes.width,
+               grad_q + token * op.grad_q.step, op.grad_q.step);
+}
+
+template <class T>
+void key_block_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch) {
+  gradients_of_keys(op, place_of(op.sizes, item), scratch, nullptr);
+}
+
+template <class T>
+void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* scratch) {
+  const AttentionSizes& sizes = op.sizes;
+  const Place at = place_of(sizes, item);
+  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const T* q = head_of(op.q, at);
+  const T* k = head_of(op.k, at);
+  const T* v = head_of(op.v, at);
+  const T* grad_out = head_of(op.grad_out, at);
+  float* key_rows = scratch;
+  float* value_rows = key_rows + block_floats;
+  float* queries = value_rows + block_floats;
+  float* grads = queries + block_floats;
+  float* grad_q = grads + block_floats;
+  float* weights = grad_q + block_floats;
+  float* slopes = weights + kTileTokens * kPanel;
+  float* base = slopes + kTileTokens * kPanel;
+  float* shift = base + kTileTokens;
+  for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
+    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, key_rows, queries);
+    read_panels(grad_out + first * op.grad_out.step, op.grad_out.step, rows, width, 1.0f, key_rows, grads);
+    fill(grad_q, block_floats, 0.0f);
+    fill(base, 2 * kTileTokens, 0.0f);
+    for (int64_t row = 0; row < rows; row++) {
+      base[row] = head_of(op.base, at)[first + row];
+      shift[row] = head_of(op.shift, at)[first + row];
+    }
+    for_listed_parts(sizes, op.reads, at, [&](int64_t token, int64_t count) {
+      const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
+      const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
+      for (int64_t from = 0; from < rows; from += kPanel)
+        add_query_gradient(keys, values, count, wide, queries + from * wide, grads + from * wide, base + from,
+                           shift + from, weights, slopes, grad_q + from * wide);
+    });
+    panels_to_rows(grad_q, wide, panels_of(rows), key_rows);
+    float* factors = base;
+    fill(factors, kTileTokens, sizes.scale);
+    write_rows(key_rows, factors, rows, width, head_of(op.grad_q, at) + first * op.grad_q.step,
+               op.grad_q.step);
+  });
+}
+
+#define K5_INSTANTIATE(T)                                                                                         \
+  template void block_sparse_attention(const Attention<T>&, int64_t, float*);                                     \
+  template void prepare_attention_backward(const AttentionSaved<T>&, int64_t, int64_t);                           \
+  template void head_gradients(const AttentionBackward<T>&, int64_t, float*, float*);                             \
+  template void key_block_gradients(const AttentionBackward<T>&, int64_t, float*);                                \
+  template void query_block_gradient(const AttentionBackward<T>&, int64_t, float*);
+K5_INSTANTIATE(float)
+K5_INSTANTIATE(BFloat16)
+#undef K5_INSTANTIATE
+
+}  // namespace k5::K5_ISA

@@ -1,0 +1,97 @@
+// Attention in which each block of queries reads its own list of key blocks, and its gradients.
+#pragma once
+
+#include <cstdint>
+
+#include "tile.h"
+
+namespace k5 {
+
+// [batch, heads, sequence, width] with unit stride along the width.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t batch_stride, head_stride, step;
+};
+
+// Row r of (batch, head) reads the blocks indices[offsets[r]] to indices[offsets[r + 1] - 1]; strides are zero where
+// one mask serves all batches or heads.
+struct BlockLists {
+  const int64_t* offsets;
+  const int32_t* indices;
+  int64_t batch_stride, head_stride;
+};
+
+struct AttentionSizes {
+  const int64_t* block_starts;
+  int64_t heads, blocks, width;
+  float scale;
+};
+
+// lse is dense [batch, heads, sequence].
+template <class T>
+struct Attention {
+  AttentionSizes sizes;
+  Heads<const T> q, k, v;
+  Heads<T> out;
+  Heads<float> lse;
+  BlockLists reads;
+};
+
+// Of every query: `shift` is Σ_d grad_out·out - grad_lse, `base` its lse in base 2. `readers` lists the query blocks of
+// each key block. The gradients of k and v come from one pass over the key blocks, that of q from the same pass where a
+// whole head is one piece of work, else from a pass over the query blocks. The bits are the same.
+template <class T>
+struct AttentionBackward {
+  AttentionSizes sizes;
+  Heads<const T> q, k, v, grad_out;
+  Heads<const float> base, shift;
+  Heads<T> grad_q, grad_k, grad_v;
+  BlockLists reads, readers;
+};
+
+// What the backward knows of every query; grad_lse.data may be null. lse, shift and base are dense
+// [batch, heads, sequence].
+template <class T>
+struct AttentionSaved {
+  AttentionSizes sizes;
+  Heads<const T> out, grad_out;
+  Heads<const float> grad_lse;
+  const float* lse;
+  float *shift, *base;
+};
+
+// Floats of scratch memory, aligned to 64 bytes, that the functions below want.
+static inline int64_t attention_scratch(const AttentionSizes& sizes) {
+  return 4 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + 2);
+}
+static inline int64_t attention_backward_scratch(const AttentionSizes& sizes) {
+  return 8 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + kTileTokens + 1);
+}
+static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
+  return sizes.block_starts[sizes.blocks] * padded(sizes.width);
+}
+
+#define K5_DECLARE_ATTENTION(isa)                                                                                \
+  namespace isa {                                                                                                \
+  /* One block of queries: `item` counts (batch, head, block). */                                                \
+  template <class T>                                                                                             \
+  void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch);                             \
+  /* Shift and base of the queries numbered first to end, over (batch, head, sequence). */                       \
+  template <class T>                                                                                             \
+  void prepare_attention_backward(const AttentionSaved<T>& op, int64_t first, int64_t end);                      \
+  /* All gradients of one head: `item` counts (batch, head). */                                                  \
+  template <class T>                                                                                             \
+  void head_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_scratch);      \
+  /* Gradients of k and v of one block: `item` counts (batch, head, block). */                                   \
+  template <class T>                                                                                             \
+  void key_block_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch);                        \
+  /* Gradient of q of one block: `item` counts (batch, head, block). */                                          \
+  template <class T>                                                                                             \
+  void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* scratch);                       \
+  }
+K5_DECLARE_ATTENTION(portable)
+K5_DECLARE_ATTENTION(avx2)
+#undef K5_DECLARE_ATTENTION
+
+}  // namespace k5
