@@ -74,7 +74,7 @@ class BlockMask:
     def density(self) -> float:
         """Kept blocks over possible ones, N_b² a head. With several clips the blocks across them count as possible."""
         batch, heads, rows = self.offsets.shape
-        return self.indices.shape[0] / (batch * heads * (rows - 1) ** 2)
+        return self.indices.shape[0] / max(1, batch * heads * (rows - 1) ** 2)
 
     def to_dense(self) -> Tensor:
         """The mask over blocks: bool [B_m, H_m, N_b, N_b]."""

@@ -96,15 +96,15 @@ def block_tokens(block_starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_blocks(x: Tensor, block_starts: Tensor) -> Tensor:
-    """x: [B, h, S, D] to [B, h, N_b, P², D], with zeros where a block has fewer than P² tokens."""
+    """x: [..., S, D] to [..., N_b, P², D], with zeros where a block has fewer than P² tokens."""
     tokens, there = block_tokens(block_starts)
-    if tokens.numel() == x.shape[2]:
-        return x.unflatten(2, tokens.shape)
-    return x[:, :, tokens].masked_fill(~there[..., None], 0)
+    if tokens.numel() == x.shape[-2]:
+        return x.unflatten(-2, tokens.shape)
+    return x[..., tokens, :].masked_fill_(~there[..., None], 0)
 
 
 def from_blocks(blocks: Tensor, block_starts: Tensor) -> Tensor:
-    """The inverse of `to_blocks`: [B, h, N_b, P², ...] to a contiguous [B, h, S, ...]."""
+    """Undo `to_blocks`: [B, h, N_b, P², ...] to a contiguous [B, h, S, ...]."""
     _, there = block_tokens(block_starts)
     if bool(there.all()):
         return blocks.flatten(2, 3).contiguous()

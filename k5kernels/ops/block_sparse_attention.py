@@ -200,9 +200,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
-    out = ctx.saved_tensors[3]
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = torch.ops.k5.block_sparse_attention_backward(grad_out, grad_lse, *ctx.saved_tensors, ctx.scale)
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor one time only
+    grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
+    grads = torch.ops.k5.block_sparse_attention_backward(grad_out, grad_lse, *saved, ctx.scale)
     return *grads, None, None, None, None
 
 

@@ -76,14 +76,14 @@ def nabla_mask_reference(
     clip_starts = clip_block_starts.tolist()
     near = _near(sta_offsets, sta_indices, block_starts)
     counts, indices = [block_starts.new_empty(0, blocks)], [block_starts.new_empty(0, dtype=torch.int32)]
+    heads = max(1, CHUNK // blocks**2)
+    parts = ((sample, head) for sample in range(B) for head in range(0, h, heads))
     with torch.autocast(q.device.type, enabled=False):
-        heads = max(1, CHUNK // blocks**2)
-        q_pooled = _pool(q, block_starts).flatten(0, 1).split(heads)
-        k_pooled = _pool(k, block_starts).flatten(0, 1).split(heads)
-        for q_part, k_part in zip(q_pooled, k_pooled, strict=True):
-            kept = near.repeat(q_part.shape[0], 1, 1)
+        for sample, head in parts:
+            q_pooled, k_pooled = (_pool(x[sample, head : head + heads], block_starts) for x in (q, k))
+            kept = near.repeat(q_pooled.shape[0], 1, 1)
             for first, last in pairwise(clip_starts):
-                kept[:, first:last, first:last] |= _select(q_part[:, first:last], k_part[:, first:last], thr)
+                kept[:, first:last, first:last] |= _select(q_pooled[:, first:last], k_pooled[:, first:last], thr)
             counts.append(kept.sum(-1))
             indices.append(kept.nonzero()[:, -1].to(torch.int32))
     return row_offsets(torch.cat(counts).view(B, h, blocks)), torch.cat(indices)
@@ -98,7 +98,7 @@ def _near(offsets: Tensor | None, indices: Tensor | None, block_starts: Tensor) 
 
 
 def _pool(x: Tensor, block_starts: Tensor) -> Tensor:
-    """Means over the tokens of each block: float32 [B, h, N_b, D]."""
+    """Means over the tokens of each block: [heads, S, D] to float32 [heads, N_b, D]."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (to_blocks(wide, block_starts).sum(-2) / block_starts.diff()[:, None]).float()
 
