@@ -39,9 +39,9 @@ THRESHOLDS = (0.9, 0.7, 0.4)
 SAMPLING = NanoSettings(thr=0.7, sta=(1, 3, 3), guidance=2.0, scheduler_scale=3.0, mag_ratios={})
 STAGE = TrainConfig(steps=1, ema_decay=0.998, warmup_steps=100, scheduler_scale=SAMPLING.scheduler_scale, bf16=True)
 STAGES = (
-    replace(STAGE, steps=1500, batch=8, latent_frames=1, peak_learning_rate=1e-3),
-    replace(STAGE, steps=700, batch=2, latent_frames=3, peak_learning_rate=1e-3),
-    replace(STAGE, steps=700, batch=1, peak_learning_rate=7e-4, decay_steps=400),
+    replace(STAGE, steps=250, batch=8, latent_frames=1, peak_learning_rate=1e-3),
+    replace(STAGE, steps=250, batch=2, latent_frames=3, peak_learning_rate=1e-3),
+    replace(STAGE, steps=450, batch=1, peak_learning_rate=7e-4, decay_steps=250),
 )
 
 

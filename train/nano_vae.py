@@ -1,6 +1,6 @@
 """Trains the nano VAE: HunyuanVideo's architecture at small widths, on three short clips.
 
-    python -m train.nano_vae --out runs/nano_vae --steps 3000
+    python -m train.nano_vae --out runs/nano_vae --steps 1400
 
 Every step draws its crop from a generator seeded by (seed, step), so a resumed run sees what an
 uninterrupted one would. The learning rate is constant over the first half, then falls to zero.
@@ -23,6 +23,7 @@ from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.layers import FrameCausalAttention, ResnetBlock
 from k5kernels.vae.weights import save_vae
 from k5kernels.video import to_model
+from model.nano import CLIP_FRAMES, RESOLUTION
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.clips import NAMES, load_clip, split
 from train.muon import ConvMuon
@@ -56,17 +57,25 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Start as a linear autoencoder: residual branches add nothing yet, the latent carries little noise."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-                nn.init.zeros_(module.bias)
+        """Start as a linear autoencoder of single frames: residual branches add nothing, the latent has little noise.
+
+        Filters see the present only. With past frames in them from the start, each of the many causal layers would
+        delay the video, and single frames, where past and present are the same, could not teach otherwise.
+        """
+        for module in self.convolutions():
+            nn.init.kaiming_normal_(module.weight[:, :, -1], nonlinearity="linear")
+            nn.init.zeros_(module.weight[:, :, :-1])
+            nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 nn.init.zeros_(module.conv2.conv.weight)
             elif isinstance(module, FrameCausalAttention):
                 nn.init.zeros_(module.to_out[0].weight)
         self.encoder.quant_conv.bias[NANO_VAE.latent_channels :] = INITIAL_LOG_VARIANCE
+
+    def convolutions(self) -> list[nn.Conv3d]:
+        """All convolutions; filters are [out, in, time, height, width], the present last in time."""
+        return [module for module in self.modules() if isinstance(module, nn.Conv3d)]
 
     def loss(self, video: Tensor, noise: torch.Generator) -> Tensor:
         """MSE + L1 of the reconstruction of a sampled latent, plus a small KL term."""
@@ -103,84 +112,107 @@ def draw_crops(clips: list[Tensor], crops: Crops, generator: torch.Generator) ->
     return torch.cat(videos)
 
 
-@torch.no_grad()
-def scaling_factor(encoder: HunyuanEncoder, clips: list[Tensor]) -> float:
-    """What brings the latents of the clips' first 17 frames to a standard deviation of one."""
-    latents = torch.cat([encoder.moments(to_model(clip[:17]))[0].flatten() for clip in clips])
+class VAETrainer:
+    """The VAE, its running average and the two optimizers; `step` does one update."""
+
+    def __init__(self, clips: list[Tensor], steps: int, seed: int) -> None:
+        """clips: uint8 [F, H, W, 3] each, training frames only."""
+        self.clips, self.steps, self.seed = clips, steps, seed
+        torch.manual_seed(seed)
+        self.vae, self.ema = VAE(NANO_VAE), VAE(NANO_VAE)
+        self.ema.load_state_dict(self.vae.state_dict())
+        filters = [p for p in self.vae.parameters() if p.ndim > 1]
+        others = [p for p in self.vae.parameters() if p.ndim == 1]
+        self.muon = ConvMuon(filters, lr=0.0)
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+        self.done, self.seconds = 0, 0.0
+
+    def step(self) -> float:
+        """One update; the loss before it."""
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.done)
+        crops = draw_crops(self.clips, crops_at(self.done, self.steps), generator)
+        loss = self.vae.loss(crops, generator)
+        self.vae.zero_grad()
+        loss.backward()
+        if self.done < IMAGE_SHARE * self.steps:
+            for convolution in self.vae.convolutions():
+                convolution.weight.grad[:, :, :-1] = 0
+        schedule = learning_rate(self.done, self.steps, 1.0, WARMUP_STEPS, self.steps // 2)
+        self.muon.param_groups[0]["lr"] = MUON_LEARNING_RATE * schedule
+        self.adam.param_groups[0]["lr"] = ADAM_LEARNING_RATE * schedule
+        self.muon.step()
+        self.adam.step()
+        with torch.no_grad():
+            decay = min(EMA_DECAY, (self.done + 1) / (self.done + 10))
+            for average, parameter in zip(self.ema.parameters(), self.vae.parameters(), strict=True):
+                average.lerp_(parameter, 1 - decay)
+        self.done += 1
+        self.seconds += time.perf_counter() - began
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        """Everything a resumed run needs."""
+        parts = {name: getattr(self, name).state_dict() for name in ("vae", "ema", "muon", "adam")}
+        save_checkpoint(parts | {"step": self.done, "seconds": self.seconds}, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint where there is one."""
+        if state := load_checkpoint(path):
+            for name in ("vae", "ema", "muon", "adam"):
+                getattr(self, name).load_state_dict(state[name])
+            self.done, self.seconds = state["step"], state["seconds"]
+
+
+@torch.inference_mode()
+def scaling_factor(vae: VAE, clips: list[Tensor]) -> float:
+    """What brings the latents of the clips' first frames to a standard deviation of one."""
+    latents = torch.cat([vae.encoder.moments(to_model(clip[:CLIP_FRAMES]))[0].flatten() for clip in clips])
     return round(float(1 / latents.std()), 4)
 
 
 def export(vae: VAE, factor: float, path: Path) -> None:
-    """Write the float16 weights that ship; VAEConfig carries the factor."""
+    """Write the float16 weights that ship; their config carries the factor."""
     vae.encoder.config = vae.decoder.config = replace(NANO_VAE, scaling_factor=factor)
     save_vae(path, vae.encoder, vae.decoder, dtype=torch.float16)
 
 
-@torch.no_grad()
-def held_out_psnr(vae: VAE, clips: dict[str, Tensor]) -> dict[str, float]:
-    """PSNR [dB] in float32 of each clip's held-out frames: 17 at a time, whole frames."""
-    result = {}
-    for name, frames in clips.items():
-        video = to_model(frames[:17])
-        output = vae.decoder(vae.encoder(video)).clamp(-1, 1)
-        result[name] = round(float(10 * torch.log10(4 / F.mse_loss(output, video))), 2)
-    return result
+def held_out_clips() -> dict[str, Tensor]:
+    """The first held-out frames of every clip, ready for the encoder: [1, 3, CLIP_FRAMES, H, W]."""
+    return {name: to_model(split(load_clip(name, RESOLUTION))[1][:CLIP_FRAMES]) for name in NAMES}
+
+
+@torch.inference_mode()
+def held_out_psnr(encoder: HunyuanEncoder, decoder: HunyuanDecoder, clips: dict[str, Tensor]) -> dict[str, float]:
+    """PSNR [dB] in float32 of each clip's reconstruction."""
+
+    def psnr(video: Tensor) -> float:
+        return float(10 * torch.log10(4 / F.mse_loss(decoder(encoder(video)).clamp(-1, 1), video)))
+
+    return {name: round(psnr(video), 2) for name, video in clips.items()}
 
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for checkpoints and the log")],
-    steps: Annotated[int, typer.Option(help="steps of the whole schedule")] = 2400,
+    steps: Annotated[int, typer.Option(help="steps of the whole schedule")] = 1400,
     seed: int = 0,
-    every: Annotated[int, typer.Option(help="steps between checkpoints")] = 250,
+    every: Annotated[int, typer.Option(help="steps between log rows and checkpoints")] = 200,
 ) -> None:
-    """Train, or go on from the folder's checkpoint."""
+    """Train, or go on from the folder's checkpoint; then write vae.safetensors."""
     out.mkdir(parents=True, exist_ok=True)
-    clips = {(name, resolution): split(load_clip(name, resolution)) for name in NAMES for resolution in (256, 512)}
-    training = [frames for frames, _ in clips.values()]
-    held_out = {name: clips[name, 256][1] for name in NAMES}
-    torch.manual_seed(seed)
-    vae, ema = VAE(NANO_VAE), VAE(NANO_VAE)
-    ema.load_state_dict(vae.state_dict())
-    muon = ConvMuon([p for p in vae.parameters() if p.ndim > 1], lr=0.0)
-    adam = torch.optim.AdamW([p for p in vae.parameters() if p.ndim == 1], betas=(0.9, 0.95), weight_decay=0.0)
-    first, seconds = 0, 0.0
-    checkpoint = out / "checkpoint.pt"
-    if state := load_checkpoint(checkpoint):
-        vae.load_state_dict(state["vae"])
-        ema.load_state_dict(state["ema"])
-        muon.load_state_dict(state["muon"])
-        adam.load_state_dict(state["adam"])
-        first, seconds = state["step"], state["seconds"]
-    began = time.perf_counter() - seconds
-    for step in track(range(first, steps), description="nano VAE"):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        schedule = learning_rate(step, steps, 1.0, WARMUP_STEPS, steps // 2)
-        muon.param_groups[0]["lr"] = MUON_LEARNING_RATE * schedule
-        adam.param_groups[0]["lr"] = ADAM_LEARNING_RATE * schedule
-        crops = crops_at(step, steps)
-        loss = vae.loss(draw_crops(training, crops, generator), generator)
-        vae.zero_grad()
-        loss.backward()
-        muon.step()
-        adam.step()
-        decay = min(EMA_DECAY, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for average, parameter in zip(ema.parameters(), vae.parameters(), strict=True):
-                average.lerp_(parameter, 1 - decay)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            seconds = time.perf_counter() - began
-            row = {"step": step + 1, "seconds": round(seconds), "loss": round(float(loss.detach()), 4)}
-            row |= {"psnr_db": held_out_psnr(ema, held_out)}
+    training = [split(load_clip(name, resolution))[0] for name in NAMES for resolution in (256, 512)]
+    held_out = held_out_clips()
+    trainer = VAETrainer(training, steps, seed)
+    trainer.resume(out / "checkpoint.pt")
+    for _ in track(range(trainer.done, steps), description="nano VAE"):
+        loss = trainer.step()
+        if trainer.done % every == 0 or trainer.done == steps:
+            row = {"step": trainer.done, "seconds": round(trainer.seconds), "loss": round(loss, 4)}
+            row |= {"psnr_db": held_out_psnr(trainer.ema.encoder, trainer.ema.decoder, held_out)}
             with (out / "log.jsonl").open("a") as log:
                 print(json.dumps(row), file=log)
-            state = {
-                "vae": vae.state_dict(),
-                "ema": ema.state_dict(),
-                "muon": muon.state_dict(),
-                "adam": adam.state_dict(),
-            }
-            save_checkpoint(state | {"step": step + 1, "seconds": seconds}, checkpoint)
-    export(ema, scaling_factor(ema.encoder, [clips[name, 256][0] for name in NAMES]), out / "vae.safetensors")
+            trainer.save(out / "checkpoint.pt")
+    export(trainer.ema, scaling_factor(trainer.ema, training[::2]), out / "vae.safetensors")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run(trainer: Trainer, out: Path, every: int) -> None:
 def main(
     latents: Annotated[Path, typer.Option(help="folder of latent shards (*.tar)")],
     out: Annotated[Path, typer.Option(help="folder for the log, the checkpoint and the weights")],
-    steps: int,
+    steps: Annotated[int, typer.Option(help="steps of the whole schedule")],
     preset: str = "nano",
     init: Annotated[Path | None, typer.Option(help="start from these weights instead of random ones")] = None,
     captions: Annotated[Path | None, typer.Option(help="JSON: source file's stem -> caption")] = None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.image import imsave
 
 from bench.demo.memory import measure
 from k5kernels.cache import MagCache
@@ -128,7 +129,7 @@ class Job:
         )
 
     def write_video(self) -> None:
-        """Source, reconstruction and the samples side by side, as MP4."""
+        """Source, reconstruction and the samples side by side, as MP4 and one frame as PNG."""
         meta = self.sample_meta
         until = meta["first_frame"] + meta["frames"]
         frames, rate = read_video(self.video, meta["height"], meta["width"], max_frames=until)
@@ -137,7 +138,9 @@ class Job:
             self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3)))
         self.reconstruction_db = psnr(self.reconstruction, self.source)
         videos = [self.source, self.reconstruction, *(sample.frames for sample in self.samples.values())]
-        write_video(self.out / "samples.mp4", torch.cat(videos, dim=2), rate)
+        row = torch.cat(videos, dim=2)
+        write_video(self.out / "samples.mp4", row, rate)
+        imsave(self.out / "samples.png", row[len(row) // 2].numpy())
 
     def measure_memory(self, progress: Progress) -> None:
         """Peak memory of a training step on the scene's grid, plain and with activation checkpointing."""
