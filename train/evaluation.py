@@ -92,7 +92,7 @@ def generate(
             model,
             scene.text,
             scene.negative,
-            (1, *scene.latent.shape[1:4]),
+            tuple(scene.latent.shape),
             first_frame=scene.latent[:, :1],
             steps=steps,
             guidance=nano.guidance,
