@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent
 
 
 def find_tools() -> tuple[str | None, str | None]:
-    """(cmake, compiler), None for what is not there; cmake may lie beside this Python, as the package from PyPI does."""
+    """(cmake, compiler), None for what is missing; cmake may lie beside this Python, as the package from PyPI does."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     cmake = shutil.which("cmake", path=path)
     compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from transformers.utils.logging import disable_progress_bar
 
 from bench.demo.job import Job
 from bench.demo.page import write_page
@@ -46,6 +47,7 @@ def main(
 ) -> None:
     """Run the demo; a second run overwrites the first."""
     console = Console()
+    disable_progress_bar()  # of the text encoder's weights: the job has its own bars
     try:
         video = video or clip_path("bigbuckbunny")
         run(video, out, caption or CAPTIONS.get(video.stem, "A video."), console)

@@ -23,7 +23,7 @@ from train.evaluation import Generation, Scene, generate, probe_loss, psnr
 from train.latents import LatentSet, channels_last, read_shards
 from train.trainer import TrainConfig, Trainer
 
-TRAIN_STEPS = 20
+TRAIN_STEPS = 60
 SAMPLE_STEPS = 50
 SEED = 0
 PLAIN = "full attention"
@@ -79,6 +79,7 @@ class Job:
             progress=lambda _, done, total: progress(done, total),
         )
         self.encode_seconds = time.perf_counter() - began
+        progress(1, 1)  # the last frames of a video may be too few for a clip
         if summary.failures:
             raise VideoError(next(iter(summary.failures.values())))
         samples = list(read_shards(self.out / "latents"))

@@ -1,8 +1,6 @@
 """What the demo shows of a finished Job: figures and tables, every number from that run."""
 
 import json
-import os
-import platform
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from bench.demo.figures import draw_block_masks, draw_loss, draw_schedule
 from bench.demo.job import PLAIN, Job
 from bench.demo.report import Table, write_report
+from bench.harness import machine
 from k5kernels.planner import MODELS, ClipShape, memory_bytes, step_time_ms
 from k5kernels.token_layout import TokenLayout
 from k5kernels.video import BUCKETS
@@ -20,12 +19,9 @@ GIB = 2**30
 PLANNED_GPUS = 64
 
 
-def machine() -> str:
-    """Processor, threads and versions, for every table's reader."""
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, k5kernels {version('k5kernels')}"
-    )
+def setting() -> str:
+    """Machine, threads and version, for every table's reader."""
+    return f"{machine()}; {torch.get_num_threads()} threads, k5kernels {version('k5kernels')}"
 
 
 def sampling_table(job: Job) -> Table:
@@ -105,13 +101,13 @@ def write_page(job: Job) -> Path:
     schedule = draw_schedule(job.magcache.schedule, job.nano.mag_ratios, job.out / "magcache.png")
     tables = {"job": job_table(job), "sampling": sampling_table(job), "memory": memory_table(job)}
     results = {name: {"columns": table.columns, "rows": table.rows} for name, table in tables.items()}
-    (job.out / "results.json").write_text(json.dumps({"machine": machine()} | results, indent=1) + "\n")
+    (job.out / "results.json").write_text(json.dumps({"machine": setting()} | results, indent=1) + "\n")
     page = job.out / "report.html"
     height, width = job.sample_meta["height"], job.sample_meta["width"]
     write_report(
         page,
         f"k5kernels on {job.video.name}",
-        f"{machine()}. Bucket {height}×{width} of {sorted(BUCKETS)}.",
+        f"{setting()}. Bucket {height}×{width} of {sorted(BUCKETS)}.",
         job.out / "samples.mp4",
         "Left to right: source, reconstruction by the VAE, " + ", ".join(job.samples),
         [
