@@ -24,12 +24,20 @@ from model.weights import load_crossdit, save_crossdit
 from train.latents import LatentSet, read_shards
 from train.trainer import TrainConfig, Trainer
 
+TEXT_WIDTH = 384  # of MiniLM's tokens
+
 
 def build_model(preset: str, init: Path | None, checkpointing: bool, seed: int) -> CrossDiT:
     """A preset with random weights, or weights from a file."""
     torch.manual_seed(seed)
     if init is None and preset not in PRESETS:
         raise typer.BadParameter(f"expected one of {', '.join(PRESETS)}, got {preset}", param_hint="--preset")
+    if init is None and PRESETS[preset].in_text_dim != TEXT_WIDTH:
+        raise typer.BadParameter(
+            f"expected nano: {preset} takes text of width {PRESETS[preset].in_text_dim}, this trainer's encoder gives "
+            f"{TEXT_WIDTH}",
+            param_hint="--preset",
+        )
     model = load_crossdit(init) if init is not None else CrossDiT(PRESETS[preset])
     model.gradient_checkpointing = checkpointing
     return model

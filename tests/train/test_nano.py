@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 
+from k5kernels.attention import record_block_masks
 from k5kernels.vae.weights import load_decoder, load_encoder
+from model.config import AttentionConfig
+from model.flow_matching import condition_input, noisy_latent
 from model.nano import CROSSDIT_WEIGHTS, SETTINGS, VAE_WEIGHTS, load_settings
 from model.presets import PRESETS
+from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import NAMES
 from train.nano_vae import held_out_clips, held_out_psnr
@@ -40,11 +44,20 @@ def test_the_latents_have_a_standard_deviation_of_about_one():
     assert 0.5 < float(latent.std()) < 2.0
 
 
-def test_nabla_is_not_degenerate():
-    rows = {row["thr"]: row for row in FIGURES["nabla_without_sta"]}
-    densities = [rows[thr]["density"] for thr in (0.9, 0.7, 0.4)]
-    assert densities == sorted(densities, reverse=True)
-    assert 0.02 < densities[-1] < densities[0] < 0.95
+@torch.inference_mode()
+def test_nabla_finds_sparse_masks_that_follow_the_threshold():
+    clip = held_out_clips()[NAMES[0]]
+    latent = load_encoder(VAE_WEIGHTS)(clip).permute(0, 2, 3, 4, 1)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    channels = condition_input(noisy_latent(latent, noise, torch.tensor([0.5])), latent[:, :1])
+    model, text = load_crossdit(CROSSDIT_WEIGHTS), MiniLMTextEncoder().encode(["A rabbit."])
+    densities = []
+    for thr in (0.9, 0.7, 0.4):
+        seen: list[float] = []
+        with record_block_masks(lambda mask, seen=seen: seen.append(mask.density)):
+            model(channels, torch.tensor([500.0]), text, attention=AttentionConfig("nabla", thr, None))
+        densities.append(sum(seen) / len(seen))
+    assert 0.02 < densities[2] < densities[1] < densities[0] < 0.95, densities
 
 
 def test_magcache_is_calibrated_for_both_branches_of_50_steps():

@@ -58,3 +58,9 @@ def test_an_unknown_preset_names_those_there_are(latents, tmp_path):
     result = invoke(latents, tmp_path / "run", 2, "--preset", "huge")
     assert result.exit_code == 2
     assert "nano" in result.output
+
+
+def test_a_preset_whose_text_width_does_not_fit_is_refused_before_it_is_built(latents, tmp_path):
+    result = invoke(latents, tmp_path / "run", 2, "--preset", "video_lite")
+    assert result.exit_code == 2
+    assert "3584" in result.output
