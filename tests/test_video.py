@@ -4,6 +4,7 @@ import math
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -262,21 +263,25 @@ def test_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
         write_video(tmp_path / "nowhere" / "video.mp4", moving_gradient(2, 16, 16), RATE)
 
 
-@pytest.fixture
+@contextmanager
 def disk_of_4_kib() -> Iterator[None]:
-    """Files cannot grow beyond 4 KiB: the error of a full disk, but for its number."""
+    """Files cannot grow beyond 4 KiB: the error of a full disk, but for its number.
+
+    Around the write alone: the test run's own output may be a file that is longer already.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.usefixtures("disk_of_4_kib")
 def test_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> None:
     noise = torch.randint(256, (4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(VideoError, match=r"video\.mp4: the video could not be written"):
+    with pytest.raises(VideoError, match=r"video\.mp4: the video could not be written"), disk_of_4_kib():
         write_video(tmp_path / "video.mp4", noise, RATE)
     assert not list(tmp_path.iterdir())
 
