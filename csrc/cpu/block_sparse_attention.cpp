@@ -65,19 +65,41 @@ K5_INLINE void fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) target[i] = value;
 }
 
-// Into the second-level cache.
-template <class T>
-K5_INLINE void prefetch_rows(const T* source, int64_t step, int64_t count, int64_t width) {
-  const int64_t line = 64 / sizeof(T);
-  for (int64_t row = 0; row < count; row++)
-    for (int64_t i = 0; i < width; i += line) __builtin_prefetch(source + row * step + i, 0, 2);
-}
+// Rows that come up soon, fetched into the second-level cache a few at a time between products: all at once they would
+// hold up the loads in work.
+class Prefetch {
+ public:
+  template <class T>
+  void add(const T* first, int64_t step, int64_t count, int64_t width) {
+    if (count > 0)
+      queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), width * int64_t(sizeof(T)),
+                           count};
+  }
+  void clear() { current_ = queued_ = 0; }
+  void next_rows() {
+    for (int row = 0; row < kRowsAtOnce && current_ < queued_; row++) {
+      Rows& rows = queue_[current_];
+      for (int64_t byte = 0; byte < rows.bytes; byte += kLineBytes) __builtin_prefetch(rows.next + byte, 0, 2);
+      rows.next += rows.step;
+      if (--rows.count == 0) current_++;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64, kRowsAtOnce = 2;
+  struct Rows {
+    const char* next;
+    int64_t step, bytes, count;
+  };
+  Rows queue_[4];
+  int queued_ = 0, current_ = 0;
+};
 
 // panel[d][16] = panel[d][16] · decay + Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small
 // terms added one by one to what many blocks have gathered would round away.
-template <bool kDecays>
+template <bool kDecays, class Done>
 K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights,
-                                 const Vec8 (&decay)[2], float* panel) {
+                                 const Vec8 (&decay)[2], float* panel, const Done& done) {
   for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
     Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count);
@@ -87,18 +109,29 @@ K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width
         const Vec8 before = load(sums);
         store(sums, (kDecays ? before * decay[half] : before) + tile.sums[row][half]);
       }
+    done();
   });
 }
 
+K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights, float* panel) {
+  add_weighted_rows<false>(rows, count, width, weights, {}, panel, [] {});
+}
+
 // One panel of queries and up to 64 keys: scores, online softmax, values. top and total: [16], the largest score yet
-// and the sum of 2^(score - top).
-void attend(const float* keys, const float* values, int64_t count, int64_t width, const float* queries, float* scores,
-            float* out, float* top, float* total) {
-  dot_products(keys, width, count, queries, width, scores, kPanel);
+// and the sum of 2^(score - top). kWidth: the width of a whole block of 64 keys, or 0 for any width and count.
+template <int64_t kWidth>
+__attribute__((noinline)) void attend(const float* keys, const float* values, int64_t any_count, int64_t any_width,
+                                      const float* queries, float* scores, float* out, float* top, float* total,
+                                      Prefetch& prefetch) {
+  const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
   Vec8 highest[2] = {load(top), load(top + kLanes)}, base[2], decay[2];
-  for (int64_t key = 0; key < count; key++)
-    for (int half = 0; half < 2; half++)
-      highest[half] = larger(load(scores + key * kPanel + half * kLanes), highest[half]);
+  dot_products(keys, width, count, queries, width, scores, kPanel, [&]<int Rows>(const Tile<Rows>& tile)
+                   __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; row++)
+      for (int half = 0; half < 2; half++) highest[half] = larger(tile.sums[row][half], highest[half]);
+    prefetch.next_rows();
+  });
   for (int half = 0; half < 2; half++) {
     base[half] = highest[half] == -kInfinity ? Vec8{} : highest[half];  // so that scores of -inf weigh nothing
     decay[half] = exp2(load(top + half * kLanes) - base[half]);
@@ -116,7 +149,7 @@ void attend(const float* keys, const float* values, int64_t count, int64_t width
     float* gathered = total + half * kLanes;
     store(gathered, load(gathered) * decay[half] + sums[half]);
   }
-  add_weighted_rows<true>(values, count, width, scores, decay, out);
+  add_weighted_rows<true>(values, count, width, scores, decay, out, [&] { prefetch.next_rows(); });
 }
 
 // Scratch of one block of keys: what stays while its readers pass.
@@ -132,7 +165,6 @@ void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, co
                    int64_t width, const float* base, const float* shift, float* weights,
                    float* slopes, float* grad_q) {
   const int64_t panels = panels_of(keys);
-  const Vec8 none[2] = {};
   for (int64_t panel = 0; panel < panels; panel++) {
     const int64_t at = panel * width * kPanel;
     float* slope = slopes + panel * kTileTokens * kPanel;
@@ -142,14 +174,14 @@ void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, co
         float* weight = weights + row * kPanel + half * kLanes;
         store(weight, exp2(load(weight) - base[row]));
       }
-    add_weighted_rows<false>(grads, count, width, weights, none, block.grad_values + at);
+    add_weighted_rows(grads, count, width, weights, block.grad_values + at);
     dot_products(grads, width, count, block.values + at, width, slope, kPanel);
     for (int64_t row = 0; row < count; row++)
       for (int half = 0; half < 2; half++) {
         const int64_t i = row * kPanel + half * kLanes;
         store(slope + i, load(weights + i) * (load(slope + i) - shift[row]));
       }
-    add_weighted_rows<false>(queries, count, width, slope, none, block.grad_keys + at);
+    add_weighted_rows(queries, count, width, slope, block.grad_keys + at);
   }
   if (!grad_q) return;
   for (int64_t d = 0; d < width; d += kPanel)
@@ -212,7 +244,6 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
 void add_query_gradient(const float* keys, const float* values, int64_t count, int64_t width, const float* queries,
                         const float* grads, const float* base, const float* shift, float* weights,
                         float* slopes, float* grad_q) {
-  const Vec8 none[2] = {};
   dot_products(keys, width, count, queries, width, weights, kPanel);
   dot_products(values, width, count, grads, width, slopes, kPanel);
   for (int64_t key = 0; key < count; key++)
@@ -221,7 +252,27 @@ void add_query_gradient(const float* keys, const float* values, int64_t count, i
       const Vec8 weight = exp2(load(weights + i) - load(base + half * kLanes));
       store(slopes + i, weight * (load(slopes + i) - load(shift + half * kLanes)));
     }
-  add_weighted_rows<false>(keys, count, width, slopes, none, grad_q);
+  add_weighted_rows(keys, count, width, slopes, grad_q);
+}
+
+// What is needed after an entry of a list: the next entry's keys and values; behind the last one the next block's
+// queries with its first keys and values, and the place of the output.
+template <class T>
+void prefetch_next(const Attention<T>& op, const Place& at, int64_t entry, Prefetch& prefetch) {
+  const AttentionSizes& sizes = op.sizes;
+  const auto add_block = [&](const auto& tensor, int64_t block) {
+    const int64_t first = sizes.block_starts[block];
+    prefetch.add(head_of(tensor, at) + first * tensor.step, tensor.step,
+                 smaller(kTileTokens, sizes.block_starts[block + 1] - first), sizes.width);
+  };
+  const int64_t* offsets = offsets_of(op.reads, at) + at.block;
+  const bool last_entry = entry + 1 == offsets[1], last_block = at.block + 1 == sizes.blocks;
+  if (last_entry) add_block(op.out, at.block);
+  if (last_entry && !last_block) add_block(op.q, at.block + 1);
+  if (!last_entry || (!last_block && offsets[1] < offsets[2])) {
+    add_block(op.k, op.reads.indices[entry + 1]);
+    add_block(op.v, op.reads.indices[entry + 1]);
+  }
 }
 
 }  // namespace
@@ -242,6 +293,7 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
   float* top = scores + kTileTokens * kPanel;
   float* total = top + kTileTokens;
   const int64_t* offsets = offsets_of(op.reads, at) + at.block;
+  Prefetch prefetch;
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
     const int64_t panels = panels_of(rows);
     read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, key_rows, queries);
@@ -249,19 +301,21 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
     fill(top, kTileTokens, -kInfinity);
     fill(total, kTileTokens, 0.0f);
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
-      const int64_t next = op.reads.indices[smaller(entry + 1, offsets[1] - 1)];
-      const int64_t next_first = sizes.block_starts[next];
-      const int64_t next_count = smaller(kTileTokens, sizes.block_starts[next + 1] - next_first);
+      prefetch.clear();
+      prefetch_next(op, at, entry, prefetch);
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-        for (int64_t panel = 0; panel < panels; panel++) {
-          const int64_t from = panel * kPanel, lines = smaller(kPanel, next_count - from);
-          prefetch_rows(k + (next_first + from) * op.k.step, op.k.step, lines, width);
-          prefetch_rows(v + (next_first + from) * op.v.step, op.v.step, lines, width);
-          attend(keys, values, count, wide, queries + from * wide, scores, out + from * wide, top + from,
-                 total + from);
-        }
+        const auto attend_panels = [&]<int64_t kWidth>() {
+          for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t from = panel * kPanel;
+            attend<kWidth>(keys, values, count, wide, queries + from * wide, scores, out + from * wide, top + from,
+                           total + from, prefetch);
+          }
+        };
+        if (count == kTileTokens && wide == 64) attend_panels.template operator()<64>();
+        else if (count == kTileTokens && wide == 128) attend_panels.template operator()<128>();
+        else attend_panels.template operator()<0>();
       });
     }
     const bool reads_nothing = offsets[0] == offsets[1];

@@ -63,7 +63,7 @@ struct Tile {
   // here keeps, so that one sum has the same bits wherever it is formed.
   K5_INLINE void add_product(Tile& tile, const float* a, int64_t row_step, int64_t a_step, const float* b,
                              int64_t b_step, int64_t count) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t k = 0; k < count; k++) {
       const Vec8 left = load(b + k * b_step), right = load(b + k * b_step + kLanes);
 #pragma GCC unroll 8
@@ -92,18 +92,36 @@ K5_INLINE void for_tiles(int64_t rows, const Body& body) {
   if (rows - row == 1) body.template operator()<1>(row);
 }
 
-// out[r][16] = rows[r] · panel: dot products of `count` rows with the sixteen columns of a panel.
+// out[r][16] = rows[r] · panel: dot products of `count` rows with the sixteen columns of a panel. done(tile) is called
+// with each tile of them.
+template <class Done>
 K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
-                            float* out, int64_t out_step) {
+                            float* out, int64_t out_step, const Done& done) {
   for_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
     Tile<Rows>::add_product(tile, rows + row * row_step, row_step, 1, panel, kPanel, depth);
     Tile<Rows>::write(tile, out + row * out_step, out_step);
+    done(tile);
   });
 }
 
-// 2^value to about one unit in the last place for value < 128; zero below 2^-126, NaN for NaN.
+K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
+                            float* out, int64_t out_step) {
+  dot_products(rows, row_step, count, panel, depth, out, out_step, [](const auto&) {});
+}
+
+// The larger one; `other` where either is NaN. Spelled out for AVX2 because GCC makes a comparison and a blend of it.
+K5_INLINE Vec8 larger(Vec8 one, Vec8 other) {
+#ifdef __AVX2__
+  return (Vec8)_mm256_max_ps((__m256)one, (__m256)other);
+#else
+  return one > other ? one : other;
+#endif
+}
+
+// 2^value to about one unit in the last place for value < 128; zero below 2^-126.5, NaN for NaN.
 K5_INLINE Vec8 exp2(Vec8 value) {
+  value = larger(Vec8{} - 127.0f, value);  // whose power below is zero
   const Vec8 magic = Vec8{} + 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
   const Vec8 shifted = value + magic;
   const Vec8 rest = value - (shifted - magic);
@@ -118,11 +136,8 @@ K5_INLINE Vec8 exp2(Vec8 value) {
   bits = (bits << 23) + 0x3f800000u;
   Vec8 power;
   std::memcpy(&power, &bits, sizeof(power));
-  return value < -126.0f ? Vec8{} : polynomial * power;
+  return polynomial * power;
 }
-
-// The larger one; `other` where `one` is NaN.
-K5_INLINE Vec8 larger(Vec8 one, Vec8 other) { return one > other ? one : other; }
 
 #ifdef __clang__
 #define K5_SHUFFLE(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
