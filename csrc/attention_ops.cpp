@@ -2,6 +2,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "binding.h"
@@ -31,6 +32,21 @@ k5::AttentionSizes sizes_of(const Tensor& q, const Tensor& block_starts, double 
   return {data<int64_t>(block_starts), q.size(1), block_starts.size(0) - 1, q.size(3), static_cast<float>(scale)};
 }
 
+template <class T>
+void run_attention(const k5::Attention<T>& op, int64_t items) {
+#ifdef K5_HAS_AVX512_BF16
+  if constexpr (std::is_same_v<T, k5::BFloat16>)
+    if (k5::current_isa() == k5::Isa::avx512_bf16) {
+      for_items(items, k5::attention_bf16_scratch(op.sizes), [&](int64_t item, float* scratch) {
+        k5::avx512_bf16::block_sparse_attention(op, item, scratch);
+      });
+      return;
+    }
+#endif
+  for_items(items, k5::attention_scratch(op.sizes),
+            [&](int64_t item, float* scratch) { K5_DISPATCH(block_sparse_attention, op, item, scratch); });
+}
+
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Tensor& offsets, const Tensor& indices,
                                                   const Tensor& block_starts, double scale) {
@@ -50,8 +66,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor&
         new_heads<T>(out),
         new_heads<float>(lse),
         lists_of(list_offsets, data<int64_t>(list_offsets), data<int32_t>(list_indices))};
-    for_items(q.size(0) * q.size(1) * sizes.blocks, k5::attention_scratch(sizes),
-              [&](int64_t item, float* scratch) { K5_DISPATCH(block_sparse_attention, op, item, scratch); });
+    run_attention(op, q.size(0) * q.size(1) * sizes.blocks);
   });
   return {out, lse};
 }

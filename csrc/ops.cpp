@@ -157,7 +157,7 @@ Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
 int64_t isa() { return static_cast<int64_t>(k5::current_isa()); }
 
 bool force_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa == 0 || isa == 1, "isa: expected 0 (portable) or 1 (avx2), got ", isa);
+  STD_TORCH_CHECK(isa >= 0 && isa <= 2, "isa: expected 0 (portable), 1 (avx2) or 2 (avx512_bf16), got ", isa);
   return k5::force_isa(static_cast<k5::Isa>(isa));
 }
 

@@ -12,7 +12,7 @@ from k5kernels.ops import library
 
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "diffusers", "transformers", "av")
 DEVICES = ("cpu", "cuda")
-INSTRUCTION_SETS = ("portable", "avx2")  # by the numbers of csrc/cpu/isa.h
+INSTRUCTION_SETS = ("portable", "avx2", "avx512_bf16")  # by the numbers of csrc/cpu/isa.h
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ settings.register_profile(
 settings.load_profile("k5")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-ISAS = {"portable": 0, "avx2": 1}
+ISAS = {"portable": 0, "avx2": 1, "avx512_bf16": 2}
 
 
 def _available_isas() -> list[str]:

@@ -2,37 +2,10 @@
 // number at a time against a panel of queries, and the softmax runs down columns without a horizontal sum.
 #include "block_sparse_attention.h"
 
+#include "attention_blocks.h"
+
 namespace k5::K5_ISA {
 namespace {
-
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
-constexpr float kInfinity = __builtin_inff();
-
-struct Place {
-  int64_t batch, head, block;
-};
-
-K5_INLINE Place place_of(const AttentionSizes& sizes, int64_t item) {
-  const int64_t block = item % sizes.blocks, head = item / sizes.blocks;
-  return {head / sizes.heads, head % sizes.heads, block};
-}
-
-template <class T>
-K5_INLINE T* head_of(const Heads<T>& tensor, const Place& at) {
-  return tensor.data + at.batch * tensor.batch_stride + at.head * tensor.head_stride;
-}
-
-K5_INLINE const int64_t* offsets_of(const BlockLists& lists, const Place& at) {
-  return lists.offsets + at.batch * lists.batch_stride + at.head * lists.head_stride;
-}
-
-// Calls body(first token, tokens) for each part of at most kTileTokens of a block.
-template <class Body>
-K5_INLINE void for_parts(const AttentionSizes& sizes, int64_t block, const Body& body) {
-  const int64_t end = sizes.block_starts[block + 1];
-  for (int64_t first = sizes.block_starts[block]; first < end; first += kTileTokens)
-    body(first, smaller(kTileTokens, end - first));
-}
 
 // The same over all blocks of a list.
 template <class Body>
@@ -60,40 +33,6 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
   for (int64_t i = count * wide; i < columns * wide; i += kLanes) store(rows + i, Vec8{});
   rows_to_panels(rows, wide, panels_of(count), panels);
 }
-
-K5_INLINE void fill(float* target, int64_t count, float value) {
-  for (int64_t i = 0; i < count; i++) target[i] = value;
-}
-
-// Rows that come up soon, fetched into the second-level cache a few at a time between products: all at once they would
-// hold up the loads in work.
-class Prefetch {
- public:
-  template <class T>
-  void add(const T* first, int64_t step, int64_t count, int64_t width) {
-    if (count > 0)
-      queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), width * int64_t(sizeof(T)),
-                           count};
-  }
-  void clear() { current_ = queued_ = 0; }
-  void next_rows() {
-    for (int row = 0; row < kRowsAtOnce && current_ < queued_; row++) {
-      Rows& rows = queue_[current_];
-      for (int64_t byte = 0; byte < rows.bytes; byte += kLineBytes) __builtin_prefetch(rows.next + byte, 0, 2);
-      rows.next += rows.step;
-      if (--rows.count == 0) current_++;
-    }
-  }
-
- private:
-  static constexpr int64_t kLineBytes = 64, kRowsAtOnce = 2;
-  struct Rows {
-    const char* next;
-    int64_t step, bytes, count;
-  };
-  Rows queue_[4];
-  int queued_ = 0, current_ = 0;
-};
 
 // panel[d][16] = panel[d][16] · decay + Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small
 // terms added one by one to what many blocks have gathered would round away.
@@ -255,26 +194,6 @@ void add_query_gradient(const float* keys, const float* values, int64_t count, i
   add_weighted_rows(keys, count, width, slopes, grad_q);
 }
 
-// What is needed after an entry of a list: the next entry's keys and values; behind the last one the next block's
-// queries with its first keys and values, and the place of the output.
-template <class T>
-void prefetch_next(const Attention<T>& op, const Place& at, int64_t entry, Prefetch& prefetch) {
-  const AttentionSizes& sizes = op.sizes;
-  const auto add_block = [&](const auto& tensor, int64_t block) {
-    const int64_t first = sizes.block_starts[block];
-    prefetch.add(head_of(tensor, at) + first * tensor.step, tensor.step,
-                 smaller(kTileTokens, sizes.block_starts[block + 1] - first), sizes.width);
-  };
-  const int64_t* offsets = offsets_of(op.reads, at) + at.block;
-  const bool last_entry = entry + 1 == offsets[1], last_block = at.block + 1 == sizes.blocks;
-  if (last_entry) add_block(op.out, at.block);
-  if (last_entry && !last_block) add_block(op.q, at.block + 1);
-  if (!last_entry || (!last_block && offsets[1] < offsets[2])) {
-    add_block(op.k, op.reads.indices[entry + 1]);
-    add_block(op.v, op.reads.indices[entry + 1]);
-  }
-}
-
 }  // namespace
 
 template <class T>
@@ -318,14 +237,7 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
         else attend_panels.template operator()<0>();
       });
     }
-    const bool reads_nothing = offsets[0] == offsets[1];
-    float* lse = head_of(op.lse, at) + first;
-    for (int64_t row = 0; row < rows; row++) {
-      // All scores -inf: NaN, as 0/0 in the definition.
-      const float undefined = top[row] == -kInfinity && !reads_nothing ? 0 / total[row] : 0.0f;
-      lse[row] = reads_nothing ? -kInfinity : (top[row] + __builtin_log2f(total[row])) * kLn2 + undefined;
-      total[row] = reads_nothing ? 0.0f : 1 / total[row] + undefined;
-    }
+    finish_rows(top, total, rows, offsets[0] == offsets[1], head_of(op.lse, at) + first);
     panels_to_rows(out, wide, panels, key_rows);
     write_rows(key_rows, total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
   });

@@ -65,6 +65,10 @@ struct AttentionSaved {
 static inline int64_t attention_scratch(const AttentionSizes& sizes) {
   return 4 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + 2);
 }
+// Of the forward in avx512_bf16, which works on bfloat16.
+static inline int64_t attention_bf16_scratch(const AttentionSizes& sizes) {
+  return kTileTokens * padded(sizes.width) * 3 + kTileTokens * (kTileTokens + 2);
+}
 static inline int64_t attention_backward_scratch(const AttentionSizes& sizes) {
   return 8 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + kTileTokens + 1);
 }
@@ -93,5 +97,8 @@ static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
 K5_DECLARE_ATTENTION(portable)
 K5_DECLARE_ATTENTION(avx2)
 #undef K5_DECLARE_ATTENTION
+namespace avx512_bf16 {
+void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* scratch);
+}
 
 }  // namespace k5

@@ -5,7 +5,8 @@
 
 namespace k5 {
 
-enum class Isa : int { portable = 0, avx2 = 1 };
+// avx512_bf16 has kernels of its own for bfloat16 attention; everything else runs as avx2 there.
+enum class Isa : int { portable = 0, avx2 = 1, avx512_bf16 = 2 };
 
 // The best one this processor runs, unless one was forced.
 Isa current_isa();
@@ -17,7 +18,7 @@ bool force_isa(Isa isa);
 
 #ifdef K5_HAS_AVX2
 #define K5_DISPATCH(function, ...) \
-  (k5::current_isa() == k5::Isa::avx2 ? k5::avx2::function(__VA_ARGS__) : k5::portable::function(__VA_ARGS__))
+  (k5::current_isa() >= k5::Isa::avx2 ? k5::avx2::function(__VA_ARGS__) : k5::portable::function(__VA_ARGS__))
 #else
 #define K5_DISPATCH(function, ...) k5::portable::function(__VA_ARGS__)
 #endif

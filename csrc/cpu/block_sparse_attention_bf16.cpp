@@ -1,0 +1,241 @@
+// The forward of block-sparse attention where the processor multiplies pairs of bfloat16 into float32 sums. As in
+// block_sparse_attention.cpp scores stand transposed, keys down and queries across; every product is between bfloat16
+// inputs, the weights of the softmax are rounded to bfloat16 before they meet the values.
+//
+// A pair is two neighbours along the sum, in the halves of 32 bits. Queries and weights are panels of pairs, [n][32];
+// keys hold their pairs as they lie in memory, values are paired once a block.
+#include <immintrin.h>
+
+#include "attention_blocks.h"
+
+namespace k5::avx512_bf16 {
+namespace {
+
+constexpr int64_t kWide = 16, kColumns = 2 * kWide;  // lanes of a vector, queries of a panel
+constexpr int64_t kPanels = kTileTokens / kColumns, kPairs = kTileTokens / 2;
+constexpr int kRows = 12;  // of a tile: with two vectors of columns they fill 24 of the registers
+
+K5_INLINE __m512bh pairs(__m512i bits) { return (__m512bh)bits; }
+
+// Calls body<Rows>(first row) until `rows` rows are done.
+template <class Body>
+K5_INLINE void for_wide_tiles(int64_t rows, const Body& body) {
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) body.template operator()<kRows>(row);
+  for (; row + 4 <= rows; row += 4) body.template operator()<4>(row);
+  for (; row < rows; row++) body.template operator()<1>(row);
+}
+
+// sums[row][column] = Σ_p a[row·row_step + p·pair_step] · panel[p][column], both halves of a pair, p upwards.
+template <int Rows>
+K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, const uint32_t* panel, int64_t count,
+                        __m512 (&sums)[Rows][2]) {
+#pragma GCC unroll 12
+  for (int row = 0; row < Rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < count; p++) {
+    const __m512i left = _mm512_load_si512(panel + p * kColumns), right = _mm512_load_si512(panel + p * kColumns + kWide);
+#pragma GCC unroll 12
+    for (int row = 0; row < Rows; row++) {
+      uint32_t pair;
+      std::memcpy(&pair, a + row * row_step + p * pair_step, sizeof(pair));  // two elements need no alignment
+      const __m512i factor = _mm512_set1_epi32(static_cast<int>(pair));
+      sums[row][0] = _mm512_dpbf16_ps(sums[row][0], pairs(factor), pairs(left));
+      sums[row][1] = _mm512_dpbf16_ps(sums[row][1], pairs(factor), pairs(right));
+    }
+  }
+}
+
+// 2^value as exp2 in tile.h, sixteen at a time.
+K5_INLINE __m512 exp2(__m512 value) {
+  value = _mm512_max_ps(_mm512_set1_ps(-127.0f), value);
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 shifted = _mm512_add_ps(value, magic);
+  const __m512 rest = _mm512_sub_ps(value, _mm512_sub_ps(shifted, magic));
+  __m512 polynomial = _mm512_set1_ps(0.001326472731307149f);
+  for (const float coefficient :
+       {0.009671512991189957f, 0.05550733581185341f, 0.24022242426872253f, 0.6931470036506653f, 1.0f})
+    polynomial = _mm512_fmadd_ps(polynomial, rest, _mm512_set1_ps(coefficient));
+  const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+  return _mm512_mul_ps(polynomial, _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000))));
+}
+
+// Rows of bfloat16 with zeros up to padded(width): where they stand, or copied.
+K5_INLINE const BFloat16* dense_rows(const BFloat16* source, int64_t step, int64_t count, int64_t width,
+                                     BFloat16* scratch) {
+  const int64_t wide = padded(width);
+  if (step == width && width == wide) return source;
+  for (int64_t row = 0; row < count; row++) {
+    std::memcpy(scratch + row * wide, source + row * step, width * sizeof(BFloat16));
+    std::memset(scratch + row * wide + width, 0, (wide - width) * sizeof(BFloat16));
+  }
+  return scratch;
+}
+
+// Panels of `count` queries; the columns behind them are zeros. rows: scratch.
+K5_INLINE void pack_queries(const BFloat16* source, int64_t step, int64_t count, int64_t width, BFloat16* rows,
+                            uint32_t* panels) {
+  const int64_t wide = padded(width), depth = wide / 2;
+  std::memset(rows, 0, kTileTokens * wide * sizeof(BFloat16));
+  for (int64_t row = 0; row < count; row++) std::memcpy(rows + row * wide, source + row * step, width * sizeof(BFloat16));
+  // Only bits are moved: a pair travels as if it were a float.
+  for (int64_t query = 0; query < kTileTokens; query += kLanes)
+    for (int64_t p = 0; p < depth; p += kLanes)
+      transpose_eight(reinterpret_cast<const float*>(rows) + query * depth + p, depth,
+                      reinterpret_cast<float*>(panels) + (query / kColumns * depth + p) * kColumns + query % kColumns,
+                      kColumns);
+}
+
+// Values of tokens 2p and 2p + 1 side by side: [(count + 1) / 2][width]; a missing last token is zeros.
+K5_INLINE void pair_values(const BFloat16* rows, int64_t width, int64_t count, uint32_t* out) {
+  for (int64_t token = 0; token < count; token += 2)
+    for (int64_t d = 0; d < width; d += kWide) {
+      const BFloat16* at = rows + token * width + d;
+      const auto widened = [](const BFloat16* from) __attribute__((always_inline)) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      };
+      const __m512i second = token + 1 < count ? widened(at + width) : _mm512_setzero_si512();
+      _mm512_store_si512(out + token / 2 * width + d, _mm512_or_si512(widened(at), _mm512_slli_epi32(second, 16)));
+    }
+}
+
+// Two vectors of weights as pairs.
+K5_INLINE __m512i pair_weights(__m512 first, __m512 second) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleaved, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+struct Scratch {
+  uint32_t *queries, *values, *weights;  // [panels][width / 2][32], [32][width], [32][32]
+  float *scores, *out, *top, *total;     // [64][32], [panels][width][32], [64], [64]
+  BFloat16* rows;                        // [2][64][width]
+};
+
+// One panel of queries and up to 64 keys, as `attend` in block_sparse_attention.cpp; scale: of scores, in base 2.
+template <int64_t kWidth>
+__attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, int64_t any_width, float scale,
+                                      const Scratch& scratch, int64_t panel, Prefetch& prefetch) {
+  const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
+  float* scores = scratch.scores;
+  float* top = scratch.top + panel * kColumns;
+  float* total = scratch.total + panel * kColumns;
+  __m512 highest[2], base[2], decay[2], sums[2];
+  for (int half = 0; half < 2; half++) highest[half] = _mm512_set1_ps(-kInfinity);
+  for_wide_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
+    __m512 tile[Rows][2];
+    multiply<Rows>(reinterpret_cast<const uint32_t*>(keys + row * width), width / 2, 1,
+                   scratch.queries + panel * width / 2 * kColumns, width / 2, tile);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const __m512 scaled = _mm512_mul_ps(tile[r][half], _mm512_set1_ps(scale));
+        highest[half] = _mm512_max_ps(scaled, highest[half]);
+        _mm512_store_ps(scores + (row + r) * kColumns + half * kWide, scaled);
+      }
+    prefetch.next_rows();
+  });
+  if (count % 2)
+    for (int64_t i = 0; i < kColumns; i++) scores[count * kColumns + i] = -kInfinity;
+  for (int half = 0; half < 2; half++) {
+    const __m512 before = _mm512_load_ps(top + half * kWide);
+    highest[half] = _mm512_max_ps(highest[half], before);
+    const __mmask16 none = _mm512_cmp_ps_mask(highest[half], _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
+    base[half] = _mm512_mask_blend_ps(none, highest[half], _mm512_setzero_ps());  // so that -inf weighs nothing
+    decay[half] = exp2(_mm512_sub_ps(before, base[half]));
+    _mm512_store_ps(top + half * kWide, highest[half]);
+    sums[half] = _mm512_setzero_ps();
+  }
+  for (int64_t key = 0; key < count; key += 2)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const float* score = scores + key * kColumns + half * kWide;
+      const __m512 first = exp2(_mm512_sub_ps(_mm512_load_ps(score), base[half]));
+      const __m512 second = exp2(_mm512_sub_ps(_mm512_load_ps(score + kColumns), base[half]));
+      sums[half] = _mm512_add_ps(sums[half], _mm512_add_ps(first, second));
+      _mm512_store_si512(scratch.weights + key / 2 * kColumns + half * kWide, pair_weights(first, second));
+    }
+  for (int half = 0; half < 2; half++) {
+    float* gathered = total + half * kWide;
+    _mm512_store_ps(gathered, _mm512_fmadd_ps(_mm512_load_ps(gathered), decay[half], sums[half]));
+  }
+  float* out = scratch.out + panel * width * kColumns;
+  for_wide_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
+    __m512 tile[Rows][2];
+    multiply<Rows>(scratch.values + d, 1, width, scratch.weights, (count + 1) / 2, tile);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        float* gathered = out + (d + r) * kColumns + half * kWide;
+        _mm512_store_ps(gathered, _mm512_fmadd_ps(_mm512_load_ps(gathered), decay[half], tile[r][half]));
+      }
+    prefetch.next_rows();
+  });
+}
+
+Scratch place_scratch(float* memory, int64_t width) {
+  const auto take = [&](int64_t floats) {
+    float* taken = memory;
+    memory += floats;
+    return taken;
+  };
+  const auto take_pairs = [&](int64_t count) { return reinterpret_cast<uint32_t*>(take(count)); };
+  Scratch scratch;
+  scratch.queries = take_pairs(kTileTokens * width / 2);
+  scratch.values = take_pairs(kPairs * width);
+  scratch.weights = take_pairs(kPairs * kColumns);
+  scratch.scores = take(kTileTokens * kColumns);
+  scratch.out = take(kTileTokens * width);
+  scratch.top = take(kTileTokens);
+  scratch.total = take(kTileTokens);
+  scratch.rows = reinterpret_cast<BFloat16*>(take(kTileTokens * width));
+  return scratch;
+}
+
+}  // namespace
+
+void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* memory) {
+  const AttentionSizes& sizes = op.sizes;
+  const Place at = place_of(sizes, item);
+  const int64_t width = sizes.width, wide = padded(width);
+  const BFloat16* q = head_of(op.q, at);
+  const BFloat16* k = head_of(op.k, at);
+  const BFloat16* v = head_of(op.v, at);
+  const Scratch scratch = place_scratch(memory, wide);
+  const int64_t* offsets = offsets_of(op.reads, at) + at.block;
+  Prefetch prefetch;
+  for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
+    const int64_t panels = (rows + kColumns - 1) / kColumns;
+    pack_queries(q + first * op.q.step, op.q.step, rows, width, scratch.rows, scratch.queries);
+    fill(scratch.out, panels * kColumns * wide, 0.0f);
+    fill(scratch.top, kTileTokens, -kInfinity);
+    fill(scratch.total, kTileTokens, 0.0f);
+    for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
+      prefetch.clear();
+      prefetch_next(op, at, entry, prefetch);
+      for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
+        const BFloat16* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, scratch.rows);
+        pair_values(dense_rows(v + token * op.v.step, op.v.step, count, width, scratch.rows + kTileTokens * wide), wide,
+                    count, scratch.values);
+        for (int64_t panel = 0; panel < panels; panel++) {
+          const auto run = count == kTileTokens && wide == 64    ? attend<64>
+                           : count == kTileTokens && wide == 128 ? attend<128>
+                                                                 : attend<0>;
+          run(keys, count, wide, sizes.scale * kLog2E, scratch, panel, prefetch);
+        }
+      });
+    }
+    float* lse = head_of(op.lse, at) + first;
+    finish_rows(scratch.top, scratch.total, rows, offsets[0] == offsets[1], lse);
+    float* out_rows = reinterpret_cast<float*>(scratch.queries);  // with the values behind it: both are done with
+    for (int64_t query = 0; query < rows; query += kLanes)
+      for (int64_t d = 0; d < wide; d += kLanes)
+        transpose_eight(scratch.out + (query / kColumns * wide + d) * kColumns + query % kColumns, kColumns,
+                        out_rows + query * wide + d, wide);
+    write_rows(out_rows, scratch.total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
+  });
+}
+
+}  // namespace k5::avx512_bf16
