@@ -8,12 +8,20 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness import compare
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask
 from k5kernels.ops.nabla_mask import nabla_mask_reference
+from model.config import AttentionConfig
+from model.flow_matching import TIME_UNITS, condition_input
+from model.nano import CROSSDIT_WEIGHTS
+from model.weights import load_crossdit
+from train.clips import NAMES
+from train.nano_crossdit import held_out_scene
 
 LAYOUT = TokenLayout((4, 32, 32))
+LONG = TokenLayout((16, 32, 32))
 BLOCK = 64
 DENSITY, THR = 0.1, 0.9
 
@@ -51,18 +59,19 @@ def sizes(layout, heads, dim, density):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_attention(benchmark, dtype, dim):
-    heads = 512 // dim
-    q, k, v = random_tokens(LAYOUT, heads, dim, dtype)
-    mask = random_mask(LAYOUT, heads)
+@pytest.mark.parametrize("layout", [LAYOUT, LONG], ids=["S 4096", "S 16384"])
+def test_attention(benchmark, dtype, layout, dim):
+    heads = 4 * LAYOUT.tokens * 128 // (layout.tokens * dim)
+    q, k, v = random_tokens(layout, heads, dim, dtype)
+    mask = random_mask(layout, heads)
     wide = [x.double() for x in (q, k, v)]
-    sparse, dense = block_sparse_attention(*wide, mask, LAYOUT), scaled_dot_product_attention(*wide)
+    sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
     flex, flex_mask = torch.compile(flex_attention), mask.to_flex()
     compare(
         benchmark,
-        sizes(LAYOUT, heads, dim, mask.density),
+        sizes(layout, heads, dim, mask.density),
         {
-            "ours": lambda: (block_sparse_attention(q, k, v, mask, LAYOUT), sparse),
+            "ours": lambda: (block_sparse_attention(q, k, v, mask, layout), sparse),
             "dense SDPA": lambda: (scaled_dot_product_attention(q, k, v), dense),
             "compiled flex_attention": lambda: (flex(q, k, v, block_mask=flex_mask), sparse),
         },
@@ -71,13 +80,12 @@ def test_attention(benchmark, dtype, dim):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_attention_and_a_matrix_product_of_as_many_operations(benchmark, dim):
-    """The ratio is the GFLOP/s on kept blocks as a share of those of torch.mm."""
-    heads = 1024 // dim
+def test_rate_on_kept_blocks(benchmark, dim):
+    """GFLOP/s of both products over the kept blocks, beside a matrix product."""
+    heads, side = 1024 // dim, 4096
     q, k, v = random_tokens(LAYOUT, heads, dim)
     mask = random_mask(LAYOUT, heads)
     truth = block_sparse_attention(q.double(), k.double(), v.double(), mask, LAYOUT)
-    side = round((2 * mask.indices.numel() * BLOCK**2 * dim) ** (1 / 3))
     left, right = torch.randn(side, side), torch.randn(side, side)
     product = left.double() @ right.double()
     compare(
@@ -88,6 +96,7 @@ def test_attention_and_a_matrix_product_of_as_many_operations(benchmark, dim):
             f"torch.mm {side}³": lambda: (left @ right, product),
         },
         check,
+        operations={"ours": 4 * BLOCK**2 * dim * mask.indices.numel(), f"torch.mm {side}³": 2 * side**3},
     )
 
 
@@ -158,19 +167,52 @@ def test_mask(benchmark, frames):
     )
 
 
-def test_nabla_attention(benchmark):
-    """Mask and attention together."""
-    heads, dim = 4, 64
-    q, k, v = alike_in_blocks(LAYOUT, heads, dim)
-    mask = nabla_mask(q, k, LAYOUT, THR)
+def compare_whole(benchmark, q, k, v, layout, thr):
+    """Mask and attention together, beside dense attention."""
+    mask = nabla_mask(q, k, layout, thr)
     wide = [x.double() for x in (q, k, v)]
-    sparse, dense = block_sparse_attention(*wide, mask, LAYOUT), scaled_dot_product_attention(*wide)
+    sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
     compare(
         benchmark,
-        f"{sizes(LAYOUT, heads, dim, mask.density)}, thr {THR}",
+        f"{sizes(layout, q.shape[1], q.shape[3], mask.density)}, thr {thr}",
         {
-            "ours": lambda: (nabla_attention(q, k, v, LAYOUT, THR), sparse),
+            "ours": lambda: (nabla_attention(q, k, v, layout, thr), sparse),
             "dense SDPA": lambda: (scaled_dot_product_attention(q, k, v), dense),
         },
         check,
     )
+
+
+def test_nabla_attention(benchmark):
+    compare_whole(benchmark, *alike_in_blocks(LAYOUT, 4, 64), LAYOUT, THR)
+
+
+class Captured(TorchDispatchMode):
+    """Keeps the q, k and v of the attention that runs inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.k5.block_sparse_attention.default:
+            self.tokens.append(args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def tokens_of_nano(layout):
+    """q, k and v of the middle block of the shipped model, half-way through the noise of a held-out clip."""
+    scene, model = held_out_scene(NAMES[0]), load_crossdit(CROSSDIT_WEIGHTS)
+    noisy = 0.5 * (scene.latent + torch.randn(scene.latent.shape))
+    with Captured() as captured:
+        attention = AttentionConfig("nabla", THR, None)
+        model(condition_input(noisy, None), torch.tensor([TIME_UNITS / 2]), scene.text, attention=attention)
+    q, k, v = captured.tokens[model.config.visual_blocks // 2]
+    assert q.shape[2] == layout.tokens
+    return q, k, v
+
+
+def test_nabla_attention_on_tokens_of_nano(benchmark):
+    layout = TokenLayout((7, 16, 24))
+    compare_whole(benchmark, *tokens_of_nano(layout), layout, THR)

@@ -1,12 +1,14 @@
 """Times variants of one computation side by side, and only after each has shown that its output is right.
 
-The variants take turns in one process, so that whatever else the machine does falls on all alike; only the ratio of
-their medians is meant to be quoted.
+The variants take turns in one process, so that whatever else the machine does falls on all alike; only their
+ratios are meant to be quoted.
 """
 
+import ctypes
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,24 +20,72 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 9
 ROUND_SECONDS = 0.02
+SETS_ALLOCATOR = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
 class Row:
-    """Median milliseconds of each variant; the first one is ours."""
+    """Milliseconds of a call in every round, by variant; the first one is ours.
+
+    operations: floating-point operations of a call, by variant, where variants do not compute equally much.
+    """
 
     name: str
     sizes: str
     threads: int
-    milliseconds: dict[str, float]
+    milliseconds: dict[str, list[float]]
+    operations: dict[str, float] | None = None
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.milliseconds.items()}
+
+    def ratios(self, variant: str) -> tuple[float, float, float]:
+        """How many times ours is as fast as the variant (for each operation, where they are given): the lower
+        quartile, the median and the upper quartile over the rounds."""
+        ours = next(iter(self.milliseconds))
+        work = self.operations[ours] / self.operations[variant] if self.operations else 1.0
+        pairs = zip(self.milliseconds[variant], self.milliseconds[ours], strict=True)
+        low, middle, high = statistics.quantiles((work * other / own for other, own in pairs), n=4, method="inclusive")
+        return low, middle, high
 
     def __str__(self) -> str:
-        (ours, own_time), *others = self.milliseconds.items()
-        ratios = "  ".join(f"{name} {t:.3f} ms ({t / own_time:.2f}x)" for name, t in others)
-        return f"{self.name}  {self.sizes}  {self.threads} threads:  {ours} {own_time:.3f} ms  {ratios}"
+        medians = self.medians()
+        parts = []
+        for number, (name, median) in enumerate(medians.items()):
+            part = f"{name} {median:.3f} ms"
+            if self.operations:
+                part += f" {self.operations[name] / median / 1e6:.0f} GFLOP/s"
+            if number:
+                low, middle, high = self.ratios(name)
+                part += f" ({middle:.2f}x, {low:.2f} to {high:.2f})"
+            parts.append(part)
+        return f"{self.name}  {self.sizes}  {self.threads} threads:  {'  '.join(parts)}"
 
 
 ROWS: list[Row] = []
+
+
+def measure(
+    name: str,
+    sizes: str,
+    variants: Mapping[str, Callable[[], Any]],
+    check: Callable[[Any], None],
+    operations: dict[str, float] | None = None,
+    rounds: int = ROUNDS,
+) -> Row:
+    """Check the output of every variant, then time them in turn.
+
+    variants: name -> call without arguments; the first is ours. check: raises where an output is wrong; then nothing
+    is timed. operations: as in Row.
+    """
+    for variant in variants.values():
+        check(variant())
+    calls = {variant: _calls_per_round(call) for variant, call in variants.items()}
+    samples: dict[str, list[float]] = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for variant, call in variants.items():
+            samples[variant].append(1e3 * _seconds(call, calls[variant]) / calls[variant])
+    return Row(name, sizes, torch.get_num_threads(), samples, operations)
 
 
 def compare(
@@ -43,26 +93,34 @@ def compare(
     sizes: str,
     variants: Mapping[str, Callable[[], Any]],
     check: Callable[[Any], None],
+    operations: dict[str, float] | None = None,
 ) -> Row:
-    """Check the output of every variant, time them in turn, keep the row for the summary.
-
-    variants: name -> call without arguments; the first is ours. check: raises where an output is wrong; then nothing
-    is timed. The row also goes to pytest-benchmark's JSON.
-    """
-    for variant in variants.values():
-        check(variant())
-    calls = {name: _calls_per_round(variant) for name, variant in variants.items()}
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(ROUNDS):
-        for name, variant in variants.items():
-            samples[name].append(_seconds(variant, calls[name]) / calls[name])
-    milliseconds = {name: 1e3 * statistics.median(times) for name, times in samples.items()}
-    row = Row(benchmark.name.removeprefix("test_"), sizes, torch.get_num_threads(), milliseconds)
+    """`measure`, with the row kept for the summary and for pytest-benchmark's JSON."""
+    row = measure(benchmark.name.removeprefix("test_"), sizes, variants, check, operations)
     ROWS.append(row)
-    benchmark.extra_info.update(machine=machine(), sizes=sizes, threads=row.threads, median_ms=milliseconds)
+    benchmark.extra_info.update(machine=machine(), sizes=sizes, threads=row.threads, median_ms=row.medians())
     ours = next(iter(variants))
-    benchmark.pedantic(variants[ours], rounds=5, iterations=calls[ours])
+    benchmark.pedantic(variants[ours], rounds=5, iterations=_calls_per_round(variants[ours]))
     return row
+
+
+def reuse_memory(reuse: bool) -> None:
+    """Whether large tensors reuse memory freed before, or take fresh pages and give them back (glibc alone).
+
+    Fresh pages cost more than the kernels that fill them, so times are taken with memory reused; the memory that a
+    call takes can only be seen with fresh pages.
+    """
+    if SETS_ALLOCATOR:
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30 if reuse else 1 << 16)
+        libc.mallopt(trim_threshold, (1 << 31) - 1 if reuse else 1 << 16)
+        if not reuse:
+            libc.malloc_trim(0)
+
+
+def memory_in_words() -> str:
+    return "outputs reuse memory (mallopt)" if SETS_ALLOCATOR else "outputs take fresh memory"
 
 
 def machine() -> str:

@@ -39,10 +39,23 @@ def test_every_variant_gets_a_median_and_a_ratio_to_ours(rows):
     variants = {"ours": lambda: torch.ones(4), "other": lambda: torch.ones(4)}
     row = harness.compare(benchmark, "[4]", variants, check)
     assert rows == [row]
-    assert list(row.milliseconds) == ["ours", "other"]
-    assert f"({row.milliseconds['other'] / row.milliseconds['ours']:.2f}x)" in str(row)
+    assert [len(times) for times in row.milliseconds.values()] == [harness.ROUNDS] * 2
+    assert f"({row.ratios('other')[1]:.2f}x" in str(row)
     assert benchmark.timed == [variants["ours"]]
-    assert benchmark.extra_info["median_ms"] == row.milliseconds
+    assert benchmark.extra_info["median_ms"] == row.medians()
+
+
+def test_ratios_are_those_of_the_rounds():
+    row = harness.Row("case", "[4]", 1, {"ours": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 4.0]})
+    assert row.medians() == {"ours": 2.0, "other": 4.0}
+    assert row.ratios("other") == (1.5, 2.0, 2.5)
+
+
+def test_operations_turn_ratios_of_times_into_ratios_of_rates():
+    times, operations = {"ours": [1.0, 1.0, 1.0], "other": [4.0, 4.0, 4.0]}, {"ours": 1e6, "other": 8e6}
+    row = harness.Row("case", "[4]", 1, times, operations)
+    assert row.ratios("other") == (0.5, 0.5, 0.5)
+    assert "other 4.000 ms 2 GFLOP/s (0.50x" in str(row)
 
 
 def test_variants_take_turns(rows):
