@@ -98,7 +98,8 @@ def decode(
     with _open(path) as (container, stream):
         stream.thread_type = "AUTO"
         for packet in container.demux(stream):
-            frames = packet.decode()
+            # A damaged packet is not decoded: that raises an error or not, by the number of threads.
+            frames = [] if packet.is_corrupt else packet.decode()
             if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
                 raise VideoError(f"{path}: expected a whole video, found damaged or missing data after frame {count}")
             for frame in frames:
