@@ -167,19 +167,6 @@ k5::BlockMeans<T> means_of(const Tensor& tensor, const Tensor& block_starts, con
           pooled.data()};
 }
 
-// Offsets [B, h, N_b + 1] of rows that stand one after another, and the number of entries.
-std::tuple<Tensor, int64_t> offsets_from_counts(const Tensor& like, int64_t batch, int64_t heads, int64_t blocks,
-                                                const std::vector<int64_t>& counts) {
-  Tensor offsets = torch::stable::new_empty(like, {batch, heads, blocks + 1}, ScalarType::Long);
-  int64_t* next = mutable_data<int64_t>(offsets);
-  int64_t entries = 0;
-  for (int64_t head = 0; head < batch * heads; head++) {
-    *next++ = entries;
-    for (int64_t block = 0; block < blocks; block++) *next++ = entries += counts[head * blocks + block];
-  }
-  return {offsets, entries};
-}
-
 std::tuple<Tensor, Tensor> nabla_mask(const Tensor& q, const Tensor& k, const Tensor& block_starts,
                                       const Tensor& clip_block_starts, double thr, std::optional<Tensor> sta_offsets,
                                       std::optional<Tensor> sta_indices) {

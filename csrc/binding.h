@@ -13,6 +13,8 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/vec.h"
@@ -89,6 +91,19 @@ void for_items(int64_t items, int64_t floats, const Run& run) {
     for (int64_t first; (first = next.fetch_add(few, std::memory_order_relaxed)) < items;)
       for (int64_t item = first; item < std::min(first + few, items); item++) run(item, scratch.data());
   });
+}
+
+// Offsets [B, h, N_b + 1] of rows that stand one after another, and the number of entries.
+inline std::tuple<Tensor, int64_t> offsets_from_counts(const Tensor& like, int64_t batch, int64_t heads, int64_t blocks,
+                                                       const std::vector<int64_t>& counts) {
+  Tensor offsets = torch::stable::new_empty(like, {batch, heads, blocks + 1}, ScalarType::Long);
+  int64_t* next = mutable_data<int64_t>(offsets);
+  int64_t entries = 0;
+  for (int64_t head = 0; head < batch * heads; head++) {
+    *next++ = entries;
+    for (int64_t block = 0; block < blocks; block++) *next++ = entries += counts[head * blocks + block];
+  }
+  return {offsets, entries};
 }
 
 }  // namespace k5::binding

@@ -1,6 +1,7 @@
 """What this machine can run: versions, CPU and GPUs, which kernel serves which operator, and attention engines."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -82,18 +83,25 @@ def _instruction_set() -> str | None:
 
 def _operator(name: str, device: str) -> OperatorKernel:
     kernel = library.kernel_for(name, device)
-    return OperatorKernel(name, device, kernel, _reason(kernel, device))
+    return OperatorKernel(name, device, kernel, _reason(name, kernel, device))
 
 
-def _reason(kernel: str, device: str) -> str:
+def _reason(name: str, kernel: str, device: str) -> str:
     if kernel == "C++":
-        dtypes = " and ".join(str(dtype).removeprefix("torch.") for dtype in library.CPU_DTYPES)
-        return f"{_instruction_set()}; {dtypes}, other dtypes run on the reference"
+        return f"{_instruction_set()}; {_names(library.dtypes_of(name, device))}, others run on the reference"
     if kernel == "Triton":
-        return "compiled when first launched"
+        return f"compiled when first launched; {_names(library.dtypes_of(name, device))}, others run on the reference"
+    if device == "cuda" and not library.HAS_TRITON:
+        return "no Triton kernel: triton is not installed"
     if device == "cpu" and not library.NATIVE.exists():
         return "installed without a C++ compiler"
     return f"no {'C++' if device == 'cpu' else 'Triton'} kernel for it"
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    """ "float32, bfloat16 and float16" """
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _engine(name: str, device: str) -> AttentionEngine:

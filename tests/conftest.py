@@ -1,6 +1,8 @@
 """Fixtures all tests share: the devices and the CPU instruction sets that this machine has."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,18 @@ settings.load_profile("k5")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ISAS = {"portable": 0, "avx2": 1, "avx512_bf16": 2}
+
+TRITON_TESTS = Path(__file__).parent / "triton"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Triton's interpreter and its compiler cannot share a process: `TRITON_INTERPRET=1 pytest` runs tests/triton
+    and nothing else, plain `pytest` everything but that."""
+    belongs_to_interpreter = TRITON_TESTS in collection_path.parents
+    if collection_path.is_file() and belongs_to_interpreter != INTERPRETED:
+        return True
+    return None
 
 
 def _available_isas() -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.block_mask import BlockMask
-from k5kernels.ops.library import register
+from k5kernels.ops.library import GPU_DTYPES, register
 from k5kernels.ops.nabla_mask import check_tokens
 from k5kernels.token_layout import TokenLayout, block_tokens, from_blocks, to_blocks
 
@@ -213,10 +213,12 @@ register(
     _fake,
     _backward,
     _setup_context,
+    triton_dtypes=GPU_DTYPES,
 )
 register(
     "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor offsets, Tensor indices, Tensor block_starts, float scale) -> (Tensor, Tensor, Tensor)",
     block_sparse_attention_backward_reference,
     _backward_fake,
+    triton_dtypes=GPU_DTYPES,
 )

@@ -10,8 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import register
+from k5kernels.ops.library import GPU_DTYPES, register
 from k5kernels.token_layout import TokenLayout
+
+# What the kernels copy; other dtypes go by the reference.
+COPIED_DTYPES = (*GPU_DTYPES, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 
 
 def fractal_flatten(x: Tensor | Sequence[Tensor], layout: TokenLayout) -> Tensor:
@@ -33,7 +36,8 @@ def fractal_flatten(x: Tensor | Sequence[Tensor], layout: TokenLayout) -> Tensor
             raise ValueError(
                 f"x: expected [B, {', '.join(map(str, grid))}, ...] for clip {number}, got {list(clip.shape)}"
             )
-    return torch.cat([torch.ops.k5.fractal_flatten(clip, layout.patch) for clip in clips], dim=1)
+    flat = [torch.ops.k5.fractal_flatten(clip, layout.patch) for clip in clips]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
 def fractal_unflatten(x: Tensor, layout: TokenLayout) -> Tensor | list[Tensor]:
@@ -96,6 +100,8 @@ register(
     _flatten_fake,
     _flatten_backward,
     _flatten_setup_context,
+    cpu_dtypes=COPIED_DTYPES,
+    triton_dtypes=COPIED_DTYPES,
 )
 register(
     "fractal_unflatten(Tensor x, SymInt frames, SymInt height, SymInt width, SymInt patch) -> Tensor",
@@ -103,4 +109,6 @@ register(
     _unflatten_fake,
     _unflatten_backward,
     _unflatten_setup_context,
+    cpu_dtypes=COPIED_DTYPES,
+    triton_dtypes=COPIED_DTYPES,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.block_mask import BlockMask, lists_to_dense, row_offsets
-from k5kernels.ops.library import register
+from k5kernels.ops.library import GPU_DTYPES, register
 from k5kernels.ops.sta_mask import sta_mask
 from k5kernels.token_layout import TokenLayout, to_blocks
 
@@ -135,4 +135,5 @@ register(
     " Tensor? sta_indices) -> (Tensor, Tensor)",
     nabla_mask_reference,
     _fake,
+    triton_dtypes=GPU_DTYPES,
 )

@@ -53,4 +53,10 @@ def _fake(coordinates: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
     return offsets, coordinates.new_empty(kept, dtype=torch.int32)
 
 
-register("sta_mask(Tensor block_coordinates, SymInt[] window) -> (Tensor, Tensor)", sta_mask_reference, _fake)
+register(
+    "sta_mask(Tensor block_coordinates, SymInt[] window) -> (Tensor, Tensor)",
+    sta_mask_reference,
+    _fake,
+    cpu_dtypes=(torch.int64,),
+    triton_dtypes=(torch.int64,),
+)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from operator_checks import assert_compiled_equals_eager
 
 from k5kernels import TokenLayout, fractal_flatten, fractal_unflatten
+from k5kernels.ops.fractal import COPIED_DTYPES, fractal_flatten_reference, fractal_unflatten_reference
 
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
 
@@ -65,6 +66,22 @@ def test_any_dtype_and_any_strides_pass_unchanged(dtype, device):
     flat = fractal_flatten(x, layout)
     assert flat.dtype == dtype
     assert torch.equal(fractal_unflatten(flat, layout), x)
+
+
+@pytest.mark.parametrize("dtype", [*COPIED_DTYPES, torch.complex64])
+@pytest.mark.parametrize(("grid", "patch"), [((2, 5, 9), 4), ((3, 16, 24), 8), ((1, 1, 1), 8), ((2, 45, 80), 8)])
+def test_the_kernels_move_tokens_as_the_definition_does(grid, patch, dtype, isa):
+    x = numbered(2, grid, 3).to(dtype)
+    flat = fractal_flatten_reference(x, patch)
+    assert torch.equal(torch.ops.k5.fractal_flatten(x, patch), flat)
+    assert torch.equal(torch.ops.k5.fractal_unflatten(flat, *grid, patch), x)
+    assert torch.ops.k5.fractal_flatten(x[:0], patch).shape == flat[:0].shape
+
+
+def test_a_clip_cut_from_a_sequence_is_read_where_it_stands():
+    sequence = torch.randn(2, 200, 3)
+    clip = sequence[:, 20:110]
+    assert torch.equal(torch.ops.k5.fractal_unflatten(clip, 2, 5, 9, 4), fractal_unflatten_reference(clip, 2, 5, 9, 4))
 
 
 def test_the_operators_pass_pytorchs_checks(device):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from k5kernels import TokenLayout, sta_mask
+from k5kernels.ops.sta_mask import sta_mask_reference
 
 
 def by_definition(clips: list[tuple[int, int, int]], window: tuple[int, int, int]) -> list[list[bool]]:
@@ -28,13 +29,22 @@ def test_a_block_reads_those_within_half_a_window(clips, window):
     assert mask.to_dense()[0, 0].tolist() == by_definition(clips, window)
 
 
-def test_the_mask_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch):
-    layout = TokenLayout([(3, 17, 20), (2, 8, 30)])
-    whole = sta_mask(layout, (3, 3, 1))
+@pytest.mark.parametrize("window", [(1, 1, 1), (11, 3, 3), (2, 5, 1), (1, 99, 99)])
+@pytest.mark.parametrize("clips", [[(13, 33, 50)], [(1, 1, 1)], [(3, 17, 20), (1, 8, 30), (5, 40, 8)]])
+def test_the_kernel_gives_the_lists_of_the_definition(clips, window, isa):
+    layout = TokenLayout(clips)
+    offsets, indices = sta_mask_reference(layout.block_coordinates(), list(window))
+    mask = sta_mask(layout, window)
+    assert torch.equal(mask.offsets, offsets)
+    assert torch.equal(mask.indices, indices)
+
+
+def test_the_definition_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch):
+    coordinates = TokenLayout([(3, 17, 20), (2, 8, 30)]).block_coordinates()
+    whole = sta_mask_reference(coordinates, [3, 3, 1])
     monkeypatch.setattr("k5kernels.ops.sta_mask.CHUNK", 50)
-    parts = sta_mask(layout, (3, 3, 1))
-    assert torch.equal(parts.offsets, whole.offsets)
-    assert torch.equal(parts.indices, whole.indices)
+    for part, once in zip(sta_mask_reference(coordinates, [3, 3, 1]), whole, strict=True):
+        assert torch.equal(part, once)
 
 
 def test_the_operator_passes_pytorchs_checks(device):

@@ -1,0 +1,144 @@
+"""Lists of a `BlockMask` in other forms, on the GPU: as bits, transposed, and merged for pairs of query blocks.
+
+All go through bits, N_b²/8 bytes a head: a pass over them writes what it finds in ascending order, without a sort.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k5kernels.block_mask import row_offsets
+
+LISTED_KEYS = 128
+# Rows, or key blocks, that one program looks at in one step.
+ROWS_AT_ONCE = 128
+PAIRED_KEYS = 512
+# An entry of a merged list: the number of the key block and who reads it.
+FIRST_READS = tl.constexpr(1 << 29)
+SECOND_READS = tl.constexpr(1 << 30)
+KEY_BLOCK = tl.constexpr((1 << 29) - 1)
+# Two blocks are merged where the products of rows that do not read a block are at most a quarter of the others.
+WASTE_DIVISOR = tl.constexpr(4)
+
+
+def lists_to_bits(offsets: Tensor, indices: Tensor, words: int, first_keys: Tensor | None = None) -> Tensor:
+    """Bit i of row r is set where the row reads the key block first_keys[r] + i: int32 [B_m·H_m·N_b, words].
+
+    offsets, indices: of `BlockMask`. first_keys: int64 [N_b], 0 where None.
+    """
+    masks, blocks = offsets.shape[0] * offsets.shape[1], offsets.shape[2] - 1
+    bits = indices.new_zeros(masks * blocks, words)
+    set_bits_kernel[(blocks, masks)](
+        offsets.contiguous(), indices, first_keys, bits, words, KEYS=LISTED_KEYS, num_warps=1
+    )
+    return bits
+
+
+def transposed_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(offsets, indices) of `BlockMask.transpose`: for each key block the query blocks that read it, ascending."""
+    batch, heads, rows = offsets.shape
+    blocks = rows - 1
+    words = triton.cdiv(blocks, 32)
+    bits = lists_to_bits(offsets, indices, words)
+    counts = offsets.new_empty(batch, heads, blocks)
+    grid = (words, batch * heads)
+    count_readers_kernel[grid](bits, counts, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
+    own = row_offsets(counts)
+    readers = torch.empty_like(indices)
+    write_readers_kernel[grid](bits, own, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
+    return own, readers
+
+
+def paired_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """What the query blocks 2i and 2i + 1 read together, for pairs whose lists overlap enough.
+
+    Returns the merged entries, int32 [kept], of which those of pair i start where the list of block 2i does, and how
+    many there are: int32 [B_m, H_m, N_b // 2], 0 for pairs that are better attended one by one.
+    """
+    batch, heads, rows = offsets.shape
+    words = triton.cdiv(rows - 1, 32)
+    bits = lists_to_bits(offsets, indices, words)
+    entries = torch.empty_like(indices)
+    counts = indices.new_empty(batch, heads, (rows - 1) // 2)
+    merge_pairs_kernel[((rows - 1) // 2, batch * heads)](
+        bits, offsets.contiguous(), entries, counts, rows - 1, words, KEYS=PAIRED_KEYS, num_warps=4
+    )
+    return entries, counts
+
+
+@triton.jit
+def set_bits_kernel(offsets, indices, first_keys, bits, words, KEYS: tl.constexpr):
+    """One row's list as bits; the order in which they are set does not matter."""
+    block = tl.program_id(0)
+    mask = tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(0)
+    first_key = 0
+    if first_keys is not None:
+        first_key = tl.load(first_keys + block)
+    offsets += mask * (blocks + 1) + block
+    bits += (mask * blocks + block) * words
+    end = tl.load(offsets + 1)
+    for first in range(tl.load(offsets), end, KEYS):
+        entry = first + tl.arange(0, KEYS)
+        there = entry < end
+        column = tl.load(indices + entry, mask=there, other=0) - first_key
+        tl.atomic_or(bits + column // 32, (1 << (column % 32)).to(tl.int32), mask=there)
+
+
+@triton.jit
+def readers_of_word(bits, mask, word, first, blocks, words, ROWS: tl.constexpr):
+    """Whether the rows from `first` on read each of the 32 key blocks of a word: int32 [ROWS, 32]."""
+    row = first + tl.arange(0, ROWS)
+    there = row < blocks
+    found = tl.load(bits + (mask * blocks + row) * words + word, mask=there, other=0)
+    return (found[:, None] >> tl.arange(0, 32)[None, :]) & 1
+
+
+@triton.jit
+def count_readers_kernel(bits, counts, blocks, words, ROWS: tl.constexpr):
+    """How many query blocks read each of the 32 key blocks of a word."""
+    word = tl.program_id(0)
+    mask = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([32], tl.int32)
+    for first in range(0, blocks, ROWS):
+        total += tl.sum(readers_of_word(bits, mask, word, first, blocks, words, ROWS), axis=0)
+    key = word * 32 + tl.arange(0, 32)
+    tl.store(counts + mask * blocks + key, total.to(tl.int64), mask=key < blocks)
+
+
+@triton.jit
+def write_readers_kernel(bits, offsets, readers, blocks, words, ROWS: tl.constexpr):
+    """The query blocks that read each of the 32 key blocks of a word, ascending."""
+    word = tl.program_id(0)
+    mask = tl.program_id(1).to(tl.int64)
+    key = word * 32 + tl.arange(0, 32)
+    place = tl.load(offsets + mask * (blocks + 1) + key, mask=key < blocks, other=0)
+    for first in range(0, blocks, ROWS):
+        reads = readers_of_word(bits, mask, word, first, blocks, words, ROWS)
+        target = place[None, :] + tl.cumsum(reads, axis=0) - 1
+        row = first + tl.arange(0, ROWS)
+        tl.store(readers + target, tl.broadcast_to(row[:, None], [ROWS, 32]).to(tl.int32), mask=reads != 0)
+        place += tl.sum(reads, axis=0)
+
+
+@triton.jit
+def merge_pairs_kernel(bits, offsets, entries, counts, blocks, words, KEYS: tl.constexpr):
+    """The union of two rows with who reads each block, and its length where it is worth being attended together."""
+    pair = tl.program_id(0)
+    mask = tl.program_id(1).to(tl.int64)
+    first_list = tl.load(offsets + mask * (blocks + 1) + 2 * pair)
+    listed = tl.load(offsets + mask * (blocks + 1) + 2 * pair + 2) - first_list
+    bits += (mask * blocks + 2 * pair) * words
+    length = tl.zeros([], tl.int32)
+    for first_key in range(0, blocks, KEYS):
+        key = first_key + tl.arange(0, KEYS)
+        there = key < blocks
+        in_first = (tl.load(bits + key // 32, mask=there, other=0) >> (key % 32)) & 1
+        in_second = (tl.load(bits + words + key // 32, mask=there, other=0) >> (key % 32)) & 1
+        either = in_first | in_second
+        target = first_list + length + tl.cumsum(either, axis=0) - 1
+        tl.store(entries + target, key | in_first * FIRST_READS | in_second * SECOND_READS, mask=either != 0)
+        length += tl.sum(either, axis=0)
+    merged = (2 * length - listed) * WASTE_DIVISOR <= listed
+    tl.store(counts + mask * (blocks // 2) + pair, tl.where(merged, length, 0))

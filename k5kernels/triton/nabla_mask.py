@@ -1,0 +1,241 @@
+"""NABLA's block mask on the GPU: pool, logits, then one pass a row that selects without a sort.
+
+Non-negative floats stand in the order of their bits, so the probability at which the dropped mass is reached is found
+by bisection over bits. The sums it needs are of 62-bit fixed-point numbers: exact to 2^-62 a block, and the same in
+any order. Nothing of N_b² is wider than a bit, except logits of CHUNK cells at a time.
+"""
+
+import math
+from fractions import Fraction
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k5kernels.block_mask import row_offsets
+from k5kernels.triton.block_mask import lists_to_bits
+
+# Cells of the map of logits in memory at a time.
+CHUNK = 1 << 26
+# Query blocks whose logits one program computes, key blocks it does so for at a time, elements of D it adds at a time.
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 32, 64, 16
+LOGITS_WARPS = 4
+POOLED_TOKENS = 16
+# Cells of the map one program selects from; rows longer than this are selected alone.
+SELECTED_CELLS = 4096
+FIXED_POINT_BITS = 62
+
+BITS_OF_ONE = tl.constexpr(0x3F800000)
+FIXED_POINT_ONE = tl.constexpr(float(1 << FIXED_POINT_BITS))
+
+
+def nabla_mask(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.nabla_mask`. Bit-reproducible."""
+    B, h = q.shape[:2]
+    blocks = block_starts.shape[0] - 1
+    lengths = clip_block_starts.diff()
+    longest = int(lengths.max())
+    key_starts = clip_block_starts[:-1].repeat_interleave(lengths, output_size=blocks)
+    key_counts = lengths.repeat_interleave(lengths, output_size=blocks)
+    words = triton.cdiv(longest, 32)
+    near = None
+    if sta_offsets is not None and sta_indices is not None:
+        near = lists_to_bits(sta_offsets, sta_indices, words, key_starts)
+    kept = q.new_empty(B * h * blocks, words, dtype=torch.int32)
+    counts = q.new_empty(B, h, blocks, dtype=torch.int64)
+    _select(_pool(q, block_starts), _pool(k, block_starts), key_starts, key_counts, longest, thr, near, kept, counts)
+    offsets = row_offsets(counts)
+    indices = q.new_empty(int(counts.sum()), dtype=torch.int32)
+    columns, rows, warps = whole_row_tile(longest)
+    write_lists_kernel[(triton.cdiv(kept.shape[0], rows),)](
+        kept, key_starts, key_counts, offsets, indices,
+        kept.shape[0], blocks, words, ROWS=rows, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return offsets, indices
+
+
+def _pool(x: Tensor, block_starts: Tensor) -> Tensor:
+    """Means over the tokens of each block: float32 [B·h, N_b, D]."""
+    B, h, _, D = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    blocks = block_starts.shape[0] - 1
+    pooled = x.new_empty(B * h, blocks, D, dtype=torch.float32)
+    pool_kernel[(blocks, B * h)](
+        x, block_starts, pooled, *x.stride()[:3], h, blocks,
+        D=D, WIDTH=triton.next_power_of_2(D), TOKENS=POOLED_TOKENS, num_warps=2,
+    )  # fmt: skip
+    return pooled
+
+
+def _select(
+    queries: Tensor,
+    keys: Tensor,
+    key_starts: Tensor,
+    key_counts: Tensor,
+    longest: int,
+    thr: float,
+    near: Tensor | None,
+    kept: Tensor,
+    counts: Tensor,
+) -> None:
+    """Fill `kept`, a bit for each key block of the row's clip, and `counts`."""
+    heads, blocks, D = queries.shape
+    tiles = triton.cdiv(blocks, TILE_ROWS)
+    step = triton.cdiv(longest, 16) * 16
+    items = max(1, min(CHUNK // (TILE_ROWS * step), heads * tiles))
+    logits = queries.new_empty(items * TILE_ROWS, step)
+    columns, rows, warps = whole_row_tile(longest)
+    for first in range(0, heads * tiles, items):
+        there = min(items, heads * tiles - first)
+        logits_kernel[(there,)](
+            queries, keys, key_starts, key_counts, logits, first, tiles, blocks, step, 1 / math.sqrt(D),
+            D=D, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=TILE_DEPTH, num_warps=LOGITS_WARPS,
+        )  # fmt: skip
+        select_kernel[(there * TILE_ROWS // rows,)](
+            logits, key_counts, near, kept, counts, first, tiles, blocks, step, kept.shape[1], dropped_mass(thr),
+            TILE=TILE_ROWS, ROWS=rows, COLUMNS=columns, num_warps=warps,
+        )  # fmt: skip
+
+
+def dropped_mass(thr: float) -> int:
+    """The least sum, in fixed point, that is at least 1 - thr once rounded to float32."""
+    target = torch.tensor(1 - thr, dtype=torch.float32)
+    if target == 0:
+        return 0
+    below = torch.nextafter(target, torch.zeros(()))
+    middle = (Fraction(target.item()) + Fraction(below.item())) / 2 * (1 << FIXED_POINT_BITS)
+    even = target.view(torch.int32).item() % 2 == 0  # a sum halfway between the two rounds to the even one
+    return math.ceil(middle) if even else math.floor(middle) + 1
+
+
+def whole_row_tile(longest: int) -> tuple[int, int, int]:
+    """(columns, rows, warps) of a program that looks at whole rows."""
+    columns = max(32, triton.next_power_of_2(longest))
+    rows = max(1, min(TILE_ROWS, SELECTED_CELLS // columns))
+    return columns, rows, max(1, min(32, rows * columns // 512))
+
+
+@triton.jit
+def pool_kernel(
+    x, block_starts, pooled, stride_b, stride_h, stride_s, heads, blocks,
+    D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The mean of one block of one head."""
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    start = tl.load(block_starts + block)
+    end = tl.load(block_starts + block + 1)
+    source = x + head // heads * stride_b + head % heads * stride_h
+    d = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for first in range(start, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        there = (token < end)[:, None] & (d < D)[None, :]
+        values = tl.load(source + token[:, None] * stride_s + d[None, :], mask=there, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=0)
+    mean = tl.div_rn(total, tl.zeros([WIDTH], tl.float32) + (end - start).to(tl.float32))
+    tl.store(pooled + (head * blocks + block) * D + d, mean, mask=d < D)
+
+
+@triton.jit
+def logits_kernel(
+    queries, keys, key_starts, key_counts, logits, first_item, tiles, blocks, step, scale,
+    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile of query blocks against the key blocks of their clips, each row from its clip's first key."""
+    item = tl.program_id(0)
+    head = ((first_item + item) // tiles).to(tl.int64)
+    block = (first_item + item) % tiles * ROWS + tl.arange(0, ROWS)
+    there = block < blocks
+    start = tl.load(key_starts + block, mask=there, other=blocks)
+    end = start + tl.load(key_counts + block, mask=there, other=0)
+    last_key = tl.max(tl.where(there, end, 0), axis=0)
+    target = logits + (item.to(tl.int64) * ROWS + tl.arange(0, ROWS)) * step
+    queries += head * blocks * D
+    keys += head * blocks * D
+    depth = tl.arange(0, DEPTH)
+    for first_key in range(tl.min(start, axis=0), last_key, COLUMNS):
+        key = first_key + tl.arange(0, COLUMNS)
+        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in range(0, D, DEPTH):
+            d = first + depth
+            inside = d < D
+            a = tl.load(queries + block[:, None] * D + d[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            b = tl.load(
+                keys + key[None, :] * D + d[:, None], mask=(key < last_key)[None, :] & inside[:, None], other=0.0
+            )
+            products = tl.dot(a, b, products, input_precision="ieee")
+        own = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        tl.store(target[:, None] + (key[None, :] - start[:, None]), products * scale, mask=own)
+
+
+@triton.jit(do_not_specialize=["dropped"])
+def select_kernel(
+    logits, key_counts, near, kept, counts, first_item, tiles, blocks, step, words, dropped: tl.int64,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Softmax of whole rows and the bits of what they keep: all but the smallest whose sum stays below `dropped`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    item = first_item + row // TILE
+    block = item % tiles * TILE + row % TILE
+    there = block < blocks
+    target = (item // tiles).to(tl.int64) * blocks + block
+    column = tl.arange(0, COLUMNS)
+    inside = column[None, :] < tl.load(key_counts + block, mask=there, other=0)[:, None]
+    values = tl.load(logits + row.to(tl.int64)[:, None] * step + column[None, :], mask=inside, other=float("-inf"))
+    weights = tl.where(inside, tl.exp(values - tl.max(values, axis=1)[:, None]), 0.0)
+    total = tl.sum(weights, axis=1)
+    probabilities = tl.div_rn(weights, tl.broadcast_to(total[:, None], [ROWS, COLUMNS]))
+    order = probabilities.to(tl.int32, bitcast=True)
+    mass = (probabilities * FIXED_POINT_ONE).to(tl.int64)
+    # The least bits with which the sum of what does not exceed them reaches the dropped mass.
+    low = tl.zeros([ROWS], tl.int32)
+    high = low + (BITS_OF_ONE + 1)
+    for _ in range(31):
+        middle = (low + high) // 2
+        reached = tl.sum(tl.where(order <= middle[:, None], mass, 0), axis=1) >= dropped
+        high = tl.where(reached, middle, high)
+        low = tl.where(reached, low, tl.minimum(middle + 1, high))
+    tied = inside & (order == low[:, None])
+    below = tl.sum(tl.where(order < low[:, None], mass, 0), axis=1)
+    share = tl.max(tl.where(tied, mass, 0), axis=1)
+    dropped_ties = tl.where(share > 0, (dropped - below - 1) // tl.maximum(share, 1), 0)
+    place = tl.cumsum(tied.to(tl.int32), axis=1)
+    keep = (order > low[:, None]) | (tied & (place > dropped_ties[:, None])) | (total != total)[:, None]
+    if near is not None:
+        word = tl.load(near + block.to(tl.int64)[:, None] * words + column[None, :] // 32, mask=inside, other=0)
+        keep |= (word >> (column % 32)[None, :]) & 1 != 0
+    keep = keep & inside
+    bits = tl.reshape(keep.to(tl.int32) << (column % 32)[None, :], [ROWS, COLUMNS // 32, 32])
+    word_number = tl.arange(0, COLUMNS // 32)
+    word_there = there[:, None] & (word_number < words)[None, :]
+    tl.store(kept + target[:, None] * words + word_number[None, :], tl.sum(bits, axis=2), mask=word_there)
+    tl.store(counts + target, tl.sum(keep.to(tl.int32), axis=1).to(tl.int64), mask=there)
+
+
+@triton.jit
+def write_lists_kernel(
+    kept, key_starts, key_counts, offsets, indices, total_rows, blocks, words,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The numbers of the bits that are set, ascending, each row at its offset."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < total_rows
+    block = row % blocks
+    column = tl.arange(0, COLUMNS)
+    inside = column[None, :] < tl.load(key_counts + block, mask=there, other=0)[:, None]
+    word = tl.load(kept + row.to(tl.int64)[:, None] * words + column[None, :] // 32, mask=inside, other=0)
+    keep = (word >> (column % 32)[None, :]) & 1
+    start = tl.load(offsets + row // blocks * (blocks + 1) + block, mask=there, other=0)
+    key = tl.load(key_starts + block, mask=there, other=0)[:, None] + column[None, :]
+    place = start[:, None] + tl.cumsum(keep, axis=1) - 1
+    tl.store(indices + place, key.to(tl.int32), mask=keep != 0)

@@ -1,0 +1,59 @@
+"""Sliding-Tile Attention's lists on the GPU: one pass counts, one writes; no map is stored."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k5kernels.block_mask import row_offsets
+
+COMPARED_BLOCKS = 1024
+
+
+def sta_mask(coordinates: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
+    """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.sta_mask`. Bit-reproducible."""
+    blocks = coordinates.shape[0]
+    coordinates = coordinates.contiguous()
+    reach = [side // 2 for side in window]
+    counts = coordinates.new_empty(1, 1, blocks)
+    count_near_kernel[(blocks,)](coordinates, counts, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
+    offsets = row_offsets(counts)
+    indices = coordinates.new_empty(int(counts.sum()), dtype=torch.int32)
+    write_near_kernel[(blocks,)](coordinates, offsets, indices, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
+    return offsets, indices
+
+
+@triton.jit
+def near_blocks(coordinates, row, column, blocks, reach_t, reach_y, reach_x):
+    """Whether each block numbered `column` is within reach of `row`: int32."""
+    own = coordinates + row * 4
+    other = coordinates + column * 4
+    there = column < blocks
+    near = there & (tl.load(other, mask=there, other=-1) == tl.load(own))
+    near &= tl.abs(tl.load(other + 1, mask=there, other=0) - tl.load(own + 1)) <= reach_t
+    near &= tl.abs(tl.load(other + 2, mask=there, other=0) - tl.load(own + 2)) <= reach_y
+    near &= tl.abs(tl.load(other + 3, mask=there, other=0) - tl.load(own + 3)) <= reach_x
+    return near.to(tl.int32)
+
+
+@triton.jit
+def count_near_kernel(coordinates, counts, blocks, reach_t, reach_y, reach_x, COLUMNS: tl.constexpr):
+    """How many blocks one block reads."""
+    row = tl.program_id(0)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, blocks, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        total += near_blocks(coordinates, row, column, blocks, reach_t, reach_y, reach_x)
+    tl.store(counts + row, tl.sum(total).to(tl.int64))
+
+
+@triton.jit
+def write_near_kernel(coordinates, offsets, indices, blocks, reach_t, reach_y, reach_x, COLUMNS: tl.constexpr):
+    """The numbers of the blocks one block reads, ascending."""
+    row = tl.program_id(0)
+    target = tl.load(offsets + row)
+    for first in range(0, blocks, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        near = near_blocks(coordinates, row, column, blocks, reach_t, reach_y, reach_x)
+        tl.store(indices + target + tl.cumsum(near, axis=0) - 1, column, mask=near != 0)
+        target += tl.sum(near)

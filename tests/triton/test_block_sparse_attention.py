@@ -1,0 +1,209 @@
+"""Attention and its gradients by the Triton kernels against the definition, at the precision of eager PyTorch."""
+
+import pytest
+import torch
+from dense_attention import masked_attention, random_mask, random_tokens
+from tolerances import assert_error_bounded
+
+from k5kernels import BlockMask, TokenLayout
+from k5kernels.ops.block_sparse_attention import (
+    block_sparse_attention_backward_reference,
+    block_sparse_attention_reference,
+)
+from k5kernels.triton import block_sparse_attention as kernels
+
+FULL = TokenLayout((2, 16, 24))
+RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
+SMALL = TokenLayout((1, 16, 24))
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+# Layout, head dimension, dtype, and the compute capability as on which they are launched: from 9 on full blocks come
+# by tensor descriptors, and at 9 and 10 neighbours share a tile whatever the head dimension.
+CASES = [
+    pytest.param(layout, dim, dtype, generation, id=f"{name}-{dim}-{dtype}-{generation}".replace("torch.", ""))
+    for layout, name, dim, dtype, generation in (
+        (FULL, "full", 64, BF16, 8),
+        (FULL, "full", 64, BF16, 10),
+        (FULL, "full", 128, BF16, 8),
+        (FULL, "full", 128, BF16, 10),
+        (FULL, "full", 64, HALF, 9),
+        (SMALL, "small", 64, FLOAT, 8),
+        (SMALL, "small", 128, FLOAT, 10),
+        (RAGGED, "ragged", 64, BF16, 8),
+        (RAGGED, "ragged", 128, HALF, 10),
+        (RAGGED, "ragged", 64, FLOAT, 8),
+    )
+]
+SCALE = 0.2
+
+# Rows whose scores are all -inf come to NaN, as in the definition; NumPy says so.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero):RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def generation(request, monkeypatch):
+    """The compute capability (major) as on which the test is launched, 8 where it does not say."""
+    wanted = getattr(request, "param", 8)
+    monkeypatch.setattr(kernels, "generation_of", lambda device: wanted)
+
+
+def overlapping_mask(layout, batch, heads, seed=0):
+    """Neighbours read mostly the same blocks, but in the first third, which read at random; row 1 reads nothing."""
+    dense = random_mask(layout, batch, heads, 0.5, seed).to_dense()
+    first = layout.blocks // 3 // 2 * 2
+    pairs = dense[:, :, first : layout.blocks // 2 * 2].unflatten(2, (-1, 2))
+    clip = layout.block_coordinates()[:, 0]
+    pairs[:] = pairs[:, :, :, :1].clone()
+    dense &= clip[:, None] == clip
+    return BlockMask.from_dense(dense, layout)
+
+
+def forward(function, q, k, v, mask, layout, scale=SCALE):
+    return function(q, k, v, mask.offsets, mask.indices, layout.block_starts(), scale)
+
+
+def assert_forward(layout, mask, tokens):
+    """Output and lse err no more than those of eager PyTorch."""
+    q, k, v = tokens
+    out, lse = forward(kernels.block_sparse_attention, q, k, v, mask, layout)
+    exact, exact_lse = forward(block_sparse_attention_reference, *(x.double() for x in tokens), mask, layout)
+    assert_error_bounded(out, masked_attention(q, k, v, mask, layout, SCALE), exact)
+    finite = exact_lse.isfinite()
+    assert lse.dtype == torch.float32
+    assert torch.equal(lse.isfinite(), finite)
+    assert (lse[finite].double() - exact_lse[finite]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("layout", "dim", "dtype", "generation"), CASES, indirect=["generation"])
+def test_forward_is_as_near_to_float64_as_eager_attention(layout, dim, dtype):
+    assert_forward(layout, overlapping_mask(layout, 1, 2), random_tokens(layout, 1, 2, dim, dtype=dtype))
+
+
+def test_pairs_whose_lists_overlap_and_others_stand_in_one_mask():
+    mask = overlapping_mask(FULL, 1, 2)
+    counts = kernels.paired_lists(mask.offsets, mask.indices)[1]
+    assert 0 < (counts > 0).sum() < counts.numel()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1)])
+def test_a_mask_may_serve_all_samples_or_heads(shape):
+    assert_forward(SMALL, overlapping_mask(SMALL, *shape), random_tokens(SMALL, 2, 3, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dim", [1, 20])
+def test_other_head_dims(dim):
+    assert_forward(RAGGED, random_mask(RAGGED, 1, 1), random_tokens(RAGGED, 1, 1, dim))
+
+
+@pytest.mark.parametrize("patch", [1, 3, 9])
+def test_other_patches(patch):
+    layout = TokenLayout([(1, 2 * patch, patch), (1, patch + 2, 3 * patch)], patch=patch)
+    assert_forward(layout, random_mask(layout, 1, 2), random_tokens(layout, 1, 2, 16))
+
+
+def test_heads_wider_than_a_tile_run_on_the_reference():
+    layout = TokenLayout((1, 8, 16))
+    mask, tokens = random_mask(layout, 1, 1), random_tokens(layout, 1, 1, 160)
+    ours, reference = (
+        forward(function, *tokens, mask, layout)
+        for function in (kernels.block_sparse_attention, block_sparse_attention_reference)
+    )
+    assert torch.equal(ours[0], reference[0])
+
+
+def gradients(function, tokens, mask, layout, grad_out, grad_lse, forward_function):
+    q, k, v = tokens
+    out, lse = forward(forward_function, q, k, v, mask, layout)
+    lists = (mask.offsets, mask.indices, layout.block_starts())
+    return function(grad_out, grad_lse, q, k, v, out, lse, *lists, SCALE)
+
+
+def eager_gradients(tokens, mask, layout, grad_out):
+    leaves = [x.clone().requires_grad_() for x in tokens]
+    return torch.autograd.grad(masked_attention(*leaves, mask, layout, SCALE), leaves, grad_out)
+
+
+@pytest.mark.parametrize(("layout", "dim", "dtype", "generation"), CASES, indirect=["generation"])
+def test_gradients_are_as_near_to_float64_as_those_of_eager_attention(layout, dim, dtype):
+    tokens = random_tokens(layout, 1, 2, dim, dtype=dtype)
+    mask = overlapping_mask(layout, 1, 2)
+    grad_out = random_tokens(layout, 1, 2, dim, seed=1, dtype=dtype)[0]
+    ours = gradients(
+        kernels.block_sparse_attention_backward, tokens, mask, layout, grad_out, None, kernels.block_sparse_attention
+    )
+    exact = gradients(
+        block_sparse_attention_backward_reference, [x.double() for x in tokens], mask, layout, grad_out.double(), None,
+        block_sparse_attention_reference,
+    )  # fmt: skip
+    for mine, eager, truth in zip(ours, eager_gradients(tokens, mask, layout, grad_out), exact, strict=True):
+        assert_error_bounded(mine, eager, truth)
+
+
+@pytest.mark.parametrize("patch", [1, 3, 9])
+def test_gradients_of_other_patches_and_of_the_log_sum(patch):
+    layout = TokenLayout([(1, 2 * patch, patch), (1, patch + 2, patch)], patch=patch)
+    tokens, mask = random_tokens(layout, 1, 2, 20), random_mask(layout, 1, 2)
+    grad_out = random_tokens(layout, 1, 2, 20, seed=1)[0]
+    grad_lse = torch.randn(1, 2, layout.tokens, generator=torch.Generator().manual_seed(2))
+    ours = gradients(
+        kernels.block_sparse_attention_backward, tokens, mask, layout, grad_out, grad_lse,
+        kernels.block_sparse_attention,
+    )  # fmt: skip
+    eager, exact = (
+        gradients(
+            block_sparse_attention_backward_reference, [x.to(dtype) for x in tokens], mask, layout,
+            grad_out.to(dtype), grad_lse.to(dtype), block_sparse_attention_reference,
+        )
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert_error_bounded(mine, theirs, truth)
+
+
+def everything(tokens, mask, grad_out):
+    """out, lse and the three gradients."""
+    attention, backward = kernels.block_sparse_attention, kernels.block_sparse_attention_backward
+    return [
+        *forward(attention, *tokens, mask, SMALL),
+        *gradients(backward, tokens, mask, SMALL, grad_out, None, attention),
+    ]
+
+
+@pytest.mark.parametrize("generation", [8, 10], indirect=True)
+def test_strides_and_runs_change_no_bit():
+    mask, tokens = overlapping_mask(SMALL, 2, 2), random_tokens(SMALL, 2, 2, 64, dtype=torch.bfloat16)
+    grad_out = random_tokens(SMALL, 2, 2, 64, seed=1, dtype=torch.bfloat16)[0]
+    expected = everything(tokens, mask, grad_out)
+    sequence_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*tokens, grad_out)]
+    for *arguments, gradient in ((*tokens, grad_out), sequence_first):
+        for again, once in zip(everything(arguments, mask, gradient), expected, strict=True):
+            assert torch.equal(again, once)
+
+
+# In bfloat16 neighbours share a tile, and must not share what only one of them reads.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_undefined_and_infinite_input_gives_what_the_definition_gives(name, value, dtype):
+    tokens = dict(zip("qkv", random_tokens(SMALL, 1, 1, 64, dtype=dtype), strict=True))
+    tokens[name][0, 0, 3, 5] = value
+    dense = torch.ones(1, 1, SMALL.blocks, SMALL.blocks, dtype=torch.bool)
+    dense[0, 0, ::2, 0] = False
+    mask = BlockMask.from_dense(dense, SMALL)
+    assert (kernels.paired_lists(mask.offsets, mask.indices)[1] > 0).all()
+    ours = forward(kernels.block_sparse_attention, *tokens.values(), mask, SMALL)[0]
+    reference, exact = (
+        forward(block_sparse_attention_reference, *(x.to(wide) for x in tokens.values()), mask, SMALL)[0]
+        for wide in (torch.float32, torch.float64)
+    )
+    finite = exact.isfinite()
+    assert 0 < finite.sum() < finite.numel()
+    torch.testing.assert_close(ours[~finite].float(), reference[~finite], equal_nan=True, rtol=0, atol=0)
+    assert_error_bounded(ours[finite], reference[finite].to(dtype), exact[finite])
+
+
+def test_no_batch_no_heads_and_one_token():
+    layout = TokenLayout((1, 1, 1))
+    one = torch.ones(1, 1, 1, 64)
+    mask = BlockMask.from_dense(torch.ones(1, 1, dtype=torch.bool), layout)
+    assert torch.equal(forward(kernels.block_sparse_attention, one, one, one, mask, layout)[0], one)
+    assert forward(kernels.block_sparse_attention, one[:0], one[:0], one[:0], mask, layout)[0].shape == (0, 1, 1, 64)

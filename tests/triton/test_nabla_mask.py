@@ -1,0 +1,144 @@
+"""NABLA's selection by the Triton kernels against its definition."""
+
+import pytest
+import torch
+from dense_attention import random_tokens, same_clip
+
+from k5kernels import BlockMask, TokenLayout, sta_mask
+from k5kernels.ops.nabla_mask import nabla_mask_reference
+from k5kernels.triton import nabla_mask as kernels
+
+RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
+SQUARE = TokenLayout((2, 16, 24))
+INFINITY, NAN = float("inf"), float("nan")
+
+
+# Rows that stand in no clip, and those of infinite input, come to NaN on the way; NumPy says so.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def one_token_blocks(*clips):
+    """A layout whose blocks are its tokens, so that the map over blocks is the map over tokens."""
+    return TokenLayout([(tokens, 1, 1) for tokens in clips], patch=1)
+
+
+def select(function, q, k, layout, thr, window=None):
+    near = (None, None)
+    if window:
+        mask = sta_mask(layout, window)
+        near = (mask.offsets, mask.indices)
+    return BlockMask(*function(q, k, layout.block_starts(), layout.clip_block_starts(), thr, *near), layout)
+
+
+def both(q, k, layout, thr, window=None):
+    """The masks of the kernels and of the definition."""
+    return tuple(select(function, q, k, layout, thr, window) for function in (kernels.nabla_mask, nabla_mask_reference))
+
+
+def same_lists(one, other):
+    return torch.equal(one.offsets, other.offsets) and torch.equal(one.indices, other.indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [RAGGED, SQUARE], ids=["ragged", "square"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_lists_are_those_of_sort_and_cumulative_sum(layout, dim, dtype):
+    q, k, _ = random_tokens(layout, 2, 2, dim, dtype=dtype)
+    assert same_lists(*both(q, k, layout, 0.7))
+
+
+@pytest.mark.parametrize("window", [None, (5, 3, 1)])
+@pytest.mark.parametrize("thr", [0.0, 0.5, 0.9, 1.0])
+def test_every_thr_with_and_without_a_window(thr, window):
+    layout = TokenLayout([(3, 20, 36), (2, 33, 17)])
+    q, k, _ = random_tokens(layout, 1, 1, 20)
+    ours, theirs = (mask.to_dense() for mask in both(q, k, layout, thr, window))
+    # Sums round otherwise: at thr 0 that decides whether the largest block reaches 1.
+    assert (ours != theirs).sum() <= (2 * layout.blocks if thr == 0 else 0)
+    if thr == 1:
+        assert torch.equal(ours, same_clip(layout).expand_as(ours))
+
+
+def test_lists_of_rows_of_several_hundred_blocks():
+    layout = one_token_blocks(20, 250)
+    q, k, _ = random_tokens(layout, 1, 1, 16)
+    ours, theirs = (mask.to_dense() for mask in both(q, k, layout, 0.9))
+    assert (ours != theirs).sum() <= 2  # where logits differ in their last bit
+
+
+def test_a_row_longer_than_a_tile_is_selected_alone(monkeypatch):
+    q, k, _ = random_tokens(RAGGED, 1, 2, 8)
+    monkeypatch.setattr(kernels, "SELECTED_CELLS", 16)
+    assert same_lists(*both(q, k, RAGGED, 0.7, (3, 3, 3)))
+
+
+def test_the_mask_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch):
+    q, k, _ = random_tokens(RAGGED, 2, 2, 8)
+    whole = select(kernels.nabla_mask, q, k, RAGGED, 0.7, (3, 3, 3))
+    for chunk in (1, 3 * kernels.TILE_ROWS * 16):
+        monkeypatch.setattr(kernels, "CHUNK", chunk)
+        assert same_lists(select(kernels.nabla_mask, q, k, RAGGED, 0.7, (3, 3, 3)), whole)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_of_equal_blocks_as_many_are_kept_as_in_the_reference(levels):
+    layout = one_token_blocks(41)
+    random = torch.Generator().manual_seed(levels)
+    q = torch.ones(1, 1, layout.tokens, 1)
+    k = torch.randint(levels, q.shape, generator=random).float()
+    for thr in [1.0, *torch.rand(3, generator=random).tolist()]:
+        ours, theirs = (mask.to_dense().sum(-1) for mask in both(q, k, layout, thr))
+        assert torch.equal(ours, theirs)
+
+
+def test_a_sum_that_is_the_dropped_mass_exactly_is_kept_too():
+    layout = one_token_blocks(8)
+    zeros = torch.zeros(1, 1, 8, 4)
+    for thr, kept in [(0.0, 1), (0.125, 2), (0.5, 5), (0.75, 7), (1.0, 8)]:
+        assert select(kernels.nabla_mask, zeros, zeros, layout, thr).to_dense().sum(-1).unique().tolist() == [kept]
+
+
+def test_thr_one_keeps_blocks_of_probability_zero():
+    layout = one_token_blocks(5)
+    peaked = torch.eye(5)[None, None] * 100
+    assert select(kernels.nabla_mask, peaked, peaked, layout, 1.0).to_dense().all()
+    assert select(kernels.nabla_mask, peaked, peaked, layout, 0.9).to_dense()[0, 0].equal(torch.eye(5).bool())
+
+
+def test_the_dropped_mass_is_the_least_sum_that_rounds_to_it():
+    one = 1 << kernels.FIXED_POINT_BITS
+    for thr in (0.0, 0.1, 0.37, 0.5, 0.9, 1 - 2**-20):
+        target = torch.tensor(1 - thr, dtype=torch.float32)
+        least = kernels.dropped_mass(thr)
+        sums = torch.tensor([(least + (1 << 10)) / one, (least - (1 << 10)) / one], dtype=torch.float64)
+        assert (sums.float() >= target).tolist() == [True, False]
+    assert kernels.dropped_mass(1.0) == 0
+
+
+@pytest.mark.parametrize("value", [NAN, -NAN, INFINITY, -INFINITY])  # the bits of NaN have a sign too
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_undefined_and_infinite_logits_keep_what_the_reference_keeps(name, value):
+    layout = one_token_blocks(37, 5, 7)
+    q, k, _ = random_tokens(layout, 1, 2, 4)
+    (q if name == "q" else k)[0, 1, [3, 39, 44], 2] = value
+    ours, theirs = both(q, k, layout, 0.7)
+    assert same_lists(ours, theirs)
+
+
+def test_strides_and_runs_change_no_list():
+    q, k, _ = random_tokens(RAGGED, 2, 1, 20)
+    expected = select(kernels.nabla_mask, q, k, RAGGED, 0.6, (3, 3, 3))
+    sequence_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    no_unit_stride = [x.mT.contiguous().mT for x in (q, k)]
+    for pair in ((q, k), sequence_first, no_unit_stride):
+        assert same_lists(select(kernels.nabla_mask, *pair, RAGGED, 0.6, (3, 3, 3)), expected)
+
+
+def test_one_block_one_token_and_no_batch():
+    one = torch.ones(1, 1, 1, 4)
+    layout = TokenLayout((1, 1, 1))
+    assert select(kernels.nabla_mask, one, one, layout, 0.5).to_dense().tolist() == [[[[True]]]]
+    assert select(kernels.nabla_mask, one[:0], one[:0], layout, 0.5).indices.numel() == 0
+    layout = TokenLayout((1, 8, 7))
+    q, k, _ = random_tokens(layout, 2, 1, 64)
+    assert select(kernels.nabla_mask, q, k, layout, 0.9).to_dense().all()
