@@ -1,24 +1,29 @@
 # make demo [VIDEO=path]   create the environment, build, run the main job on a clip, write out/
 # make test                the same environment, every claim but the slow ones
+# make gpu-report          what the GPU kernels compile to, no GPU needed; REPORT=--write replaces the committed table
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test test-slow bench check format clean
+.PHONY: demo test test-slow bench gpu-report check format clean
 
 demo: $(INSTALLED)
 	$(PY) -m bench.demo --out out $(if $(VIDEO),--video "$(VIDEO)")
 
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow
 
 bench: $(INSTALLED)
 	$(PY) -m pytest bench
+
+gpu-report: $(INSTALLED)
+	$(PY) -m bench.gpu_report $(REPORT)
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

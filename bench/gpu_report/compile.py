@@ -1,0 +1,180 @@
+"""Compiles a kernel ahead of time and reads what it uses from the binary, with the tools inside the triton package."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KIB = 1024
+REGISTERS = 1 << 16  # of a multiprocessor, on all of these
+REGISTERS_AT_ONCE = 256  # a warp is given a multiple of these
+SHARED_RESERVED = KIB  # of each thread block, by the driver
+TENSOR_MEMORY = 512  # columns of a multiprocessor, where there is any
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Limits of a compute capability, from the CUDA programming guide's table of technical specifications.
+
+    shared_limit: bytes a thread block may have; shared: of the multiprocessor. mma: the SASS instruction of its
+    fastest tensor-core path.
+    """
+
+    name: str
+    capability: int
+    shared_limit: int
+    shared: int
+    warps: int
+    thread_blocks: int
+    mma: str
+
+
+ARCHS = (
+    Arch("sm_80", 80, 163 * KIB, 164 * KIB, 64, 32, "HMMA"),
+    Arch("sm_90a", 90, 227 * KIB, 228 * KIB, 64, 32, "HGMMA"),
+    Arch("sm_100a", 100, 227 * KIB, 228 * KIB, 64, 32, "UTCMMA"),
+    Arch("sm_120a", 120, 99 * KIB, 100 * KIB, 48, 24, "HMMA"),
+)
+# UTCMMA is tcgen05 (UTCHMMA for bf16), HGMMA is wgmma, HMMA is mma.sync.
+MMA_PATTERNS = {"UTCMMA": r"\bUTC\w*MMA\b", "HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b"}
+TMA_PATTERN = r"\bUTMA(?:LDG|STG)\b"
+SPILL_PATTERN = r"\b(?:LDL|STL)\b"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A sequence a kernel runs on. kept: key blocks a query block reads, on average."""
+
+    name: str
+    tokens: int
+    blocks: int
+    heads: int
+    head_dim: int
+    kept: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does at least. bytes: to and from device memory, each once; tensor_core: where the flops run."""
+
+    flops: float
+    bytes: float
+    tensor_core: bool = True
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as its launcher specializes it.
+
+    name: of the kernel and what distinguishes the variant, without D. head_dim: D. signature: type of each argument
+    that is no constexpr, as triton writes it ("*bf16", "i32", "tensordesc<bf16[64,64]>"). options: num_warps and
+    num_stages. has_dot: whether it has a tl.dot that must run on tensor cores. work: flops and bytes at a size.
+    multiples_of_16: integer arguments that are; pointers always are. capabilities: those it is launched on.
+    """
+
+    name: str
+    head_dim: int
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int]
+    has_dot: bool
+    work: Callable[[Size], Work]
+    multiples_of_16: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = field(default=tuple(arch.capability for arch in ARCHS))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one variant uses on one architecture. spills: instructions on local memory; shared: bytes a thread block;
+    mma and tma: instructions; occupancy: resident warps, of the most there can be."""
+
+    registers: int
+    spills: int
+    shared: int
+    mma_kind: str
+    mma: int
+    tma: int
+    warps: int
+    occupancy: float
+
+
+def compile_variant(variant: Variant, arch: Arch) -> Resources:
+    """Compile and read the binary; raises triton's CompilationError where the kernel does not compile."""
+    binary = triton.compile(
+        _source(variant), target=GPUTarget("cuda", arch.capability, 32), options=dict(variant.options)
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    registers = int(re.search(r"\bREG:(\d+)", usage)[1])
+    counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in MMA_PATTERNS.items()}
+    kind = max(counts, key=counts.__getitem__)
+    warps, shared = _launched_warps(binary), binary.metadata.shared
+    return Resources(
+        registers=registers,
+        spills=len(re.findall(SPILL_PATTERN, sass)),
+        shared=shared,
+        mma_kind=kind if counts[kind] else "",
+        mma=counts[kind],
+        tma=len(re.findall(TMA_PATTERN, sass)),
+        warps=warps,
+        occupancy=_occupancy(arch, registers, shared, warps, getattr(binary.metadata, "tmem_size", 0) or 0),
+    )
+
+
+def violations(variant: Variant, arch: Arch, used: Resources) -> list[str]:
+    """What breaks the gate: no spills, shared memory under the limit, tensor cores wherever there is a dot."""
+    found = []
+    if used.spills:
+        found.append(f"{used.spills} instructions spill registers")
+    if used.shared > arch.shared_limit:
+        found.append(f"{used.shared} bytes of shared memory, over the limit of {arch.shared_limit}")
+    if variant.has_dot and used.mma_kind != arch.mma:
+        found.append(f"tl.dot became {used.mma_kind or 'no tensor-core instruction'}, expected {arch.mma}")
+    return [f"{variant.name} D={variant.head_dim} on {arch.name}: {what}" for what in found]
+
+
+def _source(variant: Variant) -> ASTSource:
+    """As the launcher specializes it: pointers, and the integers said to be, are multiples of 16."""
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
+    divisible = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(names)
+        if signature[name].startswith("*") or name in variant.multiples_of_16
+    }
+    return ASTSource(variant.kernel, signature, dict(variant.constexprs), divisible)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _launched_warps(binary: Any) -> int:
+    """Warps of a thread block, those that warp specialization adds included."""
+    threads = re.search(r"\.reqntid (\d+)", binary.asm["ptx"])
+    return int(threads[1]) // 32 if threads else binary.metadata.num_warps
+
+
+def _occupancy(arch: Arch, registers: int, shared: int, warps: int, tensor_memory: int) -> float:
+    registers_of_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    limits = [
+        arch.thread_blocks,
+        arch.warps // warps,
+        REGISTERS // registers_of_warp // warps,
+        arch.shared // (shared + SHARED_RESERVED),
+    ]
+    if tensor_memory:
+        limits.append(TENSOR_MEMORY // tensor_memory)
+    return min(limits) * warps / arch.warps
