@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils import _pytree as pytree
 
-from k5kernels import BlockMask, TokenLayout
+from k5kernels import BlockMask, TokenLayout, sta_mask
 
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20)])
 FULL = TokenLayout((3, 16, 8))
@@ -88,6 +88,17 @@ def test_memory_is_four_bytes_a_kept_block_and_eight_a_row():
     mask = BlockMask.from_dense(random_dense(FULL, 2, 4, 0.5), FULL)
     assert mask.indices.nbytes == 4 * mask.to_dense().sum()
     assert mask.offsets.nbytes == 8 * 2 * 4 * (FULL.blocks + 1)
+
+
+def test_with_its_transpose_a_mask_of_video_lites_length_takes_little_more_than_eight_bytes_a_kept_block():
+    layout = TokenLayout((61, 32, 48))
+    near = sta_mask(layout, (11, 5, 5))
+    mask = near.expand(1, 2)
+    kept = int(mask.to_dense().sum())
+    own = mask.indices.nbytes + mask.offsets.nbytes
+    both = own + sum(x.nbytes for x in (mask.transpose().indices, mask.transpose().offsets))
+    assert own <= 1.1 * 4 * kept
+    assert both <= 2.2 * 4 * kept
 
 
 def test_pytorchs_block_mask_says_the_same():

@@ -151,6 +151,21 @@ def test_the_result_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch)
         assert_matches(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_further_apart_than_32_bits_count_are_found(dtype):
+    # Steps of 2^25 elements: the last token stands beyond 2^31, in memory of which next to nothing is touched.
+    layout, step = TokenLayout((1, 9, 8)), 1 << 25
+    tokens = random_tokens(layout, 1, 2, 64, dtype=dtype)
+    mask = random_mask(layout, 1, 2, 1.0)
+    memory = torch.empty(layout.tokens * step, dtype=dtype)
+    apart = [memory.as_strided(x.shape, (0, 64, step, 1), 128 * place).copy_(x) for place, x in enumerate(tokens)]
+    assert step * (layout.tokens - 1) > 2**31
+    out, lse = operator(*apart, mask, layout, 0.1)
+    expected = operator(*tokens, mask, layout, 0.1)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
 def test_two_runs_and_two_thread_counts_give_the_same_bits(set_threads):
     mask = random_mask(RAGGED, 2, 3)
     tokens = random_tokens(RAGGED, 2, 3, 16)
