@@ -56,6 +56,7 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: BlockMask | 
 
 def added_bytes(call) -> int:
     """What a call adds to the resident memory of this process at its highest."""
+    reuse_memory(False)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
     before = peak_bytes()
     call()
@@ -79,7 +80,6 @@ def compare_at(layout: TokenLayout) -> tuple[Row, dict[str, int], float]:
         name, output = named_output
         torch.testing.assert_close(output[0, :, rows].double(), truths[name], rtol=0, atol=1e-5)
 
-    reuse_memory(False)
     memory = {name: added_bytes(call) for name, call in calls.items()}
     reuse_memory(True)
     variants = {name: lambda name=name, call=call: (name, call()) for name, call in calls.items()}
