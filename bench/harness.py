@@ -4,11 +4,9 @@ The variants take turns in one process, so that whatever else the machine does f
 ratios are meant to be quoted.
 """
 
-import ctypes
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from train.resident import SETS_ALLOCATOR
+
 ROUNDS = 9
 ROUND_SECONDS = 0.02
-SETS_ALLOCATOR = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
@@ -102,21 +101,6 @@ def compare(
     ours = next(iter(variants))
     benchmark.pedantic(variants[ours], rounds=5, iterations=_calls_per_round(variants[ours]))
     return row
-
-
-def reuse_memory(reuse: bool) -> None:
-    """Whether large tensors reuse memory freed before, or take fresh pages and give them back (glibc alone).
-
-    Fresh pages cost more than the kernels that fill them, so times are taken with memory reused; the memory that a
-    call takes can only be seen with fresh pages.
-    """
-    if SETS_ALLOCATOR:
-        mmap_threshold, trim_threshold = -3, -1
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30 if reuse else 1 << 16)
-        libc.mallopt(trim_threshold, (1 << 31) - 1 if reuse else 1 << 16)
-        if not reuse:
-            libc.malloc_trim(0)
 
 
 def memory_in_words() -> str:

@@ -16,9 +16,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.demo.memory import peak_bytes
-from bench.harness import Row, machine, measure, memory_in_words, reuse_memory
+from bench.harness import Row, machine, measure, memory_in_words
 from k5kernels import BlockMask, TokenLayout, nabla_attention, nabla_mask
+from train.resident import peak_bytes, reuse_memory
 
 # Tokens of 512×768 pixels (32×48 a latent frame) up to ten seconds of video, 93,696 tokens; the first is a part of it.
 LAYOUTS = [TokenLayout((4, 16, 32))] + [TokenLayout((frames, 32, 48)) for frames in (4, 8, 16, 31, 61)]

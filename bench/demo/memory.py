@@ -4,11 +4,8 @@ python -m bench.demo.memory --grid 7 32 48 --checkpointing
 """
 
 import json
-import re
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -18,17 +15,7 @@ from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.presets import PRESETS
-
-
-def peak_bytes() -> int:
-    """Highest resident memory of this process so far.
-
-    Linux hands a child its parent's `ru_maxrss`; VmHWM belongs to the process alone.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from train.resident import peak_bytes
 
 
 def main(

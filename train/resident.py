@@ -1,0 +1,44 @@
+"""Resident memory of this process: how much it is, and whether memory that was freed goes back to the system."""
+
+import ctypes
+import re
+import resource
+import sys
+from pathlib import Path
+
+SETS_ALLOCATOR = sys.platform == "linux"
+_STATUS = Path("/proc/self/status")
+
+
+def peak_bytes() -> int:
+    """Highest resident memory of this process so far.
+
+    Linux hands a child its parent's `ru_maxrss`; VmHWM belongs to the process alone.
+    """
+    if _STATUS.exists():
+        return _status_bytes("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident_bytes() -> int:
+    """Resident memory now; where the system does not tell, the highest so far."""
+    return _status_bytes("VmRSS") if _STATUS.exists() else peak_bytes()
+
+
+def _status_bytes(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024  # type: ignore[index]  # Linux has it
+
+
+def reuse_memory(reuse: bool) -> None:
+    """Whether large tensors reuse memory freed before, or take fresh pages and give them back (glibc alone).
+
+    Fresh pages cost time; but memory that is kept for reuse falls to pieces between tensors of many sizes, and a
+    process can grow to twice what it holds.
+    """
+    if SETS_ALLOCATOR:
+        mmap_threshold, trim_threshold = -3, -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30 if reuse else 1 << 16)
+        libc.mallopt(trim_threshold, (1 << 31) - 1 if reuse else 1 << 16)
+        if not reuse:
+            libc.malloc_trim(0)
