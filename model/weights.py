@@ -52,13 +52,18 @@ def load_crossdit(path: str | os.PathLike[str], dtype: torch.dtype = torch.float
     Raises WeightsError where the path holds no readable weights, or not those its config asks for.
     """
     path = Path(path)
-    config, files = _read_folder(path) if path.is_dir() else _read_file(path)
+    config, files = _read(path)
     with torch.device("meta"):
         model = CrossDiT(config).to(dtype)
     expected = model.state_dict()
     state = {name: tensor.to(expected[name].dtype) for name, tensor in _read_checked(path, files, expected).items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def read_crossdit_config(path: str | os.PathLike[str]) -> CrossDiTConfig:
+    """The config of the model stored at path, as in `load_crossdit`, without its weights."""
+    return _read(Path(path))[0]
 
 
 def config_to_json(config: CrossDiTConfig) -> dict[str, Any]:
@@ -77,6 +82,10 @@ def config_from_json(entries: dict[str, Any]) -> CrossDiTConfig:
         return CrossDiTConfig(**known)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"not the config of a CrossDiT: {error!r}") from error
+
+
+def _read(path: Path) -> tuple[CrossDiTConfig, list[Path]]:
+    return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
 def _read_file(path: Path) -> tuple[CrossDiTConfig, list[Path]]:

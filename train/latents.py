@@ -48,6 +48,11 @@ class LatentSet:
         if not self._grids:
             raise ValueError("samples: expected at least one latent, got none; encode a video first (k5 encode)")
 
+    @property
+    def grids(self) -> dict[tuple[int, ...], int]:
+        """Latent [T, H, W] -> how many samples have it."""
+        return {grid: len(samples) for grid, samples in self._grids.items()}
+
     def draw(self, generator: torch.Generator, size: int, frames: int | None = None) -> LatentBatch:
         """A batch of one grid, grids weighted by their samples; `frames` keeps the first latent frames only."""
         grids = list(self._grids)

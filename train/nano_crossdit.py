@@ -65,7 +65,7 @@ def train_stages(out: Path, shard: Path) -> CrossDiT:
     model = CrossDiT(PRESETS["nano"])
     for number, config in enumerate(STAGES):
         trainer = Trainer(model, data, encoder.encode, replace(config, seed=number))
-        run(trainer, out / f"stage{number}", every=100)
+        run(trainer, out / f"stage{number}", every=100, prediction={})
     return load_crossdit(out / f"stage{len(STAGES) - 1}" / "crossdit.safetensors")
 
 

@@ -17,3 +17,10 @@ def positive_number(field: str, value: float) -> float:
     if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= LARGEST:
         raise ValueError(f"{field}: expected a number above 0, up to 2**63 - 1, got {value!r}")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def share(field: str, value: float) -> float:
+    """The value as a float. Raises ValueError where it is not a number above 0 and up to 1."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
+        raise ValueError(f"{field}: expected a number above 0, up to 1, got {value!r}")
+    return float(value)

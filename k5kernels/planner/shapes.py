@@ -7,22 +7,29 @@ from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
 
 FRAMES_PER_SECOND = 24  # of the released models: 5 s are 121 frames (Table 5)
 PATCH = 2  # latent pixels along a side of a token (patchify 1×2×2, §5.2)
+TOKEN_PIXELS = (SPATIAL_STRIDE * PATCH) ** 2
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Size of a CrossDiT (Table 3): widths of the tokens, the time embedding and the MLP, and CrossDiT blocks."""
+    """Size of a CrossDiT (Table 3): widths of the tokens, the time embedding, the MLP and a head; CrossDiT blocks."""
 
     model_dim: int
     time_dim: int
     ff_dim: int
     blocks: int
+    head_dim: int = 64
+
+    @property
+    def heads(self) -> int:
+        """Heads of an attention."""
+        return self.model_dim // self.head_dim
 
 
 MODELS: dict[str, ModelShape] = {
-    "image_lite": ModelShape(model_dim=2560, time_dim=512, ff_dim=10240, blocks=50),
-    "video_lite": ModelShape(model_dim=1792, time_dim=512, ff_dim=7168, blocks=32),
-    "video_pro": ModelShape(model_dim=4096, time_dim=1024, ff_dim=16384, blocks=60),
+    "image_lite": ModelShape(model_dim=2560, time_dim=512, ff_dim=10240, blocks=50, head_dim=128),
+    "video_lite": ModelShape(model_dim=1792, time_dim=512, ff_dim=7168, blocks=32, head_dim=64),
+    "video_pro": ModelShape(model_dim=4096, time_dim=1024, ff_dim=16384, blocks=60, head_dim=128),
 }
 
 
@@ -61,7 +68,7 @@ class ClipShape:
     @property
     def tokens(self) -> int:
         """Visual tokens: the S of the memory formula."""
-        return self.pixels // (SPATIAL_STRIDE * PATCH) ** 2
+        return self.pixels // TOKEN_PIXELS
 
 
 def frames_for(seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""Time of a training step on an H100 (§7.3.1).
+"""Time of a training step (§7.3.1), on an H100 unless another profile is given.
 
     step = d/d0 · S/S0 · (9 + 14 · S/S0 + 6 · d/d0) · L · B        d0 = 1792, S0 = 256 · 384 · 31
 
@@ -10,6 +10,7 @@ each grows with.
 from dataclasses import dataclass, field
 
 from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.planner.profile import H100, HardwareProfile
 
 REFERENCE_MODEL_DIM = 1792
 REFERENCE_PIXELS = 256 * 384 * 31
@@ -33,10 +34,13 @@ class StepTime:
         return self.tokenwise_ms + self.attention_ms + self.linear_ms
 
 
-def step_time_terms(model_dim: int, pixels: float, blocks: int, batch: float) -> StepTime:
+def step_time_terms(
+    model_dim: int, pixels: float, blocks: int, batch: float, profile: HardwareProfile = H100
+) -> StepTime:
     """Terms of the step time.
 
     model_dim: d. pixels: S = height · width · latent frames of one clip. blocks: L. batch: B, clips on a GPU.
+    profile: the GPU, whose coefficients stand for the report's 9, 14 and 6.
     Raises ValueError where one is not positive, or model_dim or blocks is not an integer.
     """
     d, s = positive_integer("model_dim", model_dim), positive_number("pixels", pixels)
@@ -44,12 +48,12 @@ def step_time_terms(model_dim: int, pixels: float, blocks: int, batch: float) ->
     work = d * s * positive_integer("blocks", blocks) * positive_number("batch", batch)
     # Integers are multiplied out before the one division, so that each term is exact to its last digit.
     return StepTime(
-        tokenwise_ms=9 * work / (d0 * s0),
-        attention_ms=14 * work * s / (d0 * s0**2),
-        linear_ms=6 * work * d / (d0**2 * s0),
+        tokenwise_ms=profile.constant_ms * work / (d0 * s0),
+        attention_ms=profile.tokens_ms * work * s / (d0 * s0**2),
+        linear_ms=profile.width_ms * work * d / (d0**2 * s0),
     )
 
 
-def step_time_ms(model_dim: int, pixels: float, blocks: int, batch: float) -> float:
+def step_time_ms(model_dim: int, pixels: float, blocks: int, batch: float, profile: HardwareProfile = H100) -> float:
     """The step, in ms; arguments and errors as in `step_time_terms`."""
-    return step_time_terms(model_dim, pixels, blocks, batch).total_ms
+    return step_time_terms(model_dim, pixels, blocks, batch, profile).total_ms

@@ -1,0 +1,166 @@
+"""Memory of a sharded training step, term by term: PyTorch's tracker against the planner's formula (§7.3.2).
+
+The step is CrossDiT's own, under fake tensors: shapes and lifetimes are real, numbers are not computed. `fully_shard`
+splits it over a fake group of 64; every block is checkpointed; attention is `k5::block_sparse_attention`. Weights,
+optimizer and reduced gradients are float32, the computation bfloat16.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from k5kernels.block_mask import BlockMask
+from k5kernels.ops.block_sparse_attention import block_sparse_attention
+from k5kernels.planner import MODELS, Memory, memory_terms
+from k5kernels.token_layout import TokenLayout
+from model.conditioning import TextCondition
+from model.config import AttentionConfig
+from model.crossdit import CrossDiT
+from model.presets import PRESETS
+
+GPUS = 64
+DENSITY = 0.2
+TEXT_TOKENS = 256
+DEVICE, HOST = torch.device("cpu"), torch.device("meta")
+PRECISION = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """Bytes of one of the GPUs, as the tracker names them.
+
+    states: sharded weights and optimizer moments. gradients: sharded gradients after the backward. The others at the
+    peak of the step. activations: all that the forward and the recomputation keep. activation_gradients: what the
+    backward itself holds. communication: gathered weights, gradients not yet reduced, and buffers of both. host: block
+    inputs in host memory. total: the peak.
+    """
+
+    states: int
+    gradients: int
+    activations: int
+    activation_gradients: int
+    communication: int
+    host: int
+    total: int
+
+
+def track(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | None = None) -> Tracked:
+    """Memory of a training step of the preset on one clip of T·H·W tokens; blocks: as many instead of the preset's."""
+    config = replace(PRESETS[preset], visual_blocks=blocks or PRESETS[preset].visual_blocks)
+    with fake_group() as mesh, FakeTensorMode(), _patches(offload):
+        model = CrossDiT(config)
+        model.gradient_checkpointing, model.offload = True, offload
+        for block in [*model.text_transformer_blocks, *model.visual_transformer_blocks]:
+            fully_shard(block, mesh=mesh, mp_policy=PRECISION)
+        fully_shard(model, mesh=mesh, mp_policy=PRECISION)
+        optimizer = torch.optim.AdamW(model.parameters())
+        inputs = _inputs(model, grid)
+
+        def backward() -> None:
+            model(*inputs, attention=AttentionConfig("nabla", 0.9, None)).float().square().mean().backward()
+
+        # The first step sets up the optimizer's moments and FSDP's buffers: not tracked.
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tracker = FSDPMemTracker(model, optimizer)
+        tracker.track_inputs(inputs)
+        with tracker:
+            backward()
+            after = _named(tracker, "current", DEVICE)
+        return _terms(after, _named(tracker, "peak", DEVICE), _named(tracker, "peak", HOST))
+
+
+def predicted(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | None = None) -> Memory:
+    """The formula's terms for what `track` measures."""
+    shape = MODELS[preset]
+    tokens = grid[0] * grid[1] * grid[2]
+    return memory_terms(
+        shape.model_dim, shape.time_dim, shape.ff_dim, blocks or shape.blocks, tokens, GPUS, offload=offload
+    )
+
+
+def errors(tracked: Tracked, formula: Memory) -> dict[str, float]:
+    """Relative error of each of the formula's terms against the tracker, below 0 where the formula says too little."""
+    pairs = {
+        "states": (formula.states_bytes, tracked.states),
+        "gradients": (formula.gradients_bytes, tracked.gradients),
+        "activations": (formula.activations_bytes, tracked.activations),
+    }
+    return {term: said / measured - 1 for term, (said, measured) in pairs.items()}
+
+
+@contextmanager
+def fake_group() -> Iterator[DeviceMesh]:
+    """A mesh of 64 ranks, of which this process is the first and the others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=GPUS)
+    try:
+        yield init_device_mesh(DEVICE.type, (GPUS,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _inputs(model: CrossDiT, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, TextCondition]:
+    config, (T, H, W) = model.config, grid
+    latent = torch.empty(1, T, 2 * H, 2 * W, config.input_channels, dtype=torch.bfloat16)
+    tokens = torch.empty(1, TEXT_TOKENS, config.in_text_dim, dtype=torch.bfloat16)
+    pooled = torch.empty(1, config.in_text_dim2, dtype=torch.bfloat16)
+    return latent, torch.empty(1), TextCondition(tokens, None, pooled)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, thr: float, sta: None) -> Tensor:
+    """NABLA with a mask of known density: fake scores keep nothing. The temporaries of its choice do not count."""
+    B, h = q.shape[:2]
+    offsets = q.new_empty(B, h, layout.blocks + 1, dtype=torch.int64)
+    indices = q.new_empty(int(DENSITY * B * h * layout.blocks**2), dtype=torch.int32)
+    return block_sparse_attention(q, k, v, BlockMask(offsets, indices, layout), layout)
+
+
+@contextmanager
+def _patches(offload: bool) -> Iterator[None]:
+    """What stands in for a GPU: the CPU is the device, "meta" the host that offload copies to.
+
+    The tracker's module hooks are off: a block has inputs that all blocks share (text, modulation), whose gradients
+    come last, and until then the hooks keep the gradient of each block's tokens alive, which no training does.
+    """
+    activations = "k5kernels.offload.activations"
+    with ExitStack() as stack:
+        stack.enter_context(patch("model.crossdit.nabla_attention", _attention))
+        stack.enter_context(
+            patch("torch.distributed._tools.mod_tracker.register_multi_grad_hook", lambda *args, **options: None)
+        )
+        if offload:
+            stack.enter_context(patch(f"{activations}._on_accelerator", lambda tensor: tensor.device == DEVICE))
+            stack.enter_context(
+                patch(f"{activations}._host_buffer", lambda tensor, pinned: torch.empty_like(tensor, device=HOST))
+            )
+        yield
+
+
+def _named(tracker: FSDPMemTracker, which: str, device: torch.device) -> dict[str, int]:
+    """Bytes on the device by the tracker's names, 0 for a device without any."""
+    snapshot = tracker.get_tracker_snapshot(which).get(device, {})
+    return {getattr(name, "value", name): size for name, size in snapshot.items()}
+
+
+def _terms(after: dict[str, int], peak: dict[str, int], host: dict[str, int]) -> Tracked:
+    communication = ("Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter")
+    return Tracked(
+        states=peak["Sharded Param"] + peak["OptState"],
+        gradients=after["Sharded Grad"],
+        activations=peak["Activation"],
+        activation_gradients=peak["Temp"],
+        communication=sum(peak[name] for name in communication),
+        host=host.get("Activation", 0),
+        total=peak["Total"],
+    )

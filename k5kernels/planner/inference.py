@@ -1,0 +1,246 @@
+"""Time and memory of a generation on one GPU, fitted to the report's Table 5.
+
+    seconds = passes · 2 · L · (6·d² + 2·d_f·d) · S / linear rate      what multiplies every visual token
+            + passes · 4 · L · S² · d · density / attention rate        q·kᵀ and p·v of the blocks that are read
+            + height · width · frames / decoding rate
+            + bytes of all weights / offload rate                       0 without offload
+
+passes: network evaluations that run the blocks, NFE (two a step with classifier-free guidance) less those that MagCache
+skips. With offload one part is on the GPU at a time, and memory is the largest of
+
+    text encoder, 16.6 GB  ·  2 · P + bytes a token and channel · S · d + base  ·  decoding a video, tile by tile
+
+without it, the weights of all parts and the largest of what they compute with. The four rates and the three memory
+figures are the only ones fitted, by least squares on relative errors; Table 5 was measured on an H100 with offload.
+The densities of its NABLA rows are expected ones (`density.py`). On another profile the computation takes longer or
+shorter as its training step does (`HardwareProfile.speed`), and offload as its host link.
+"""
+
+import csv
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+from k5kernels.planner.checks import positive_integer
+from k5kernels.planner.density import nabla_density
+from k5kernels.planner.extensions import TEXT_STORED_BYTES
+from k5kernels.planner.memory import parameters
+from k5kernels.planner.profile import H100, HardwareProfile
+from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape
+
+# What MagCache skips of 50 steps with the released settings and ratios (§7.2): 26 for most models, 25 and 27 for two.
+MAGCACHE_SKIPPED = 26 / 50
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What is generated: one clip by one model.
+
+    nfe: network evaluations. nabla_thr: None for full attention. skipped: share of the evaluations that MagCache
+    skips, below 1. offload: parts of the pipeline wait in host memory. Raises ValueError that names the field.
+    """
+
+    model: ModelShape
+    clip: ClipShape
+    nfe: int = 100
+    nabla_thr: float | None = None
+    skipped: float = 0.0
+    offload: bool = True
+
+    def __post_init__(self) -> None:
+        positive_integer("nfe", self.nfe)
+        nabla_density(self.nabla_thr)
+        if not isinstance(self.skipped, (int, float)) or not 0 <= self.skipped < 1:
+            raise ValueError(f"skipped: expected a share from 0 to below 1, got {self.skipped!r}")
+
+    @property
+    def weights_bytes(self) -> float:
+        """Of the CrossDiT in bfloat16."""
+        m = self.model
+        return 2.0 * parameters(m.model_dim, m.time_dim, m.ff_dim, m.blocks)
+
+    @property
+    def work(self) -> tuple[float, float, float, float]:
+        """Flops of what multiplies tokens, flops of attention, pixels decoded, bytes moved from the host."""
+        m, S, passes = self.model, self.clip.tokens, self.nfe * (1 - self.skipped)
+        d, L = m.model_dim, m.blocks
+        linear = passes * 2 * L * (6 * d**2 + 2 * m.ff_dim * d) * S
+        attention = passes * 4 * L * S**2 * d * nabla_density(self.nabla_thr)
+        pixels = self.clip.height * self.clip.width * self.clip.frames
+        return linear, attention, float(pixels), (TEXT_STORED_BYTES + self.weights_bytes) * self.offload
+
+
+@dataclass(frozen=True)
+class InferenceRates:
+    """What the model of inference knows of a GPU and of the implementation; see the module."""
+
+    linear_flops_per_s: float
+    attention_flops_per_s: float
+    decode_pixels_per_s: float
+    offload_bytes_per_s: float
+    activation_bytes: float
+    base_bytes: float
+    decode_bytes: float
+
+
+@dataclass(frozen=True)
+class GenerationTime:
+    """Terms of a generation, in seconds."""
+
+    linear_s: float = field(metadata={"formula": "passes · 2·L·(6·d² + 2·d_f·d)·S / linear rate"})
+    attention_s: float = field(metadata={"formula": "passes · 4·L·S²·d·density / attention rate"})
+    decode_s: float = field(metadata={"formula": "pixels / decoding rate"})
+    offload_s: float = field(metadata={"formula": "bytes of all weights / offload rate"})
+
+    @property
+    def total_s(self) -> float:
+        """The generation."""
+        return self.linear_s + self.attention_s + self.decode_s + self.offload_s
+
+
+@dataclass(frozen=True)
+class GenerationMemory:
+    """What each part needs while it runs, in bytes of the GPU, its weights included."""
+
+    text_bytes: float = field(metadata={"formula": "2 · 8.29e9"})
+    blocks_bytes: float = field(metadata={"formula": "2·P + activation · S·d + base"})
+    decode_bytes: float = field(metadata={"formula": "tiles of the VAE, for videos"})
+    resident_bytes: float = field(metadata={"formula": "weights of the parts that do not run, without offload"})
+
+    @property
+    def total_bytes(self) -> float:
+        """The memory of the GPU."""
+        return max(self.text_bytes, self.blocks_bytes, self.decode_bytes) + self.resident_bytes
+
+
+def generation_time(
+    generation: Generation, rates: InferenceRates | None = None, profile: HardwareProfile = H100
+) -> GenerationTime:
+    """Terms of the time; rates: those fitted to the whole of Table 5 where None."""
+    rates = rates or table5_rates()
+    speeds = (
+        rates.linear_flops_per_s * profile.speed,
+        rates.attention_flops_per_s * profile.speed,
+        rates.decode_pixels_per_s * profile.speed,
+        rates.offload_bytes_per_s * profile.host_bytes_per_s / H100.host_bytes_per_s,
+    )
+    return GenerationTime(*(amount / speed for amount, speed in zip(generation.work, speeds, strict=True)))
+
+
+def generation_memory(generation: Generation, rates: InferenceRates | None = None) -> GenerationMemory:
+    """What each part needs; rates: those fitted to the whole of Table 5 where None."""
+    rates = rates or table5_rates()
+    values = generation.clip.tokens * generation.model.model_dim
+    return GenerationMemory(
+        text_bytes=TEXT_STORED_BYTES,
+        blocks_bytes=generation.weights_bytes + rates.activation_bytes * values + rates.base_bytes,
+        decode_bytes=rates.decode_bytes if generation.clip.frames > 1 else 0.0,
+        resident_bytes=0.0 if generation.offload else min(TEXT_STORED_BYTES, generation.weights_bytes),
+    )
+
+
+@dataclass(frozen=True)
+class MeasuredGeneration:
+    """A row of Table 5."""
+
+    model: str
+    variant: str
+    generation: Generation
+    seconds: float
+    memory_bytes: float
+
+
+@cache
+def table5() -> tuple[MeasuredGeneration, ...]:
+    """Table 5: one H100, offload on. Its memory is read as decimal gigabytes."""
+    text = files("k5kernels.planner").joinpath("table5.csv").read_text()
+    return tuple(_measured(row) for row in csv.DictReader(text.splitlines()))
+
+
+def _measured(row: dict[str, str]) -> MeasuredGeneration:
+    clip = ClipShape(int(row["height"]), int(row["width"]), int(row["frames"]))
+    thr = float(row["nabla_thr"]) if row["nabla_thr"] else None
+    generation = Generation(MODELS[row["model"]], clip, int(row["nfe"]), thr)
+    return MeasuredGeneration(
+        row["model"], row["variant"], generation, float(row["seconds"]), 1e9 * float(row["memory_gb"])
+    )
+
+
+@cache
+def table5_rates() -> InferenceRates:
+    """Fitted to all rows of Table 5."""
+    return fit(table5())
+
+
+def fit(rows: tuple[MeasuredGeneration, ...]) -> InferenceRates:
+    """The rates by which the rows are predicted best; an infinite rate where a term does not show in them."""
+    work = np.array([row.generation.work for row in rows])
+    times = _least_squares(work, np.array([row.seconds for row in rows]))
+    with np.errstate(divide="ignore"):
+        linear, attention, decode, offload = (1 / times).tolist()
+    return InferenceRates(linear, attention, decode, offload, *_fit_memory(rows))
+
+
+def _least_squares(terms: NDArray, measured: NDArray) -> NDArray:
+    """Coefficients from 0 on that make terms · coefficients / measured nearest to 1."""
+    relative = terms / measured[:, None]
+    scale = relative.max(axis=0)
+    active = np.flatnonzero(scale)
+    while True:
+        found = np.linalg.lstsq(relative[:, active] / scale[active], np.ones(len(measured)), rcond=None)[0]
+        if (found >= 0).all():
+            coefficients = np.zeros(terms.shape[1])
+            coefficients[active] = found / scale[active]
+            return coefficients
+        active = np.delete(active, found.argmin())
+
+
+def _fit_memory(rows: tuple[MeasuredGeneration, ...]) -> tuple[float, float, float]:
+    """(bytes a token and channel, base, decoding). The blocks decide where their weights outweigh the text encoder."""
+    heavy = [row for row in rows if row.generation.weights_bytes > TEXT_STORED_BYTES]
+    light = [row for row in rows if row not in heavy and row.generation.clip.frames > 1]
+    values = np.array([[row.generation.clip.tokens * row.generation.model.model_dim, 1.0] for row in heavy])
+    beyond = np.array([row.memory_bytes - row.generation.weights_bytes for row in heavy])
+    activation, base = _least_squares(values, beyond).tolist()
+    decode = float(np.mean([row.memory_bytes for row in light]))
+    return activation, base, decode
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A row of Table 5 and what a fit to all other rows says of it."""
+
+    row: MeasuredGeneration
+    seconds: float
+    memory_bytes: float
+
+    @property
+    def time_error(self) -> float:
+        """Relative; positive where the prediction is too long."""
+        return self.seconds / self.row.seconds - 1
+
+    @property
+    def memory_error(self) -> float:
+        """Relative; positive where the prediction is too large."""
+        return self.memory_bytes / self.row.memory_bytes - 1
+
+
+def leave_one_out() -> list[HeldOut]:
+    """Every row of Table 5 predicted from the others."""
+    found = []
+    for row in table5():
+        rates = fit(tuple(other for other in table5() if other is not row))
+        time, memory = generation_time(row.generation, rates), generation_memory(row.generation, rates)
+        found.append(HeldOut(row, time.total_s, memory.total_bytes))
+    return found
+
+
+def mean_errors(held_out: list[HeldOut]) -> tuple[float, float]:
+    """Mean relative error, without sign, of (time, memory)."""
+    return (
+        float(np.mean([abs(each.time_error) for each in held_out])),
+        float(np.mean([abs(each.memory_error) for each in held_out])),
+    )

@@ -1,0 +1,122 @@
+"""Steps of the repository's trainer, measured on this machine: one subprocess a point."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle, product
+from pathlib import Path
+
+import torch
+
+from k5kernels.planner.calibration import MeasuredStep
+from k5kernels.planner.profile import H100, HardwareProfile
+from k5kernels.planner.shapes import PATCH
+from k5kernels.shards import LATENT_CHANNELS, ShardWriter
+
+TRAINER = Path("train") / "run.py"
+SIDE = 16  # tokens along the height and the width of a frame: four blocks of NABLA
+WIDTHS = (128, 192, 256)
+FRAMES = (4, 6, 8, 10)
+NABLA_THRESHOLDS = (None, 0.3)
+BLOCKS_AND_BATCH = ((2, 1), (4, 1), (2, 2), (3, 1), (1, 2))
+STEPS = 4  # of a point; the first is not counted
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run of the trainer: width, latent frames of SIDE × SIDE tokens, blocks, clips of a step, NABLA's threshold."""
+
+    model_dim: int
+    frames: int
+    blocks: int
+    batch: int
+    nabla_thr: float | None
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of a clip."""
+        return self.frames * SIDE**2
+
+
+@dataclass(frozen=True)
+class PointResult:
+    """What a run measured, and the trainer's own predictions.
+
+    peak_bytes: resident memory of the process at most. base_bytes: before there was a model. predicted_bytes: the peak
+    by the formula, from the base on.
+    """
+
+    step: MeasuredStep
+    peak_bytes: int
+    base_bytes: int
+    predicted_bytes: int
+
+
+def points() -> list[Point]:
+    """24 runs: widths × frames × dense and NABLA, with depth and batch going round."""
+    rest = cycle(BLOCKS_AND_BATCH)
+    return [Point(d, t, *next(rest), thr) for d, t, thr in product(WIDTHS, FRAMES, NABLA_THRESHOLDS)]
+
+
+def sweep(chosen: list[Point], done: Callable[[PointResult], None] = lambda result: None) -> list[PointResult]:
+    """Run every point; `done` is called after each.
+
+    Raises FileNotFoundError where the working directory is not the repository's root, RuntimeError with the trainer's
+    last words where it fails.
+    """
+    if not TRAINER.exists():
+        raise FileNotFoundError(f"{TRAINER}: not here; the sweep runs the trainer: call it from the repository's root")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, point in enumerate(chosen):
+            results.append(_measure(point, Path(folder) / str(number)))
+            done(results[-1])
+    return results
+
+
+def this_machine() -> HardwareProfile:
+    """The H100's profile with this machine's name and memory, for the coefficients to be fitted."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    threads = torch.get_num_threads()
+    name = f"{names[0] if names else platform.machine()}, {threads} threads"
+    return HardwareProfile(name, memory_bytes=memory, gpus_per_node=1, network_bytes_per_s=H100.network_bytes_per_s)
+
+
+def _measure(point: Point, folder: Path) -> PointResult:
+    folder.mkdir()
+    _write_latent(point.frames, folder / "00000.tar")
+    command = [sys.executable, "-m", "train.run", "--latents", folder, "--out", folder / "out", "--every", "1"]
+    command += ["--steps", STEPS, "--model-dim", point.model_dim, "--blocks", point.blocks, "--batch", point.batch]
+    if point.nabla_thr is not None:
+        # The window would keep every block of so small a clip.
+        command += ["--nabla-thr", point.nabla_thr, "--no-nabla-window"]
+    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"the trainer failed at {point}: {ran.stderr.strip()[-500:]}")
+    rows = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    step_ms = statistics.median(row["step_ms"] for row in rows[1:])
+    sizes = (point.model_dim, point.tokens, point.blocks, point.batch)
+    return PointResult(
+        MeasuredStep(*sizes, rows[-1]["density"], step_ms),
+        peak_bytes=max(row["peak_bytes"] for row in rows),
+        base_bytes=rows[0]["base_bytes"],
+        predicted_bytes=rows[0]["predicted_bytes"],
+    )
+
+
+def _write_latent(frames: int, path: Path) -> None:
+    """A shard of one clip of noise."""
+    side = SIDE * PATCH
+    latent = torch.randn(LATENT_CHANNELS, frames, side, side, generator=torch.Generator().manual_seed(0)).half()
+    meta = {"frames": 4 * frames - 3, "height": 8 * side, "width": 8 * side, "rate": "24", "source": "noise"}
+    with ShardWriter(path) as shard:
+        shard.write("noise", latent, meta | {"first_frame": 0})
