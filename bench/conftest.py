@@ -15,6 +15,11 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if harness.TRUST:
+        terminalreporter.section("trust: predicted / measured − 1")
+        terminalreporter.write_line(harness.machine())
+        for claim in harness.TRUST:
+            terminalreporter.write_line(str(claim))
     if not harness.ROWS:
         return
     terminalreporter.section("medians; in brackets how many times ours is as fast: median and quartiles of the rounds")

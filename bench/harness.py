@@ -64,6 +64,23 @@ class Row:
 ROWS: list[Row] = []
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What a prediction was held against, its relative error, and the floor it has to keep to where it has one."""
+
+    claim: str
+    case: str
+    error: float
+    floor: float | None = None
+
+    def __str__(self) -> str:
+        kept = "" if self.floor is None else f"  (at most {self.floor:.0%})"
+        return f"{self.claim:18} {self.case:70} {self.error:+7.1%}{kept}"
+
+
+TRUST: list[Trust] = []
+
+
 def measure(
     name: str,
     sizes: str,
