@@ -8,16 +8,20 @@ import time
 import pytest
 
 from bench.harness import TRUST, Trust
-from bench.planner_memory import errors, predicted, track
-from k5kernels.planner import MODELS
+from bench.planner_memory import GPUS, errors, predicted, track
+from k5kernels.planner import MODELS, ClipShape
 from k5kernels.planner.calibration import held_out_errors
 from k5kernels.planner.candidates import Problem
+from k5kernels.planner.extensions import Extensions, layout_memory
 from k5kernels.planner.inference import leave_one_out, mean_errors
+from k5kernels.planner.layout import Layout
 from k5kernels.planner.search import GIB, search
 from k5kernels.planner.stages import stage
 from k5kernels.planner.sweep import Point, PointResult, points, sweep
+from k5kernels.planner.workload import Workload
 
 CLIP_5S = (31, 32, 48)  # tokens of 5 s at 512 × 768
+TOKEN_SIDE = 16  # pixels
 # From where PyTorch itself outweighs the model to where the model outweighs it.
 RESIDENT = [
     Point(256, 8, 2, 1, None),
@@ -51,6 +55,14 @@ def test_memory_against_pytorchs_tracker(name, offload):
         Trust("memory, tracker", f"{name}{', offload' * offload}: peak", formula.total_bytes / tracked.total - 1)
     )
     assert all(abs(error) <= 0.10 for error in found.values())
+
+
+def layout_bytes(name: str, offload: bool) -> float:
+    """The peak by all the terms that the tracked step has: no EMA, text encoder or allocator."""
+    T, H, W = CLIP_5S
+    clip = ClipShape(TOKEN_SIDE * H, TOKEN_SIDE * W, 4 * T - 3)
+    workload = Workload(MODELS[name], ((clip, 1.0),), GPUS)
+    return float(layout_memory(workload, Layout(shards=GPUS, offload=offload), Extensions(buffers=True)).total_bytes)
 
 
 def test_memory_of_real_runs():

@@ -27,7 +27,9 @@ Memory of a GPU:
 * No checkpointing: every block keeps what the formula counts for one.
 * Accumulation: gradients stay while the next micro-batch runs, so they add to the activations.
 * EMA: one more float32 copy (§6.3.2). Moments of the optimizer in bfloat16: 4·P/F bytes less.
-* Gathered blocks: bfloat16 weights of two blocks, the one that runs and the one on its way.
+* Gathered blocks: bfloat16 weights of two blocks, the one that runs and the one on its way, and as much again for a
+  block's gradients until they are reduced: 8·P/L bytes.
+* Backward: gradients inside a block, largest at its MLP: 2·d + d_f values of 2 bytes a token.
 * Offload buffers: two block inputs, the one on its way and the one in use.
 * Text encoder: 8.29 B parameters (Qwen2.5-VL-7B with its vision tower) in bfloat16 over at most 32 shards (§6.1.3).
 * Reserve: what the allocator and the driver take, a share of the rest (the profile's `memory_reserve`).
@@ -192,15 +194,17 @@ class LayoutMemory:
     )
     ema_bytes: Any = field(metadata={"formula": "4 · P/F"})
     optimizer_dtype_bytes: Any = field(metadata={"formula": "−4 · P/F with bfloat16 moments"})
-    gathered_blocks_bytes: Any = field(metadata={"formula": "2 · 2 · P/L, with shards"})
+    gathered_blocks_bytes: Any = field(metadata={"formula": "8 · P/L, with shards"})
+    backward_bytes: Any = field(metadata={"formula": "2 · m · S/p · (2·d + d_f)"})
     offload_buffers_bytes: Any = field(metadata={"formula": "2 · 2 · m · S/p · d"})
     text_encoder_bytes: Any = field(metadata={"formula": "2 · 8.29e9 / min(32, N)"})
     reserve_bytes: Any = field(metadata={"formula": "the profile's share of all above"})
 
     @property
     def activations_bytes(self) -> Any:
-        """Inputs and activations of the blocks, and the inputs that are on their way to or from the host."""
-        return self.block_inputs_bytes + self.block_activations_bytes + self.offload_buffers_bytes
+        """Inputs and activations of the blocks, the inputs on their way to or from the host, and their gradients."""
+        kept = self.block_inputs_bytes + self.block_activations_bytes
+        return kept + self.offload_buffers_bytes + self.backward_bytes
 
     @property
     def total_bytes(self) -> Any:
@@ -229,6 +233,7 @@ def layout_memory(
     activations = np.where(layout.checkpointing, one_block, one_block * model.blocks)
     buffers = float(extensions.buffers)
     moving = np.where(layout.offload, buffers * min(2, model.blocks) * one_input, 0.0)
+    backward = buffers * 2 * values * (2 * model.model_dim + model.ff_dim)
     shards_of_text = np.minimum(TEXT_SHARDS, layout.gpus)
     terms = LayoutMemory(
         states_bytes=12 * weights / f,
@@ -236,11 +241,12 @@ def layout_memory(
         block_inputs_bytes=kept_inputs,
         block_activations_bytes=activations,
         accumulated_gradients_bytes=np.where(
-            layout.accumulation > 1, np.minimum(gradients, kept_inputs + activations + moving), 0.0
+            layout.accumulation > 1, np.minimum(gradients, kept_inputs + activations + moving + backward), 0.0
         ),
         ema_bytes=4 * weights / f * extensions.ema,
         optimizer_dtype_bytes=0.0 - 4 * weights / f * (extensions.optimizer_dtype == "bfloat16"),
-        gathered_blocks_bytes=np.where(f > 1, buffers * 4 * weights / model.blocks, 0.0),
+        gathered_blocks_bytes=np.where(f > 1, buffers * 8 * weights / model.blocks, 0.0),
+        backward_bytes=backward,
         offload_buffers_bytes=moving,
         text_encoder_bytes=TEXT_STORED_BYTES / shards_of_text * extensions.text_encoder,
         reserve_bytes=0.0,

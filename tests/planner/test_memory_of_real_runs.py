@@ -1,0 +1,20 @@
+"""The trainer's prediction of its memory against the peak of its process."""
+
+import pytest
+
+from bench.bench_planner import RESIDENT
+from k5kernels.planner.sweep import Point, sweep
+
+FLOOR = 0.15
+# The larger ones take about half a minute each.
+POINTS = [pytest.param(point, marks=[] if point.model_dim == 256 else pytest.mark.slow) for point in RESIDENT]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_run_peaks_where_the_trainer_said_it_would(point: Point):
+    (result,) = sweep([point])
+    assert result.base_bytes < result.peak_bytes
+    assert abs(result.predicted_bytes / result.peak_bytes - 1) <= FLOOR
+    # Not by PyTorch's own share alone: what the model adds is met too, within twice the floor.
+    added = result.peak_bytes - result.base_bytes
+    assert abs((result.predicted_bytes - result.base_bytes) / added - 1) <= 2 * FLOOR
