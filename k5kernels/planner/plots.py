@@ -32,14 +32,17 @@ def draw_pareto(path: Path, title: str, result: SearchResult) -> None:
     Raises as `draw_lines`.
     """
     figure, axes = _figure(path, title)
-    hours = [plan.wall_hours / 24 for plan in result.pareto]
-    axes.plot(hours, [plan.gpu_hours for plan in result.pareto], marker="o")
-    for day, plan in zip(hours, result.pareto, strict=True):
-        axes.annotate(f"{plan.layout.gpus} GPUs, SP {plan.layout.sequence_parallel}", (day, plan.gpu_hours), fontsize=7)
-    axes.plot(
-        result.best.wall_hours / 24, result.best.gpu_hours, marker="*", markersize=14, label=f"best for {result.goal}"
-    )
+    days = [plan.wall_hours / 24 for plan in result.pareto]
+    axes.plot(days, [plan.gpu_hours for plan in result.pareto], marker="o")
+    for day, plan in zip(days, result.pareto, strict=True):
+        words = f"{plan.layout.gpus} GPUs, SP {plan.layout.sequence_parallel}"
+        axes.annotate(words, (day, plan.gpu_hours), xytext=(6, 4), textcoords="offset points", fontsize=7)
+    best = f"best for {result.goal}"
+    axes.plot(result.best.wall_hours / 24, result.best.gpu_hours, marker="*", markersize=14, linestyle="", label=best)
     axes.set(xlabel="wall time [days]", ylabel="GPU-hours", xscale="log")
+    axes.margins(x=0.15)
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter, axes.yaxis.set_major_formatter):
+        formatter(lambda value, position: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=110)
 
