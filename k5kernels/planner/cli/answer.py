@@ -10,10 +10,10 @@ from typing import Any
 import typer
 
 from k5kernels.atomic import replacing
+from k5kernels.planner.search import GIB
 from k5kernels.terminal import console, table
 
 SCHEMA = "k5.plan/1"
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import typer
 
 from k5kernels.planner import plots
 from k5kernels.planner.cli import options
-from k5kernels.planner.cli.answer import GIB, GIBIBYTES, print_terms
+from k5kernels.planner.cli.answer import GIBIBYTES, print_terms
 from k5kernels.planner.extensions import layout_memory
 from k5kernels.planner.layout import Layout
 from k5kernels.planner.memory import memory_terms, parameters
+from k5kernels.planner.search import GIB
 
 PLOTTED_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 

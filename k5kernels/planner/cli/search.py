@@ -9,7 +9,7 @@ from k5kernels.planner import plots
 from k5kernels.planner import search as planner
 from k5kernels.planner.candidates import Problem
 from k5kernels.planner.cli import options
-from k5kernels.planner.cli.answer import GIB, print_json, write_csv
+from k5kernels.planner.cli.answer import print_json, write_csv
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.explain import alternatives, why_best
 from k5kernels.planner.extensions import FULL
@@ -48,7 +48,7 @@ def search(
     """The best layout of a training on the GPUs there are, why it is best, and why the obvious others lose."""
     hardware = options.hardware(profile)
     workload = _training(table4_stage, preset, mix, frames, seconds, batch, steps, nabla_thr)
-    limit = hardware.memory_bytes if memory is None else memory * GIB
+    limit = hardware.memory_bytes if memory is None else memory * planner.GIB
     extensions = replace(FULL, optimizer_dtype=optimizer_dtype)
     result = planner.search(Problem(workload, gpus, limit, tolerance, extensions, hardware), goal, keep)
     inputs = {
@@ -59,11 +59,11 @@ def search(
     }  # fmt: skip
     write_csv(csv_path, _ranked(result))
     if plot is not None:
-        plots.draw_pareto(plot, f"{inputs['training']}, at most {gpus} GPUs of {limit / GIB:.0f} GiB", result)
+        plots.draw_pareto(plot, f"{inputs['training']}, at most {gpus} GPUs of {limit / planner.GIB:.0f} GiB", result)
     if as_json:
         print_json("search", inputs, _json(result))
     else:
-        _print(result, f"{inputs['training']} on at most {gpus} GPUs of {limit / GIB:.0f} GiB: best for {goal}")
+        _print(result, f"{inputs['training']} on at most {gpus} GPUs of {limit / planner.GIB:.0f} GiB: best for {goal}")
 
 
 def _training(
@@ -138,5 +138,5 @@ def _print(result: planner.SearchResult, title: str) -> None:
 
 
 def _cells(each: planner.Plan) -> list[str]:
-    days, memory = each.wall_hours / 24, each.memory.total_bytes / GIB
+    days, memory = each.wall_hours / 24, each.memory.total_bytes / planner.GIB
     return [f"{each.step.total_ms / 1e3:,.2f}", f"{each.gpu_hours:,.0f}", f"{days:,.1f}", f"{memory:.1f}"]
