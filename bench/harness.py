@@ -110,13 +110,21 @@ def compare(
     variants: Mapping[str, Callable[[], Any]],
     check: Callable[[Any], None],
     operations: dict[str, float] | None = None,
+    floors: Mapping[str, float] | None = None,
 ) -> Row:
-    """`measure`, with the row kept for the summary and for pytest-benchmark's JSON."""
+    """`measure`, with the row kept for the summary and for pytest-benchmark's JSON.
+
+    floors: variant -> how many times as fast as it ours must be at least, at the median; raises AssertionError where
+    ours is not, with the row kept all the same.
+    """
     row = measure(benchmark.name.removeprefix("test_"), sizes, variants, check, operations)
     ROWS.append(row)
     benchmark.extra_info.update(machine=machine(), sizes=sizes, threads=row.threads, median_ms=row.medians())
     ours = next(iter(variants))
     benchmark.pedantic(variants[ours], rounds=5, iterations=_calls_per_round(variants[ours]))
+    for variant, floor in (floors or {}).items():
+        median = row.ratios(variant)[1]
+        assert median >= floor, f"{row.name}: {median:.2f}x {variant}, below the floor of {floor:g}x"
     return row
 
 

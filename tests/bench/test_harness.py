@@ -45,6 +45,16 @@ def test_every_variant_gets_a_median_and_a_ratio_to_ours(rows):
     assert benchmark.extra_info["median_ms"] == row.medians()
 
 
+def test_a_ratio_below_its_floor_fails_and_names_both_figures_with_the_row_kept(rows, monkeypatch):
+    variants = {"ours": lambda: torch.ones(4), "other": lambda: torch.ones(4)}
+    monkeypatch.setattr(harness.Row, "ratios", lambda row, variant: (1.0, 1.25, 9.0))
+    for floors in (None, {"other": 1.25}):
+        harness.compare(RecordingBenchmark(), "[4]", variants, check, floors=floors)
+    with pytest.raises(AssertionError, match=r"case: 1\.25x other, below the floor of 1\.3x"):
+        harness.compare(RecordingBenchmark(), "[4]", variants, check, floors={"other": 1.3})
+    assert len(rows) == 3
+
+
 def test_ratios_are_those_of_the_rounds():
     row = harness.Row("case", "[4]", 1, {"ours": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 4.0]})
     assert row.medians() == {"ours": 2.0, "other": 4.0}
