@@ -1,5 +1,6 @@
 # make demo [VIDEO=path]   create the environment, build, run the main job on a clip, write out/
 # make test                the same environment, every claim but the slow ones
+# make scaling             time and memory of attention against the number of tokens, written to docs/
 # make gpu-report          what the GPU kernels compile to, no GPU needed; REPORT=--write replaces the committed table
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
-.PHONY: demo test test-slow bench gpu-report check format clean
+.PHONY: demo test test-slow bench scaling gpu-report check format clean
 
 demo: $(INSTALLED)
 	$(PY) -m bench.demo --out out $(if $(VIDEO),--video "$(VIDEO)")
@@ -21,6 +22,9 @@ test-slow: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m pytest bench
+
+scaling: $(INSTALLED)
+	$(PY) -m bench.nabla_scaling --out docs
 
 gpu-report: $(INSTALLED)
 	$(PY) -m bench.gpu_report $(REPORT)
