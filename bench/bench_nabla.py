@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness import compare
+from bench.nabla_tokens import tokens_alike_in_blocks
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 from model.config import AttentionConfig
@@ -24,6 +25,7 @@ LAYOUT = TokenLayout((4, 32, 32))
 LONG = TokenLayout((16, 32, 32))
 BLOCK = 64
 DENSITY, THR = 0.1, 0.9
+SPREAD = 1.5  # of blocks, so that some matter and others not
 DENSE, FLEX = "dense SDPA", "compiled flex_attention"
 # How many times as fast as each variant the forward must be.
 FORWARD_FLOORS = {torch.float32: {DENSE: 10, FLEX: 1.8}, torch.bfloat16: {FLEX: 3}}
@@ -31,12 +33,6 @@ FORWARD_FLOORS = {torch.float32: {DENSE: 10, FLEX: 1.8}, torch.bfloat16: {FLEX: 
 
 def random_tokens(layout, heads, dim, dtype=torch.float32):
     return [torch.randn(1, heads, layout.tokens, dim).to(dtype) for _ in range(3)]
-
-
-def alike_in_blocks(layout, heads, dim):
-    """q, k and v whose tokens differ more between blocks than inside one, so that some blocks matter and others not."""
-    between = 1.5 * torch.randn(3, 1, heads, layout.blocks, dim)
-    return (between.repeat_interleave(BLOCK, dim=3) + 0.5 * torch.randn(3, 1, heads, layout.tokens, dim)).unbind()
 
 
 def random_mask(layout, heads, density=DENSITY):
@@ -160,7 +156,7 @@ def test_attention_forward_and_backward(benchmark, dtype, layout, dim):
 def test_mask(benchmark, frames, floor):
     """The reference is the construction by sort, cumulative sum and scatter."""
     heads, layout = 24, TokenLayout((frames, 32, 32))
-    q, k, _ = alike_in_blocks(layout, heads, 64)
+    q, k, _ = tokens_alike_in_blocks(layout, heads, 64, SPREAD)
     arguments = (q, k, layout.block_starts(), layout.clip_block_starts(), THR, None, None)
     expected = BlockMask(*nabla_mask_reference(*arguments), layout)
     kept = expected.to_dense()
@@ -198,7 +194,7 @@ def compare_whole(benchmark, q, k, v, layout, thr):
 
 
 def test_nabla_attention(benchmark):
-    compare_whole(benchmark, *alike_in_blocks(LAYOUT, 4, 64), LAYOUT, THR)
+    compare_whole(benchmark, *tokens_alike_in_blocks(LAYOUT, 4, 64, SPREAD), LAYOUT, THR)
 
 
 class Captured(TorchDispatchMode):

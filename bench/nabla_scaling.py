@@ -17,22 +17,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import Row, machine, measure, memory_in_words
+from bench.nabla_tokens import tokens_alike_in_blocks
 from k5kernels import BlockMask, TokenLayout, nabla_attention, nabla_mask
 from train.resident import peak_bytes, reuse_memory
 
 # Tokens of 512×768 pixels (32×48 a latent frame) up to ten seconds of video, 93,696 tokens; the first is a part of it.
 LAYOUTS = [TokenLayout((4, 16, 32))] + [TokenLayout((frames, 32, 48)) for frames in (4, 8, 16, 31, 61)]
-HEADS, DIM, DENSITY = 1, 64, 0.1
+HEADS, DIM, DENSITY, SPREAD = 1, 64, 0.1, 1.0
 ROUNDS = 5
 CHECKED_TOKENS = 64
 MIB = 2**20
-
-
-def tokens_alike_in_blocks(layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [1, HEADS, S, DIM] whose tokens differ more between blocks than inside one."""
-    between = torch.randn(3, 1, HEADS, layout.blocks, DIM).repeat_interleave(layout.block_starts().diff(), dim=3)
-    q, k, v = (between + 0.5 * torch.randn(between.shape)).unbind()
-    return q, k, v
 
 
 def threshold_for(density: float, q: Tensor, k: Tensor, layout: TokenLayout) -> float:
@@ -66,7 +60,7 @@ def added_bytes(call) -> int:
 def compare_at(layout: TokenLayout) -> tuple[Row, dict[str, int], float]:
     """Times, added memory by variant, and the density."""
     torch.manual_seed(0)
-    q, k, v = tokens_alike_in_blocks(layout)
+    q, k, v = tokens_alike_in_blocks(layout, HEADS, DIM, SPREAD)
     thr = threshold_for(DENSITY, q, k, layout)
     mask = nabla_mask(q, k, layout, thr)
     rows = torch.randint(layout.tokens, (CHECKED_TOKENS,))

@@ -13,12 +13,6 @@ def over_tokens(blocks: Tensor, layout: TokenLayout) -> Tensor:
     return blocks.repeat_interleave(lengths, dim=-2).repeat_interleave(lengths, dim=-1)
 
 
-def same_clip(layout: TokenLayout, device: str = "cpu") -> Tensor:
-    """Bool [N_b, N_b], true for blocks of one clip."""
-    clip = layout.block_coordinates(device)[:, 0]
-    return clip[:, None] == clip
-
-
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, layout: TokenLayout, scale: float | None = None
 ) -> Tensor:
@@ -33,14 +27,3 @@ def random_tokens(layout: TokenLayout, batch: int, heads: int, dim: int, seed: i
     random = torch.Generator().manual_seed(seed)
     shape = (batch, heads, layout.tokens, dim)
     return [(2 * torch.randn(shape, generator=random)).to(**options) for _ in range(3)]
-
-
-def random_mask(
-    layout: TokenLayout, batch: int, heads: int, density: float = 0.5, seed: int = 0, device: str = "cpu"
-) -> BlockMask:
-    """Within clips, differing per batch and head; row 1 reads nothing."""
-    random = torch.Generator().manual_seed(seed)
-    dense = torch.rand(batch, heads, layout.blocks, layout.blocks, generator=random).to(device) < density
-    dense &= same_clip(layout, device)
-    dense[:, :, 1] = False
-    return BlockMask.from_dense(dense, layout)

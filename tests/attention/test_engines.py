@@ -5,7 +5,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from dense_attention import over_tokens, random_mask, random_tokens, same_clip
+from block_masks import random_mask, same_clip
+from dense_attention import over_tokens, random_tokens
 from tolerances import assert_matches
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from dense_attention import masked_attention, over_tokens, random_mask, random_tokens, same_clip
+from block_masks import random_mask, same_clip
+from dense_attention import masked_attention, over_tokens, random_tokens
 from operator_checks import assert_accurate, assert_compiled_equals_eager, outputs_and_gradients
 from tolerances import assert_matches
 from torch.nn.functional import scaled_dot_product_attention

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from dense_attention import masked_attention, over_tokens, random_mask, random_tokens
+from block_masks import random_mask
+from dense_attention import masked_attention, over_tokens, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import assert_accurate, assert_thread_count_changes_no_bit, outputs_and_gradients

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dense_attention import masked_attention, random_mask, random_tokens, same_clip
+from block_masks import one_token_blocks, random_mask, same_clip, same_lists, select
+from dense_attention import masked_attention, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import assert_accurate, assert_thread_count_changes_no_bit, outputs_and_gradients
@@ -19,7 +20,6 @@ from k5kernels.ops.block_sparse_attention import (
     block_sparse_attention_reference,
 )
 from k5kernels.ops.nabla_mask import nabla_mask_reference
-from k5kernels.ops.sta_mask import sta_mask
 
 pytestmark = pytest.mark.skipif(not library.NATIVE.exists(), reason="built without a C++ compiler")
 
@@ -31,19 +31,6 @@ INFINITY = float("inf")
 
 def kernel_arguments(mask, layout, dim):
     return mask.offsets, mask.indices, layout.block_starts(), 1 / math.sqrt(dim)
-
-
-def one_token_blocks(*clips):
-    """A layout whose blocks are its tokens, so that the map over blocks is the map over tokens."""
-    return TokenLayout([(tokens, 1, 1) for tokens in clips], patch=1)
-
-
-def select(q, k, layout, thr, window=None, function=torch.ops.k5.nabla_mask):
-    near = (None, None)
-    if window:
-        mask = sta_mask(layout, window)
-        near = (mask.offsets, mask.indices)
-    return BlockMask(*function(q, k, layout.block_starts(), layout.clip_block_starts(), thr, *near), layout)
 
 
 @pytest.mark.parametrize("name", ["block_sparse_attention", "block_sparse_attention_backward", "nabla_mask"])
@@ -188,7 +175,7 @@ def test_the_blocks_dropped_are_the_smallest_below_the_threshold(isa, dtype, cli
     batch, heads, dim = sizes
     q, k = (spread * x for x in random_tokens(layout, batch, heads, dim, seed, dtype=dtype)[:2])
     thr = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
-    kept = select(q, k, layout, thr).to_dense()
+    kept = select(torch.ops.k5.nabla_mask, q, k, layout, thr).to_dense()
     assert not (kept & ~same_clip(layout)).any()
     for clip in (slice(*ends) for ends in pairwise(layout.clip_blocks)):
         logits = q[:, :, clip].double() @ k[:, :, clip].double().mT / math.sqrt(dim)
@@ -207,7 +194,7 @@ def test_the_blocks_dropped_are_the_smallest_below_the_threshold(isa, dtype, cli
 def test_the_lists_are_those_of_sort_and_cumulative_sum(isa, layout, thr, window):
     q, k, _ = random_tokens(layout, 1, 2, 64)
     ours, theirs = (
-        select(q, k, layout, thr, window, function).to_dense()
+        select(function, q, k, layout, thr, window).to_dense()
         for function in (torch.ops.k5_cpu.nabla_mask, nabla_mask_reference)
     )
     # Logits differ in their last bits: next to never does that change a selection, except where thr 0 asks for all.
@@ -223,7 +210,7 @@ def test_of_equal_blocks_as_many_are_kept_as_in_the_reference(isa, levels):
     k = torch.randint(levels, q.shape, generator=random).float()
     for thr in [0.0, 0.5, 1.0, *torch.rand(9, generator=random).tolist()]:
         ours, theirs = (
-            select(q, k, layout, thr, function=function).to_dense().sum(-1)
+            select(function, q, k, layout, thr).to_dense().sum(-1)
             for function in (torch.ops.k5_cpu.nabla_mask, nabla_mask_reference)
         )
         tied = levels > 1 and thr in (0.0, 0.5)  # there a last bit of the probabilities may decide
@@ -237,7 +224,7 @@ def test_undefined_and_infinite_logits_keep_what_the_reference_keeps(isa, name, 
     q, k, _ = random_tokens(layout, 1, 2, 4)
     (q if name == "q" else k)[0, 1, [3, 39, 90], 2] = value
     ours, theirs = (
-        select(q, k, layout, 0.7, function=function) for function in (torch.ops.k5_cpu.nabla_mask, nabla_mask_reference)
+        select(function, q, k, layout, 0.7) for function in (torch.ops.k5_cpu.nabla_mask, nabla_mask_reference)
     )
     assert torch.equal(ours.to_dense(), theirs.to_dense())
 
@@ -251,8 +238,7 @@ def test_strides_threads_and_runs_change_no_list(isa, set_threads, dtype):
         set_threads(threads)
         for pair in ((q, k), strided, [x.mT.contiguous().mT for x in (q, k)]):
             mask = nabla_mask(*pair, RAGGED, 0.6, (3, 3, 3))
-            assert torch.equal(mask.offsets, expected.offsets)
-            assert torch.equal(mask.indices, expected.indices)
+            assert same_lists(mask, expected)
 
 
 def test_both_instruction_sets_keep_the_same_blocks():
@@ -262,5 +248,5 @@ def test_both_instruction_sets_keep_the_same_blocks():
     masks = []
     for number in range(best + 1):
         assert torch.ops.k5_cpu.force_isa(number)
-        masks.append(select(q, k, layout, 0.8).to_dense())
+        masks.append(select(torch.ops.k5.nabla_mask, q, k, layout, 0.8).to_dense())
     assert (masks[0] != masks[-1]).sum() <= 2

@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dense_attention import random_tokens, same_clip
+from block_masks import same_clip, same_lists, select
+from dense_attention import random_tokens
 from diffusers.models.transformers.transformer_kandinsky import nablaT_v2
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import assert_thread_count_changes_no_bit
 
-from k5kernels import BlockMask, TokenLayout, nabla_mask, sta_mask
+from k5kernels import TokenLayout, nabla_mask, sta_mask
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
@@ -21,15 +22,6 @@ RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
 def constant_blocks(values: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """Tokens [1, 1, S, D] that have the value [N_b, D] of their block."""
     return values.repeat_interleave(layout.block_starts().diff(), dim=0)[None, None]
-
-
-def same_lists(one, other) -> bool:
-    return torch.equal(one.offsets, other.offsets) and torch.equal(one.indices, other.indices)
-
-
-def lists(function, q, k, layout, thr):
-    offsets, indices = function(q, k, layout.block_starts(), layout.clip_block_starts(), thr, None, None)
-    return BlockMask(offsets, indices, layout)
 
 
 @given(
@@ -42,7 +34,7 @@ def lists(function, q, k, layout, thr):
 def test_the_kernel_selects_what_sort_and_cumulative_sum_select(grids, sizes, dtype, thr, seed):
     layout = TokenLayout(grids)
     q, k, _ = random_tokens(layout, *sizes, seed, dtype=dtype)
-    ours, theirs = (lists(function, q, k, layout, thr) for function in (torch.ops.k5.nabla_mask, nabla_mask_reference))
+    ours, theirs = (select(function, q, k, layout, thr) for function in (torch.ops.k5.nabla_mask, nabla_mask_reference))
     if not same_lists(ours, theirs):  # where two blocks tie, or a logit's last bit decides, as many are kept
         assert torch.equal(ours.to_dense().sum(-1), theirs.to_dense().sum(-1))
         assert (ours.to_dense() != theirs.to_dense()).sum() <= 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_attention import random_mask
+from block_masks import random_mask
 
 from k5kernels import BlockMask, TokenLayout
 from k5kernels.triton import block_mask as kernels

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from dense_attention import masked_attention, random_mask, random_tokens
+from block_masks import random_mask
+from dense_attention import masked_attention, random_tokens
 from tolerances import assert_error_bounded
 
 from k5kernels import BlockMask, TokenLayout

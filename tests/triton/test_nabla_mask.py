@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dense_attention import random_tokens, same_clip
+from block_masks import one_token_blocks, same_clip, same_lists, select
+from dense_attention import random_tokens
 
-from k5kernels import BlockMask, TokenLayout, sta_mask
+from k5kernels import TokenLayout
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 from k5kernels.triton import nabla_mask as kernels
 
@@ -17,26 +18,9 @@ INFINITY, NAN = float("inf"), float("nan")
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def one_token_blocks(*clips):
-    """A layout whose blocks are its tokens, so that the map over blocks is the map over tokens."""
-    return TokenLayout([(tokens, 1, 1) for tokens in clips], patch=1)
-
-
-def select(function, q, k, layout, thr, window=None):
-    near = (None, None)
-    if window:
-        mask = sta_mask(layout, window)
-        near = (mask.offsets, mask.indices)
-    return BlockMask(*function(q, k, layout.block_starts(), layout.clip_block_starts(), thr, *near), layout)
-
-
 def both(q, k, layout, thr, window=None):
     """The masks of the kernels and of the definition."""
     return tuple(select(function, q, k, layout, thr, window) for function in (kernels.nabla_mask, nabla_mask_reference))
-
-
-def same_lists(one, other):
-    return torch.equal(one.offsets, other.offsets) and torch.equal(one.indices, other.indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
