@@ -6,17 +6,17 @@ from typing import Any
 
 from bench.gpu_report.compile import ARCHS, Size, Variant, Work
 from bench.gpu_report.roofline import SIZES
-from k5kernels.triton import block_mask
+from k5kernels.triton import attention_backward, attention_forward, block_mask
 from k5kernels.triton import block_sparse_attention as attention
 
 ELEMENT_SIZES = {"bf16": 2, "fp32": 4}
 FLOAT, INT, LONG = 4, 4, 8  # bytes
 BLOCK = 64
 KERNELS = {
-    "forward": attention.forward_kernel,
-    "forward_pairs": attention.forward_pairs_kernel,
-    "backward_queries": attention.backward_queries_kernel,
-    "backward_keys": attention.backward_keys_kernel,
+    "forward": attention_forward.forward_kernel,
+    "forward_pairs": attention_forward.forward_pairs_kernel,
+    "backward_queries": attention_backward.backward_queries_kernel,
+    "backward_keys": attention_backward.backward_keys_kernel,
 }
 TITLES = {
     "forward": "attention: forward",
@@ -100,7 +100,7 @@ def _shift_work(size: Size) -> Work:
 
 
 def _row_shift(size: Size) -> Variant:
-    kernel = attention.row_shift_kernel
+    kernel = attention_backward.row_shift_kernel
     signature = _signature(kernel, "bf16", (), "")
     return Variant(
         name="attention: dout·out bf16",
