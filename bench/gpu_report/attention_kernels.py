@@ -115,11 +115,11 @@ def _row_shift(size: Size) -> Variant:
     )
 
 
-def _list_work(bits_read: int, lists: float, size: Size) -> Work:
+def _list_work(lists: int, size: Size) -> Work:
     """A pass over the bits of the mask, and lists read or written."""
     cells = float(size.heads) * size.blocks**2
     kept = float(size.heads) * size.blocks * size.kept
-    return Work(bits_read * cells, bits_read * cells / 8 + lists * INT * kept, tensor_core=False)
+    return Work(cells, cells / 8 + lists * INT * kept, tensor_core=False)
 
 
 def _lists(title: str, kernel: Any, pointers: dict[str, str], constexprs: dict[str, Any], warps: int) -> Callable:
@@ -133,7 +133,7 @@ def _lists(title: str, kernel: Any, pointers: dict[str, str], constexprs: dict[s
         constexprs=constexprs,
         options={"num_warps": warps},
         has_dot=False,
-        work=partial(_list_work, 1, 0 if title == "count readers" else 1),
+        work=partial(_list_work, 0 if title == "count readers" else 1),
     )
 
 
