@@ -24,11 +24,11 @@ def store_attention(
     out, lse, top, total, weighted, reads, head_number, tokens, first, end,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Divide by the sums; rows that read nothing get zeros and -inf."""
+    """Divide by the sums; rows that read nothing get zeros and -inf, those whose scores all are -inf NaN."""
     mean = tl.where(reads[:, None], tl.div_rn(weighted, tl.broadcast_to(total[:, None], [ROWS, WIDTH])), 0.0)
     store_rows(out + head_number * tokens * D, mean.to(out.dtype.element_ty), first, end, D, WIDTH, ROWS, FULL)
     row = first + tl.arange(0, ROWS)
-    logarithm = (top + tl.log2(total)) * LN_2
+    logarithm = tl.where(total == 0, float("nan"), (top + tl.log2(total)) * LN_2)
     tl.store(lse + head_number * tokens + row, tl.where(reads, logarithm, float("-inf")), mask=row < end)
 
 

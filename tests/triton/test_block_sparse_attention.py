@@ -3,7 +3,7 @@
 import pytest
 import torch
 from block_masks import random_mask
-from dense_attention import masked_attention, random_tokens
+from dense_attention import masked_attention, over_tokens, random_tokens
 from tolerances import assert_error_bounded
 
 from k5kernels import BlockMask, TokenLayout
@@ -191,15 +191,28 @@ def test_undefined_and_infinite_input_gives_what_the_definition_gives(name, valu
     dense[0, 0, ::2, 0] = False
     mask = BlockMask.from_dense(dense, SMALL)
     assert (kernels.paired_lists(mask.offsets, mask.indices)[1] > 0).all()
-    ours = forward(kernels.block_sparse_attention, *tokens.values(), mask, SMALL)[0]
-    reference, exact = (
-        forward(block_sparse_attention_reference, *(x.to(wide) for x in tokens.values()), mask, SMALL)[0]
+    ours, lse = forward(kernels.block_sparse_attention, *tokens.values(), mask, SMALL)
+    (reference, reference_lse), (exact, _) = (
+        forward(block_sparse_attention_reference, *(x.to(wide) for x in tokens.values()), mask, SMALL)
         for wide in (torch.float32, torch.float64)
     )
     finite = exact.isfinite()
     assert 0 < finite.sum() < finite.numel()
     torch.testing.assert_close(ours[~finite].float(), reference[~finite], equal_nan=True, rtol=0, atol=0)
     assert_error_bounded(ours[finite], reference[finite].to(dtype), exact[finite])
+    torch.testing.assert_close(lse, reference_lse, equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_scores_are_all_minus_infinity_are_undefined(dtype):
+    q, k, v = (x.abs() + 1 for x in random_tokens(SMALL, 1, 1, 64, dtype=dtype))
+    k[:, :, :, 0] = -float("inf")
+    mask = random_mask(SMALL, 1, 1)
+    reads = over_tokens(mask.to_dense(), SMALL).any(-1)
+    out, lse = forward(kernels.block_sparse_attention, q, k, v, mask, SMALL)
+    assert torch.equal(lse.isnan(), reads)
+    assert torch.equal(out.isnan().all(-1), reads)
+    assert (lse[~reads] == -float("inf")).all()
 
 
 def test_no_batch_no_heads_and_one_token():
