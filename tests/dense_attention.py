@@ -1,5 +1,7 @@
 """What block-sparse attention must equal: PyTorch's dense attention under a mask over tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,3 +29,16 @@ def random_tokens(layout: TokenLayout, batch: int, heads: int, dim: int, seed: i
     random = torch.Generator().manual_seed(seed)
     shape = (batch, heads, layout.tokens, dim)
     return [(2 * torch.randn(shape, generator=random)).to(**options) for _ in range(3)]
+
+
+def far_apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one shape [1, h, S, D], the same with steps of 2^25 elements from a token to the next.
+
+    Of the memory between, which the system gives when it is written, next to nothing is touched.
+    """
+    step = 1 << 25
+    _, heads, tokens, dim = tensors[0].shape
+    memory = torch.empty(tokens * step, dtype=tensors[0].dtype)
+    return [
+        memory.as_strided(x.shape, (0, dim, step, 1), heads * dim * place).copy_(x) for place, x in enumerate(tensors)
+    ]

@@ -23,6 +23,7 @@ from k5kernels.triton.attention_forward import forward_kernel, forward_pairs_ker
 from k5kernels.triton.block_mask import paired_lists, transposed_lists
 
 LARGEST_TILE = 64
+MOST_ROWS = 2 * LARGEST_TILE  # of a tile that two blocks share
 LARGEST_HEAD_DIM = 128  # above, the reference serves
 SHIFT_TOKENS = 16
 LOG2_E = math.log2(math.e)
@@ -52,7 +53,7 @@ def block_sparse_attention(
     out, lse = q.new_empty(q.shape), q.new_empty(B, h, S, dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    q, k, v = (addressable(x) for x in (q, k, v))
     launch = Launch(q, block_starts)
     offsets = offsets.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -95,7 +96,7 @@ def block_sparse_attention_backward(
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
-    grad_out, q, k, v, out = (unit_stride(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (addressable(x) for x in (grad_out, q, k, v, out))
     launch = Launch(q, block_starts)
     shift = row_shift(grad_out, out, grad_lse, launch.width)
     readers = transposed_lists(offsets, indices)
@@ -177,9 +178,9 @@ def describable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """x, or a copy where its head dimension is not dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def addressable(x: Tensor) -> Tensor:
+    """x, or a copy where its head dimension is not dense or a tile of tokens spans more than the kernels' int32."""
+    return x if x.stride(-1) == 1 and x.stride(2) * MOST_ROWS < 2**31 else x.contiguous()
 
 
 def mask_strides(offsets: Tensor) -> tuple[int, int]:

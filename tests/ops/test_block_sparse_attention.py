@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from block_masks import random_mask
-from dense_attention import masked_attention, over_tokens, random_tokens
+from dense_attention import far_apart, masked_attention, over_tokens, random_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import assert_accurate, assert_thread_count_changes_no_bit, outputs_and_gradients
@@ -154,17 +154,16 @@ def test_the_result_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_further_apart_than_32_bits_count_are_found(dtype):
-    # Steps of 2^25 elements: the last token stands beyond 2^31, in memory of which next to nothing is touched.
-    layout, step = TokenLayout((1, 9, 8)), 1 << 25
-    tokens = random_tokens(layout, 1, 2, 64, dtype=dtype)
+    layout = TokenLayout((1, 9, 8))
     mask = random_mask(layout, 1, 2, 1.0)
-    memory = torch.empty(layout.tokens * step, dtype=dtype)
-    apart = [memory.as_strided(x.shape, (0, 64, step, 1), 128 * place).copy_(x) for place, x in enumerate(tokens)]
-    assert step * (layout.tokens - 1) > 2**31
-    out, lse = operator(*apart, mask, layout, 0.1)
-    expected = operator(*tokens, mask, layout, 0.1)
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
+    function = partial(block_sparse_attention, mask=mask, layout=layout)
+    tokens = random_tokens(layout, 1, 2, 64, dtype=dtype)
+    apart = far_apart(tokens)
+    assert apart[0].stride(2) * (layout.tokens - 1) > 2**31
+    assert torch.equal(operator(*apart, mask, layout, 0.1)[1], operator(*tokens, mask, layout, 0.1)[1])
+    results, expected = (outputs_and_gradients(function, inputs, [0, 1, 2]) for inputs in (apart, tokens))
+    for one, other in zip(results, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_two_runs_and_two_thread_counts_give_the_same_bits(set_threads):

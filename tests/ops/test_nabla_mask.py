@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from block_masks import same_clip, same_lists, select
-from dense_attention import random_tokens
+from dense_attention import far_apart, random_tokens
 from diffusers.models.transformers.transformer_kandinsky import nablaT_v2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -218,6 +218,12 @@ def test_strides_of_projections_need_no_copy_by_the_caller():
     q, k, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_tokens(RAGGED, 2, 3, 8))
     assert not q.is_contiguous()
     assert same_lists(nabla_mask(q, k, RAGGED, 0.7), nabla_mask(q.contiguous(), k.contiguous(), RAGGED, 0.7))
+
+
+def test_tokens_further_apart_than_32_bits_count_are_found():
+    layout = TokenLayout((1, 9, 8))
+    q, k, _ = random_tokens(layout, 1, 2, 64)
+    assert same_lists(nabla_mask(*far_apart([q, k]), layout, 0.7), nabla_mask(q, k, layout, 0.7))
 
 
 def test_two_runs_and_two_thread_counts_give_the_same_lists(set_threads):

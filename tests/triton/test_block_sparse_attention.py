@@ -3,7 +3,7 @@
 import pytest
 import torch
 from block_masks import random_mask
-from dense_attention import masked_attention, over_tokens, random_tokens
+from dense_attention import far_apart, masked_attention, over_tokens, random_tokens
 from tolerances import assert_error_bounded
 
 from k5kernels import BlockMask, TokenLayout
@@ -164,8 +164,8 @@ def everything(tokens, mask, grad_out):
     """out, lse and the three gradients."""
     attention, backward = kernels.block_sparse_attention, kernels.block_sparse_attention_backward
     return [
-        *forward(attention, *tokens, mask, SMALL),
-        *gradients(backward, tokens, mask, SMALL, grad_out, None, attention),
+        *forward(attention, *tokens, mask, mask.layout),
+        *gradients(backward, tokens, mask, mask.layout, grad_out, None, attention),
     ]
 
 
@@ -213,6 +213,17 @@ def test_rows_whose_scores_are_all_minus_infinity_are_undefined(dtype):
     assert torch.equal(lse.isnan(), reads)
     assert torch.equal(out.isnan().all(-1), reads)
     assert (lse[~reads] == -float("inf")).all()
+
+
+def test_tokens_of_a_tile_may_stand_further_apart_than_32_bits_count():
+    layout = TokenLayout((1, 8, 16))  # two blocks that share a tile
+    mask = BlockMask.from_dense(torch.ones(2, 2, dtype=torch.bool), layout)
+    tokens = random_tokens(layout, 1, 1, 16, dtype=torch.bfloat16)
+    grad_out = random_tokens(layout, 1, 1, 16, seed=1, dtype=torch.bfloat16)[0]
+    *apart, apart_grad = far_apart([*tokens, grad_out])
+    expected = everything(tokens, mask, grad_out)
+    for again, once in zip(everything(apart, mask, apart_grad), expected, strict=True):
+        assert torch.equal(again, once)
 
 
 def test_no_batch_no_heads_and_one_token():
