@@ -17,7 +17,7 @@ from k5kernels.block_mask import row_offsets
 from k5kernels.triton.block_mask import lists_to_bits
 
 # Cells of the map of logits in memory at a time.
-CHUNK = 1 << 26
+CHUNK = 1 << 22
 # Query blocks whose logits one program computes, key blocks it does so for at a time, elements of D it adds at a time.
 TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 32, 64, 16
 LOGITS_WARPS = 4
@@ -90,8 +90,7 @@ def _select(
     """Fill `kept`, a bit for each key block of the row's clip, and `counts`."""
     heads, blocks, D = queries.shape
     tiles = triton.cdiv(blocks, TILE_ROWS)
-    step = triton.cdiv(longest, 16) * 16
-    items = max(1, min(CHUNK // (TILE_ROWS * step), heads * tiles))
+    items, step = logits_at_once(heads * tiles, longest)
     logits = queries.new_empty(items * TILE_ROWS, step)
     columns, rows, warps = whole_row_tile(longest)
     for first in range(0, heads * tiles, items):
@@ -104,6 +103,12 @@ def _select(
             logits, key_counts, near, kept, counts, first, tiles, blocks, step, kept.shape[1], dropped_mass(thr),
             TILE=TILE_ROWS, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
+
+
+def logits_at_once(tiles: int, longest: int) -> tuple[int, int]:
+    """(tiles of TILE_ROWS rows, cells of a row) whose logits are in memory together."""
+    step = triton.cdiv(longest, 16) * 16
+    return max(1, min(CHUNK // (TILE_ROWS * step), tiles)), step
 
 
 def dropped_mass(thr: float) -> int:
@@ -138,7 +143,7 @@ def pool_kernel(
     d = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
     for first in range(start, end, TOKENS):
-        token = first + tl.arange(0, TOKENS)
+        token = (first + tl.arange(0, TOKENS)).to(tl.int64)
         there = (token < end)[:, None] & (d < D)[None, :]
         values = tl.load(source + token[:, None] * stride_s + d[None, :], mask=there, other=0.0)
         total += tl.sum(values.to(tl.float32), axis=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from block_masks import one_token_blocks, same_clip, same_lists, select
-from dense_attention import random_tokens
+from dense_attention import far_apart, random_tokens
 
 from k5kernels import TokenLayout
 from k5kernels.ops.nabla_mask import nabla_mask_reference
@@ -64,6 +64,13 @@ def test_the_mask_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch):
         assert same_lists(select(kernels.nabla_mask, q, k, RAGGED, 0.7, (3, 3, 3)), whole)
 
 
+@pytest.mark.parametrize(("heads", "blocks"), [(28, 1464), (32, 3660)], ids=["Lite 10 s", "Pro 10 s HD"])
+def test_of_the_longest_clips_a_tenth_of_the_map_is_in_memory_at_most(heads, blocks):
+    tiles, step = kernels.logits_at_once(heads * -(-blocks // kernels.TILE_ROWS), blocks)
+    assert step >= blocks
+    assert tiles * kernels.TILE_ROWS * step < heads * blocks**2 / 10
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_of_equal_blocks_as_many_are_kept_as_in_the_reference(levels):
     layout = one_token_blocks(41)
@@ -116,6 +123,14 @@ def test_strides_and_runs_change_no_list():
     no_unit_stride = [x.mT.contiguous().mT for x in (q, k)]
     for pair in ((q, k), sequence_first, no_unit_stride):
         assert same_lists(select(kernels.nabla_mask, *pair, RAGGED, 0.6, (3, 3, 3)), expected)
+
+
+def test_tokens_further_apart_than_32_bits_count_are_found():
+    layout = TokenLayout((1, 9, 8))
+    q, k, _ = random_tokens(layout, 1, 2, 64, dtype=torch.bfloat16)
+    assert same_lists(
+        select(kernels.nabla_mask, *far_apart([q, k]), layout, 0.7), select(kernels.nabla_mask, q, k, layout, 0.7)
+    )
 
 
 def test_one_block_one_token_and_no_batch():
