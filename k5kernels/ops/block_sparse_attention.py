@@ -25,16 +25,14 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention over the kept blocks: [B, h, S, D] in the dtype of q; zeros where a query block reads nothing.
 
-    q, k, v: [B, h, S, D] in fractal order, one floating dtype (under autocast they are cast to its dtype, as in
-    scaled_dot_product_attention). mask: with B or 1 batches and h or 1 heads. scale: 1/sqrt(D) where None.
+    q, k, v: [B, h, S, D] in fractal order, one floating dtype (under autocast all but float64 are cast to its
+    dtype, as in scaled_dot_product_attention). mask: with B or 1 batches and h or 1 heads. scale: 1/sqrt(D) where None.
     Differentiable once in q, k and v.
 
     Raises ValueError where a shape, dtype, device or layout does not fit. Bit-reproducible on the CPU; the
     gradients of k and v in the reference on a GPU are not.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (_autocast(x) for x in (q, k, v))
     check_tokens("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape or tensor.dtype != q.dtype:
@@ -45,6 +43,12 @@ def block_sparse_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     starts = layout.block_starts(q.device)
     return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, starts, scale)[0]
+
+
+def _autocast(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_mask(mask: BlockMask, q: Tensor, layout: TokenLayout) -> None:

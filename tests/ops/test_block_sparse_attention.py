@@ -203,6 +203,15 @@ def test_under_autocast_it_runs_in_autocasts_dtype_and_sums_in_float32():
     assert torch.equal(out, block_sparse_attention(*(x.bfloat16() for x in tokens), mask, RAGGED))
 
 
+def test_under_autocast_float64_stays_what_it_is_as_in_dense_attention():
+    mask = random_mask(RAGGED, 1, 2)
+    tokens = random_tokens(RAGGED, 1, 2, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_sparse_attention(*tokens, mask, RAGGED)
+        assert out.dtype == masked_attention(*tokens, mask, RAGGED).dtype == torch.float64
+    assert torch.equal(out, block_sparse_attention(*tokens, mask, RAGGED))
+
+
 def test_what_does_not_fit_is_refused():
     mask = random_mask(RAGGED, 2, 3)
     q = torch.zeros(2, 3, RAGGED.tokens, 8)
