@@ -1,4 +1,5 @@
 // Binds the kernels of NABLA attention: the block mask, the attention over it and its gradients.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -28,6 +29,18 @@ k5::BlockLists lists_of(const Tensor& offsets, const int64_t* offset_data, const
   return {offset_data, index_data, offsets.size(0) > 1 ? heads * rows : 0, heads > 1 ? rows : 0};
 }
 
+// A mask may have been built by hand: raises where its lists would have a kernel read what is not there.
+void check_lists(const Tensor& offsets, const Tensor& indices, int64_t blocks) {
+  const int64_t count = offsets.numel(), kept = indices.numel();
+  const int64_t* ends = data<int64_t>(offsets);
+  STD_TORCH_CHECK(count == 0 || (ends[0] == 0 && ends[count - 1] == kept && std::is_sorted(ends, ends + count)),
+                  "mask: expected offsets that ascend from 0 to the ", kept, " indices there are");
+  const int32_t* keys = data<int32_t>(indices);
+  uint32_t largest = 0;  // negative numbers are larger than all others
+  for (int64_t entry = 0; entry < kept; entry++) largest = std::max(largest, static_cast<uint32_t>(keys[entry]));
+  STD_TORCH_CHECK(largest < blocks || kept == 0, "mask: expected indices of blocks, 0 to ", blocks - 1);
+}
+
 k5::AttentionSizes sizes_of(const Tensor& q, const Tensor& block_starts, double scale) {
   return {data<int64_t>(block_starts), q.size(1), block_starts.size(0) - 1, q.size(3), static_cast<float>(scale)};
 }
@@ -53,6 +66,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor&
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
   const Tensor list_offsets = contiguous(offsets), list_indices = contiguous(indices);
   const Tensor starts = contiguous(block_starts);
+  check_lists(list_offsets, list_indices, starts.size(0) - 1);
   Tensor out = new_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   const k5::AttentionSizes sizes = sizes_of(q, starts, scale);
@@ -123,6 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
   const Tensor list_offsets = contiguous(offsets), list_indices = contiguous(indices);
   const Tensor starts = contiguous(block_starts), dense_lse = contiguous(lse);
+  check_lists(list_offsets, list_indices, starts.size(0) - 1);
   const TransposedLists transposed(list_offsets, list_indices);
   Tensor shift = new_like(dense_lse), base = new_like(dense_lse);
   Tensor grad_q = new_like(q), grad_k = new_like(k), grad_v = new_like(v);

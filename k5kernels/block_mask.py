@@ -157,6 +157,15 @@ def row_offsets(counts: Tensor) -> Tensor:
     return torch.cat([(ends - counts)[..., :1], ends], dim=-1)
 
 
+def check_lists(offsets: Tensor, indices: Tensor, blocks: int) -> None:
+    """Raise RuntimeError unless every offset and index points at something; with text like the C++ kernels'."""
+    ends = offsets.flatten()
+    if ends.numel() and (ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] != indices.shape[0]):
+        raise RuntimeError(f"mask: expected offsets that ascend from 0 to the {indices.shape[0]} indices there are")
+    if ((indices < 0) | (indices >= blocks)).any():
+        raise RuntimeError(f"mask: expected indices of blocks, 0 to {blocks - 1}")
+
+
 def lists_to_dense(offsets: Tensor, indices: Tensor) -> Tensor:
     """Lists as in `BlockMask` to bool [B_m, H_m, N_b, N_b]."""
     batch, heads, rows = offsets.shape

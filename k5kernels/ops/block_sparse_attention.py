@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from k5kernels.block_mask import BlockMask
+from k5kernels.block_mask import BlockMask, check_lists
 from k5kernels.ops.library import GPU_DTYPES, register
 from k5kernels.ops.nabla_mask import check_tokens
 from k5kernels.token_layout import TokenLayout, block_tokens, from_blocks, to_blocks
@@ -29,8 +29,9 @@ def block_sparse_attention(
     dtype, as in scaled_dot_product_attention). mask: with B or 1 batches and h or 1 heads. scale: 1/sqrt(D) where None.
     Differentiable once in q, k and v.
 
-    Raises ValueError where a shape, dtype, device or layout does not fit. Bit-reproducible on the CPU; the
-    gradients of k and v in the reference on a GPU are not.
+    Raises ValueError where a shape, dtype, device or layout does not fit, RuntimeError where a list of the mask points
+    at what is not there (the GPU kernels trust the mask: to ask would mean to wait for the GPU). Bit-reproducible on
+    the CPU; the gradients of k and v in the reference on a GPU are not.
     """
     q, k, v = (_autocast(x) for x in (q, k, v))
     check_tokens("q", q, layout)
@@ -138,6 +139,7 @@ def _chunks(
     [C, 1, L·P²], 0 for a key token and -inf where there is none.
     """
     blocks = block_starts.shape[0] - 1
+    check_lists(offsets, indices, blocks)
     empty_slot = shape[0] * shape[1] * blocks
     _, there = block_tokens(block_starts)
     hidden = torch.zeros(there.shape, dtype=dtype, device=there.device).masked_fill_(~there, -torch.inf)

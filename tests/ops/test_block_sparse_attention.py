@@ -212,6 +212,32 @@ def test_under_autocast_float64_stays_what_it_is_as_in_dense_attention():
     assert torch.equal(out, block_sparse_attention(*tokens, mask, RAGGED))
 
 
+def bad_lists(offsets, indices):
+    """(what is wrong, offsets, indices): each would have a kernel read what is not there."""
+    index, row = indices.numel() // 2, offsets.shape[2] // 2
+    for value in (-1, SMALL.blocks, 2**31 - 1):
+        yield "indices", offsets, indices.index_fill(0, torch.tensor([index]), value)
+    beyond = torch.tensor([indices.numel() + 1])
+    yield "offsets", offsets.index_copy(2, torch.tensor([row]), beyond.expand(1, 2, 1)), indices
+    yield "offsets", offsets + 1, indices
+    yield "offsets", offsets - 1, indices
+    yield "offsets", offsets, indices[:-1]
+
+
+# float64 runs on the reference.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mask_that_lists_what_is_not_there_is_refused(dtype):
+    mask = random_mask(SMALL, 1, 2)
+    tokens = random_tokens(SMALL, 1, 2, 8, dtype=dtype)
+    good = (mask.offsets, mask.indices, SMALL.block_starts(), 0.4)
+    saved = torch.ops.k5.block_sparse_attention(*tokens, *good)
+    for wrong, offsets, indices in bad_lists(mask.offsets, mask.indices):
+        with pytest.raises(RuntimeError, match=f"mask: expected {wrong}"):
+            block_sparse_attention(*tokens, BlockMask(offsets, indices, SMALL), SMALL)
+        with pytest.raises(RuntimeError, match=f"mask: expected {wrong}"):
+            torch.ops.k5.block_sparse_attention_backward(saved[0], None, *tokens, *saved, offsets, indices, *good[2:])
+
+
 def test_what_does_not_fit_is_refused():
     mask = random_mask(RAGGED, 2, 3)
     q = torch.zeros(2, 3, RAGGED.tokens, 8)
