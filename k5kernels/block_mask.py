@@ -50,12 +50,14 @@ class BlockMask:
     def from_flex(cls, mask: FlexBlockMask, layout: TokenLayout) -> "BlockMask":
         """From a mask of `torch.nn.attention.flex_attention`, whose blocks must be those of the layout.
 
-        Raises ValueError where the layout has blocks of fewer than P² tokens, the block size is not P², or the mask
-        has blocks that are read in part.
+        Raises ValueError where the layout has blocks of fewer than P² tokens, the block size is not P², the mask is of
+        other numbers of tokens, or it has blocks that are read in part.
         """
         block_size = _flex_block_size(layout)
         if (block_size, block_size) != mask.BLOCK_SIZE:
             raise ValueError(f"mask: expected blocks of {block_size}×{block_size} tokens, got {mask.BLOCK_SIZE}")
+        if mask.seq_lengths != (layout.tokens, layout.tokens):
+            raise ValueError(f"mask: expected one of {layout.tokens} tokens each way, got {mask.seq_lengths}")
         if mask.mask_mod is not noop_mask and bool(mask.kv_num_blocks.any()):
             raise ValueError("mask: some blocks are read in part (through mask_mod); only whole blocks can be listed")
         return cls.from_dense(mask.to_dense().bool(), layout)

@@ -114,6 +114,13 @@ def test_blocks_read_in_part_are_refused():
         BlockMask.from_flex(causal, FULL)
 
 
+@pytest.mark.parametrize("lengths", [(FULL.tokens - 1, FULL.tokens), (FULL.tokens, FULL.tokens - 1)])
+def test_a_mask_of_other_numbers_of_tokens_in_as_many_blocks_is_refused(lengths):
+    every = create_block_mask(lambda b, h, q, k: q >= 0, 1, 1, *lengths, device="cpu", BLOCK_SIZE=64)
+    with pytest.raises(ValueError, match=f"expected one of {FULL.tokens} tokens"):
+        BlockMask.from_flex(every, FULL)
+
+
 def test_pytorchs_block_mask_needs_blocks_of_one_size():
     mask = BlockMask.from_dense(random_dense(RAGGED, 1, 1, 0.5), RAGGED)
     with pytest.raises(ValueError, match="multiple of 8"):
