@@ -4,6 +4,7 @@ The lists are compressed sparse rows: memory is four bytes a kept block and eigh
 is the same for the whole batch, or a mask that is the same for all heads, is kept once (B_m = 1, H_m = 1).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 from torch.nn.attention.flex_attention import noop_mask
 
 from k5kernels.token_layout import TokenLayout
+
+# Entries of the lists in work at a time.
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,46 +105,35 @@ class BlockMask:
         )
 
     def transpose(self) -> "BlockMask":
-        """For each key block the query blocks that read it, ascending: what gradients of keys and values run over."""
-        batch, heads, rows = self.offsets.shape
-        blocks = rows - 1
-        reader = _rows(self.offsets, self.indices)
-        key_row = torch.div(reader, blocks, rounding_mode="floor") * blocks + self.indices
-        order = torch.argsort(key_row, stable=True)
-        counts = torch.bincount(key_row, minlength=batch * heads * blocks).view(batch, heads, blocks)
-        return BlockMask(row_offsets(counts), (reader[order] % blocks).to(torch.int32), self.layout)
+        """For each key block the query blocks that read it, ascending. Beyond the result, memory of CHUNK entries.
 
-    def union(self, other: "BlockMask") -> "BlockMask":
-        """The blocks that either mask keeps; a batch or head dimension of 1 spreads over the other's.
-
-        Raises ValueError where layouts differ or batches and heads do not broadcast.
+        The kernels' backwards build theirs themselves.
         """
-        if self.layout != other.layout:
-            raise ValueError(f"union: expected masks of one layout, got {self.layout} and {other.layout}")
-        try:
-            batch, heads = torch.broadcast_shapes(self.offsets.shape[:2], other.offsets.shape[:2])
-        except RuntimeError as error:
-            raise ValueError(
-                f"union: [B, h] of the masks do not broadcast: "
-                f"{list(self.offsets.shape[:2])} and {list(other.offsets.shape[:2])}"
-            ) from error
-        blocks = self.layout.blocks
-        masks = (self.expand(batch, heads), other.expand(batch, heads))
-        cells = torch.cat([_rows(mask.offsets, mask.indices) * blocks + mask.indices for mask in masks]).unique()
-        rows = torch.div(cells, blocks, rounding_mode="floor")
-        counts = torch.bincount(rows, minlength=batch * heads * blocks).view(batch, heads, blocks)
-        return BlockMask(row_offsets(counts), (cells % blocks).to(torch.int32), self.layout)
+        batch, heads, rows = self.offsets.shape
+        keys = batch * heads * (rows - 1)
+        counts = self.offsets.new_zeros(keys)
+        for _, key in self._entries():
+            counts += key.bincount(minlength=keys)
+        offsets = row_offsets(counts.view(batch, heads, rows - 1))
+        readers, place = torch.empty_like(self.indices), offsets[..., :-1].flatten()
+        for reader, key in self._entries():
+            key, order = key.sort(stable=True)
+            here = key.bincount(minlength=keys)
+            rank = torch.arange(key.shape[0], device=key.device) - (here.cumsum(0) - here)[key]
+            readers[place[key] + rank] = reader[order]
+            place += here
+        return BlockMask(offsets, readers, self.layout)
 
-    def expand(self, batch: int, heads: int) -> "BlockMask":
-        """The same mask with lists of its own for every batch and head (from B_m or H_m = 1)."""
-        if self.offsets.shape[:2] == (batch, heads):
-            return self
-        offsets = self.offsets.expand(batch, heads, -1)
-        counts = offsets.diff(dim=-1)
-        own = row_offsets(counts)
-        shift = (offsets - own)[..., :-1].flatten().repeat_interleave(counts.flatten())
-        positions = torch.arange(shift.shape[0], device=shift.device) + shift
-        return BlockMask(own, self.indices[positions], self.layout)
+    def _entries(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """CHUNK entries at a time: the query block, int32, and the key block, counted over batches and heads too."""
+        blocks = self.offsets.shape[2] - 1
+        starts = self.offsets[..., :-1].flatten()
+        for first in range(0, self.indices.shape[0], CHUNK):
+            indices = self.indices[first : first + CHUNK]
+            entries = torch.arange(first, first + indices.shape[0], device=indices.device)
+            row = torch.searchsorted(starts, entries, right=True) - 1
+            reader = row % blocks
+            yield reader.to(torch.int32), row - reader + indices
 
     def image(self, batch: int = 0, head: int = 0) -> np.ndarray:
         """The mask of one head as a picture: bool [N_b, N_b], query blocks downwards, key blocks to the right."""
