@@ -90,7 +90,7 @@ def _attention_variants(name: str, element: str, size: Size) -> Iterator[Variant
             continue
         yield _attention(name, element, size, generation, True, False)
         yield _attention(name, element, size, generation, False, False)
-        if element_size == 2 and generation in attention.DESCRIPTOR_GENERATIONS[name]:
+        if element_size == 2 and generation in attention.DESCRIPTOR_GENERATIONS[name, size.head_dim]:
             yield _attention(name, element, size, generation, True, True)
 
 

@@ -30,12 +30,17 @@ LOG2_E = math.log2(math.e)
 
 # Compute capabilities (major) whose tensor cores work for four warps at a time: wgmma and tcgen05.
 WARPGROUP_GENERATIONS = (9, 10)
-# Those on which a kernel needs fewer registers when its tiles come through tensor descriptors (`make gpu-report`).
+# Those on which a kernel needs fewer registers when its tiles, of the width, come through tensor descriptors
+# (`make gpu-report`).
 DESCRIPTOR_GENERATIONS = {
-    "forward": (10, 12),
-    "forward_pairs": (9, 10),
-    "backward_queries": (9, 10),
-    "backward_keys": (9, 10),
+    ("forward", 64): (10, 12),
+    ("forward", 128): (10, 12),
+    ("forward_pairs", 64): (9,),
+    ("forward_pairs", 128): (9, 10),
+    ("backward_queries", 64): (9, 10),
+    ("backward_queries", 128): (9, 10),
+    ("backward_keys", 64): (9, 10),
+    ("backward_keys", 128): (9, 10, 12),
 }
 
 # How long the longest block of a layout is, by its block_starts: asked once, for the answer waits for the GPU.
@@ -139,8 +144,8 @@ class Launch:
 
     def tiles(self, kernel: str, *tensors: Tensor) -> tuple[list[Any], dict[str, Any]]:
         """The tensors that a kernel reads along its lists, through descriptors where that serves, and its options."""
-        described = self.generation in DESCRIPTOR_GENERATIONS[kernel] and self.full and self.element_size == 2
-        described = described and self.head_dim == self.width and all(describable(x) for x in tensors)
+        described = self.generation in DESCRIPTOR_GENERATIONS.get((kernel, self.head_dim), ())
+        described = described and self.full and self.element_size == 2 and all(describable(x) for x in tensors)
         block = [1, 1, self.rows, self.width]
         read = [TensorDescriptor(x, [*x.shape], [*x.stride()], block) if described else x for x in tensors]
         constants = {"D": self.head_dim, "WIDTH": self.width, "TILE": self.rows, "FULL": self.full, "TMA": described}

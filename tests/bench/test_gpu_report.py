@@ -28,6 +28,14 @@ def test_every_committed_row_passes_the_gate():
     assert table.broken_gates(table.read()) == []
 
 
+def test_tiles_come_through_tensor_descriptors_only_where_that_lowers_registers():
+    registers = {(row.kernel, row.head_dim, row.arch): row.registers for row in table.read()}
+    described = [key for key in registers if key[0].endswith(", TMA")]
+    assert described
+    for kernel, *rest in described:
+        assert registers[kernel, *rest] < registers[kernel.removesuffix(", TMA"), *rest], (kernel, *rest)
+
+
 def test_the_readable_table_is_the_committed_one():
     assert table.READABLE.read_text() == table.readable(table.read())
 
