@@ -7,7 +7,7 @@
 namespace k5::K5_ISA {
 namespace {
 
-// The same over all blocks of a list.
+// for_parts of attention_blocks.h over all blocks of a list.
 template <class Body>
 K5_INLINE void for_listed_parts(const AttentionSizes& sizes, const BlockLists& lists, const Place& at,
                                 const Body& body) {

@@ -22,7 +22,8 @@ def nabla_attention(
     sta: a Sliding-Tile Attention window (w_T, w_H, w_W) in blocks, kept as well. Differentiable in q, k and v;
     no gradient flows through the mask.
 
-    Raises ValueError where a shape, dtype or thr does not fit.
+    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible, forward and backward, whatever the
+    number of threads; on a GPU not where the reference serves (`block_sparse_attention`).
     """
     mask = nabla_mask(q, k, layout, thr, sta)
     for observe in _observers:
