@@ -1,5 +1,6 @@
 """Block masks that tests build, select and compare."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ def one_token_blocks(*clips: int) -> TokenLayout:
     return TokenLayout([(tokens, 1, 1) for tokens in clips], patch=1)
 
 
-def same_clip(layout: TokenLayout, device: str = "cpu") -> Tensor:
+def same_clip(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
     """Bool [N_b, N_b], true for blocks of one clip."""
     clip = layout.block_coordinates(device)[:, 0]
     return clip[:, None] == clip
@@ -55,3 +56,19 @@ def select(
         near = (mask.offsets, mask.indices)
     starts, clips = layout.block_starts(q.device), layout.clip_block_starts(q.device)
     return BlockMask(*function(q, k, starts, clips, thr, *near), layout)
+
+
+def block_logits(q: Tensor, k: Tensor, layout: TokenLayout) -> Tensor:
+    """What NABLA's softmax runs over, in float64: [B, h, N_b, N_b], -inf between blocks of different clips."""
+    lengths = layout.block_starts(q.device).diff()
+    means = torch.eye(layout.blocks, dtype=torch.float64, device=q.device) / lengths[:, None]
+    q_means, k_means = (means.repeat_interleave(lengths, dim=1) @ x.double() for x in (q, k))
+    logits = q_means @ k_means.mT / math.sqrt(q.shape[-1])
+    return logits.masked_fill(~same_clip(layout, q.device), -torch.inf)
+
+
+def assert_rows_keep_their_largest_block_or_nothing(kept: Tensor, logits: Tensor) -> None:
+    """kept: bool of the shape of logits. Of blocks within rounding of the largest any may be the one."""
+    assert kept.sum(-1).max() <= 1
+    largest = logits.amax(-1, keepdim=True)
+    assert (logits >= largest - 1e-5 * largest.abs().clamp(min=1))[kept].all()

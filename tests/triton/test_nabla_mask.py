@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from block_masks import one_token_blocks, same_clip, same_lists, select
+from block_masks import (
+    assert_rows_keep_their_largest_block_or_nothing,
+    block_logits,
+    one_token_blocks,
+    same_clip,
+    same_lists,
+    select,
+)
 from dense_attention import far_apart, random_tokens
 
-from k5kernels import TokenLayout
+from k5kernels import TokenLayout, sta_mask
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 from k5kernels.triton import nabla_mask as kernels
 
@@ -37,8 +44,12 @@ def test_every_thr_with_and_without_a_window(thr, window):
     layout = TokenLayout([(3, 20, 36), (2, 33, 17)])
     q, k, _ = random_tokens(layout, 1, 1, 20)
     ours, theirs = (mask.to_dense() for mask in both(q, k, layout, thr, window))
-    # Sums round otherwise: at thr 0 that decides whether the largest block reaches 1.
-    assert (ours != theirs).sum() <= (2 * layout.blocks if thr == 0 else 0)
+    if thr > 0:
+        assert torch.equal(ours, theirs)
+    else:  # whether the largest block is kept depends on how the sum of all rounds
+        near = sta_mask(layout, window).to_dense() if window else torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        assert not (near & ~ours).any()
+        assert_rows_keep_their_largest_block_or_nothing(ours & ~near, block_logits(q, k, layout))
     if thr == 1:
         assert torch.equal(ours, same_clip(layout).expand_as(ours))
 
