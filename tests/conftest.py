@@ -50,16 +50,20 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=_available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once with each instruction set the C++ kernels were built for and this processor has."""
-    if request.param == "reference":
-        yield request.param
-        return
+@pytest.fixture
+def force_isa() -> Iterator[Callable[[int], bool]]:
+    """`torch.ops.k5_cpu.force_isa`, undone after the test."""
     before = torch.ops.k5_cpu.isa()
-    assert torch.ops.k5_cpu.force_isa(ISAS[request.param])
-    yield request.param
+    yield torch.ops.k5_cpu.force_isa
     torch.ops.k5_cpu.force_isa(before)
+
+
+@pytest.fixture(params=_available_isas())
+def isa(request: pytest.FixtureRequest) -> str:
+    """Run the test once with each instruction set the C++ kernels were built for and this processor has."""
+    if request.param != "reference":
+        assert request.getfixturevalue("force_isa")(ISAS[request.param])
+    return request.param
 
 
 @pytest.fixture
