@@ -22,8 +22,8 @@ def nabla_attention(
     sta: a Sliding-Tile Attention window (w_T, w_H, w_W) in blocks, kept as well. Differentiable in q, k and v;
     no gradient flows through the mask.
 
-    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible, forward and backward, whatever the
-    number of threads; on a GPU not where the reference serves (`block_sparse_attention`).
+    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible, forward and backward (float32 and
+    bfloat16 whatever the number of threads), but for the gradients of k and v where the reference serves on a GPU.
     """
     mask = nabla_mask(q, k, layout, thr, sta)
     for observe in _observers:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from block_masks import random_mask, same_clip
 from dense_attention import masked_attention, over_tokens, random_tokens
-from operator_checks import assert_accurate, assert_compiled_equals_eager, outputs_and_gradients
+from operator_checks import (
+    assert_accurate,
+    assert_compiled_equals_eager,
+    assert_thread_count_changes_no_bit,
+    outputs_and_gradients,
+)
 from tolerances import assert_matches
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -41,6 +46,19 @@ def test_a_frame_of_a_size_no_block_divides_is_dense_with_all_mass_kept():
     assert_matches(nabla_attention(q, k, v, layout, 1.0), scaled_dot_product_attention(q, k, v))
 
 
+def test_a_frame_of_a_size_no_block_divides_has_the_gradients_of_attention_over_its_mask():
+    layout = TokenLayout((1, 45, 80))
+    tokens = random_tokens(layout, 1, 1, 16)
+    mask = nabla_mask(*tokens[:2], layout, 0.7)
+    assert 0.1 < mask.density < 0.7
+    assert_accurate(
+        partial(nabla_attention, layout=layout, thr=0.7),
+        partial(masked_attention, mask=mask, layout=layout),
+        tokens,
+        wanted=[0, 1, 2],
+    )
+
+
 def test_below_that_it_is_attention_over_the_blocks_of_its_mask(device):
     tokens = random_tokens(CLIPS, 2, 3, 16, device=device)
     mask = nabla_mask(*tokens[:2], CLIPS, 0.5, (3, 1, 1))
@@ -73,6 +91,13 @@ def test_gradients_do_not_flow_through_the_mask():
     given = outputs_and_gradients(partial(block_sparse_attention, mask=mask, layout=CLIPS), tokens, [0, 1, 2])
     for one, other in zip(through, given, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_runs_and_two_thread_counts_give_the_same_bits(set_threads, dtype):
+    tokens = random_tokens(CLIPS, 2, 3, 16, dtype=dtype)
+    attend = partial(nabla_attention, layout=CLIPS, thr=0.6, sta=(3, 3, 3))
+    assert_thread_count_changes_no_bit(lambda: outputs_and_gradients(attend, tokens, [0, 1, 2]), set_threads)
 
 
 @pytest.mark.parametrize("sta", [None, (3, 3, 3)])

@@ -7,13 +7,15 @@ import pytest
 import torch
 from block_masks import random_mask
 from dense_attention import far_apart, masked_attention, over_tokens, random_tokens
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from operator_checks import assert_accurate, assert_thread_count_changes_no_bit, outputs_and_gradients
 from tolerances import assert_matches
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.profiler import ProfilerActivity, profile
 
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention
+from k5kernels.ops import library
 
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20)])
 FULL = TokenLayout((2, 8, 16))
@@ -48,6 +50,7 @@ def test_output_and_gradients_err_as_little_as_dense_attention(layout, dim, dtyp
     st.floats(0, 1),
     st.integers(0, 99),
 )
+@example([(1, 1, 1)], 1, (1, 1, 1), (False, False), 1.0, 0)
 def test_any_layout_and_mask_give_dense_attention(grids, patch, sizes, broadcast, density, seed):
     layout = TokenLayout(grids, patch)
     batch, heads, dim = sizes
@@ -178,6 +181,39 @@ def test_flex_attention_with_our_mask_gives_our_output():
     q, k, v = random_tokens(FULL, 1, 2, 16)
     flex = torch.compile(flex_attention)(q, k, v, block_mask=mask.to_flex())
     assert_matches(block_sparse_attention(q, k, v, mask, FULL), flex)
+
+
+def test_with_a_mask_of_flex_attention_it_gives_flex_attentions_output():
+    def every_other_block(batch, head, query, key):
+        return (query // 64 + key // 64 + head) % 2 == 0
+
+    theirs = create_block_mask(every_other_block, 1, 2, FULL.tokens, FULL.tokens, device="cpu", BLOCK_SIZE=64)
+    q, k, v = random_tokens(FULL, 1, 2, 16)
+    mask = BlockMask.from_flex(theirs, FULL)
+    assert mask.density == 0.5
+    flex = torch.compile(flex_attention)(q, k, v, block_mask=theirs)
+    assert_matches(block_sparse_attention(q, k, v, mask, FULL), flex)
+
+
+def copies_of_tokens(q, k, v, mask, layout):
+    """The calls that copy a tensor of the shape of q, in a forward and backward."""
+    tokens = [x.requires_grad_() for x in (q, k, v)]
+    grad = torch.ones_like(q)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        torch.autograd.grad(block_sparse_attention(*tokens, mask, layout), tokens, grad)
+    copying = ("aten::clone", "aten::contiguous", "aten::copy_")
+    return [event.name for event in recorded.events() if event.name in copying and [*q.shape] in event.input_shapes]
+
+
+@pytest.mark.skipif(not library.NATIVE.exists(), reason="built without a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_storage_as_projections_leave_it_is_not_copied(dtype):
+    mask = random_mask(RAGGED, 2, 3)
+    tokens = random_tokens(RAGGED, 2, 3, 16, dtype=dtype)
+    sequence_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tokens]
+    assert copies_of_tokens(*sequence_first, mask, RAGGED) == []
+    heads_last = [x.mT.contiguous().mT for x in tokens]
+    assert copies_of_tokens(*heads_last, mask, RAGGED) != []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

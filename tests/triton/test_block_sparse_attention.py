@@ -16,6 +16,7 @@ from k5kernels.triton import block_sparse_attention as kernels
 FULL = TokenLayout((2, 16, 24))
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
 SMALL = TokenLayout((1, 16, 24))
+ONE = TokenLayout((1, 8, 8))
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 # Layout, head dimension, dtype, and the compute capability as on which they are launched: from 9 on full blocks come
 # by tensor descriptors, and at 9 and 10 neighbours share a tile whatever the head dimension.
@@ -27,6 +28,9 @@ CASES = [
         (FULL, "full", 128, BF16, 8),
         (FULL, "full", 128, BF16, 10),
         (FULL, "full", 64, HALF, 9),
+        (SMALL, "small", 64, BF16, 12),
+        (SMALL, "small", 80, BF16, 10),
+        (ONE, "one block", 64, BF16, 10),
         (SMALL, "small", 64, FLOAT, 8),
         (SMALL, "small", 128, FLOAT, 10),
         (RAGGED, "ragged", 64, BF16, 8),
@@ -48,7 +52,10 @@ def generation(request, monkeypatch):
 
 
 def overlapping_mask(layout, batch, heads, seed=0):
-    """Neighbours read mostly the same blocks, but in the first third, which read at random; row 1 reads nothing."""
+    """Neighbours read mostly the same blocks, but in the first third, which read at random; row 1 reads nothing. The
+    only block of a layout of one reads itself."""
+    if layout.blocks == 1:
+        return BlockMask.from_dense(torch.ones(batch, heads, 1, 1, dtype=torch.bool), layout)
     dense = random_mask(layout, batch, heads, 0.5, seed).to_dense()
     first = layout.blocks // 3 // 2 * 2
     pairs = dense[:, :, first : layout.blocks // 2 * 2].unflatten(2, (-1, 2))
@@ -201,6 +208,22 @@ def test_undefined_and_infinite_input_gives_what_the_definition_gives(name, valu
     torch.testing.assert_close(ours[~finite].float(), reference[~finite], equal_nan=True, rtol=0, atol=0)
     assert_error_bounded(ours[finite], reference[finite].to(dtype), exact[finite])
     torch.testing.assert_close(lse, reference_lse, equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["q", "k", "v", "grad_out"])
+def test_undefined_and_infinite_input_gives_the_gradients_of_the_definition(name, value):
+    tokens = dict(zip("qkv", random_tokens(SMALL, 1, 1, 16), strict=True))
+    grad_out = random_tokens(SMALL, 1, 1, 16, seed=1)[0]
+    (tokens | {"grad_out": grad_out})[name][0, 0, 3, 5] = value
+    mask = random_mask(SMALL, 1, 1)
+    ours, expected = (
+        gradients(function, tokens.values(), mask, SMALL, grad_out, None, block_sparse_attention_reference)
+        for function in (kernels.block_sparse_attention_backward, block_sparse_attention_backward_reference)
+    )
+    assert not all(x.isfinite().all() for x in expected)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
