@@ -16,8 +16,9 @@ from torch import Tensor
 from k5kernels.block_mask import row_offsets
 from k5kernels.triton.block_mask import lists_to_bits
 
-# Cells of the map of logits in memory at a time.
-CHUNK = 1 << 22
+# Cells of the map of logits in memory at a time: 64 MiB, enough programs a launch for all multiprocessors at Pro's
+# longest clip, under a third of the map of Lite's.
+CHUNK = 1 << 24
 # Query blocks whose logits one program computes, key blocks it does so for at a time, elements of D it adds at a time.
 TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 32, 64, 16
 LOGITS_WARPS = 4
