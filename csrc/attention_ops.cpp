@@ -188,18 +188,6 @@ std::tuple<Tensor, Tensor> nabla_mask(const Tensor& q, const Tensor& k, const Te
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k);
   const Tensor starts = contiguous(block_starts), clips = contiguous(clip_block_starts);
   const int64_t heads = q.size(0) * q.size(1), blocks = starts.size(0) - 1, width = q.size(3);
-  const Scratch pooled_queries(heads * blocks * k5::padded(width));
-  const Scratch pooled_keys(heads * k5::padded(blocks) * k5::padded(width));
-  for_dtype("q and k", q, [&](auto element) {
-    using T = decltype(element);
-    const auto query_means = means_of<T>(queries, starts, pooled_queries);
-    const auto key_means = means_of<T>(keys, starts, pooled_keys);
-    const int64_t block_grain = grain(64 * width);
-    parallel_for(0, heads * blocks, block_grain,
-                 [&](int64_t first, int64_t end) { K5_DISPATCH(pool_queries, query_means, first, end); });
-    parallel_for(0, heads * blocks, block_grain,
-                 [&](int64_t first, int64_t end) { K5_DISPATCH(pool_keys, key_means, first, end); });
-  });
   const int64_t row_words = (blocks + 63) / 64;
   std::vector<uint64_t> bits(heads * blocks * row_words);
   std::vector<int64_t> counts(heads * blocks);
@@ -209,20 +197,27 @@ std::tuple<Tensor, Tensor> nabla_mask(const Tensor& q, const Tensor& k, const Te
     near_indices = contiguous(*sta_indices);
   }
   const k5::NablaSelection selection{
-      pooled_queries.data(),
-      pooled_keys.data(),
       data<int64_t>(clips),
       near_offsets ? data<int64_t>(*near_offsets) : nullptr,
       near_indices ? data<int32_t>(*near_indices) : nullptr,
+      heads,
       blocks,
-      width,
       row_words,
       static_cast<float>(1 / std::sqrt(static_cast<double>(width))),
       static_cast<float>(1 - thr),
       bits.data(),
       counts.data()};
-  for_items(heads * k5::selection_pieces(blocks), k5::selection_scratch(blocks),
-            [&](int64_t item, float* scratch) { K5_DISPATCH(nabla_select, selection, item, scratch); });
+  const Scratch pooled_queries(2 * blocks * k5::padded(width));
+  const Scratch pooled_keys(2 * k5::padded(blocks) * k5::padded(width));
+  for_dtype("q and k", q, [&](auto element) {
+    using T = decltype(element);
+    const auto query_means = means_of<T>(queries, starts, pooled_queries);
+    const auto key_means = means_of<T>(keys, starts, pooled_keys);
+    for_waves(heads + 1, k5::selection_pieces(blocks), k5::selection_scratch(blocks),
+              [&](int64_t head, int64_t piece, float* scratch) {
+                K5_DISPATCH(nabla_select, selection, query_means, key_means, head, piece, scratch);
+              });
+  });
   auto [offsets, entries] = offsets_from_counts(q, q.size(0), q.size(1), blocks, counts);
   Tensor indices = torch::stable::new_empty(q, {entries}, ScalarType::Int);
   const int64_t* offset_data = data<int64_t>(offsets);

@@ -13,6 +13,7 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -90,6 +91,22 @@ void for_items(int64_t items, int64_t floats, const Run& run) {
     const Scratch scratch(floats);
     for (int64_t first; (first = next.fetch_add(few, std::memory_order_relaxed)) < items;)
       for (int64_t item = first; item < std::min(first + few, items); item++) run(item, scratch.data());
+  });
+}
+
+// Calls run(wave, item, scratch) for every item of every wave, those of a wave after all of the wave before.
+template <class Run>
+void for_waves(int64_t waves, int64_t items, int64_t floats, const Run& run) {
+  std::atomic<int64_t> next{0}, done{0};
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
+  parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    const Scratch scratch(floats);
+    for (int64_t number; (number = next.fetch_add(1, std::memory_order_relaxed)) < waves * items;) {
+      const int64_t wave = number / items;
+      while (done.load(std::memory_order_acquire) < wave * items) std::this_thread::yield();
+      run(wave, number % items, scratch.data());
+      done.fetch_add(1, std::memory_order_release);
+    }
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block_sparse_attention.h"
+#include "prefetch.h"
 
 namespace k5 {
 namespace {
@@ -39,36 +40,6 @@ K5_INLINE void for_parts(const AttentionSizes& sizes, int64_t block, const Body&
 K5_INLINE void fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) target[i] = value;
 }
-
-// Rows that come up soon, fetched into the second-level cache a few at a time between products: all at once they would
-// hold up the loads in work.
-class Prefetch {
- public:
-  template <class T>
-  void add(const T* first, int64_t step, int64_t count, int64_t width) {
-    if (count > 0)
-      queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), width * int64_t(sizeof(T)),
-                           count};
-  }
-  void clear() { current_ = queued_ = 0; }
-  void next_rows() {
-    for (int row = 0; row < kRowsAtOnce && current_ < queued_; row++) {
-      Rows& rows = queue_[current_];
-      for (int64_t byte = 0; byte < rows.bytes; byte += kLineBytes) __builtin_prefetch(rows.next + byte, 0, 2);
-      rows.next += rows.step;
-      if (--rows.count == 0) current_++;
-    }
-  }
-
- private:
-  static constexpr int64_t kLineBytes = 64, kRowsAtOnce = 2;
-  struct Rows {
-    const char* next;
-    int64_t step, bytes, count;
-  };
-  Rows queue_[4];
-  int queued_ = 0, current_ = 0;
-};
 
 // What is needed after an entry of a list: the next entry's keys and values; behind the last one the next block's
 // queries with its first keys and values, and the place of the output.

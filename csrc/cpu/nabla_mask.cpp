@@ -2,6 +2,8 @@
 // reached is found by bisection over bits, and only the last few candidates are sorted.
 #include "nabla_mask.h"
 
+#include "prefetch.h"
+
 namespace k5::K5_ISA {
 namespace {
 
@@ -13,6 +15,8 @@ constexpr int64_t kWordBits = 64;
 constexpr int64_t kStride = 4 * kLanes;
 // Candidates that are sorted instead of bisected further.
 constexpr int64_t kFew = 12;
+// How far from the guess the search looks next: a quarter of an octave.
+constexpr uint32_t kFirstReach = 1 << 21;
 
 K5_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -102,114 +106,130 @@ Mass mass_below(const Row& row, float bound) {
   return mass;
 }
 
-// Calls body(word, bits of the probabilities from `first` to below `end`, bits of those from `end`) for every word.
-template <class Body>
-K5_INLINE void for_words(const Row& row, float first, float end, const Body& body) {
+// Calls body(word, its bits) for every word: bit i set where test holds for probability i.
+template <class Test, class Body>
+K5_INLINE void for_words(const Row& row, const Test& test, const Body& body) {
   for (int64_t word = 0; word < words_of(row); word++) {
-    uint64_t between = 0, above = 0;
-    for (int64_t i = word * kWordBits; i < smaller(row.count, (word + 1) * kWordBits); i += kLanes) {
-      const Vec8 value = load(row.probabilities + i);
-      between |= lanes_set((value >= first) & (value < end)) << (i % kWordBits);
-      above |= lanes_set((value >= end) & (value < kInfinity)) << (i % kWordBits);
-    }
-    body(word, between, above);
+    const int64_t count = smaller(row.count - word * kWordBits, kWordBits);
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < count; i += kLanes)
+      bits |= lanes_set(test(load(row.probabilities + word * kWordBits + i))) << i;
+    body(word, bits & ~uint64_t{0} >> (kWordBits - count));
   }
 }
 
 void keep_all(const Row& row) {
-  for (int64_t word = 0; word < words_of(row); word++) row.bits[word] = ~uint64_t{0};
-  if (row.count % kWordBits) row.bits[words_of(row) - 1] = ~uint64_t{0} >> (kWordBits - row.count % kWordBits);
+  for_words(row, [](Vec8) { return ~IVec8{}; }, [&](int64_t word, uint64_t bits) { row.bits[word] = bits; });
 }
 
 void keep_none(const Row& row) {
   for (int64_t word = 0; word < words_of(row); word++) row.bits[word] = 0;
 }
 
-// Keeps the probabilities from `end`, and of the few from `first` to below it, in ascending order, those from where
-// the sum, which starts at `sum`, reaches the mass.
-void keep_of_few(const Row& row, float first, float end, double sum, float dropped_mass) {
-  float values[kFew];
-  int64_t places[kFew];
-  int64_t found = 0;
-  for_words(row, first, end, [&](int64_t word, uint64_t between, uint64_t above) {
-    row.bits[word] = above;
-    for (; between; between &= between - 1) {
-      const int64_t place = word * kWordBits + __builtin_ctzll(between);
-      const float value = row.probabilities[place];
-      int64_t slot = found++;
-      for (; slot > 0 && values[slot - 1] > value; slot--) {
-        values[slot] = values[slot - 1];
-        places[slot] = places[slot - 1];
-      }
-      values[slot] = value;
-      places[slot] = place;
-    }
+// Keeps the probabilities from `least` but the first `dropped` of those equal to it.
+void keep_from(const Row& row, float least, int64_t dropped) {
+  for_words(row, [&](Vec8 value) { return value >= least; },
+            [&](int64_t word, uint64_t bits) { row.bits[word] = bits; });
+  if (!dropped) return;
+  for_words(row, [&](Vec8 value) { return value == least; }, [&](int64_t word, uint64_t bits) {
+    for (; bits && dropped; bits &= bits - 1, dropped--) row.bits[word] &= ~(bits & -bits);
   });
-  for (int64_t i = 0; i < found; i++) {
-    sum += values[i];
-    if ((float)sum >= dropped_mass) keep(row, places[i]);
+}
+
+// The probabilities from `first` to below `end`, in order; `target` may be where the row stands. Returns how many.
+int64_t gather(const Row& row, float first, float end, float* target) {
+  int64_t found = 0;
+  for_words(row, [&](Vec8 value) { return (value >= first) & (value < end); }, [&](int64_t word, uint64_t bits) {
+    for (; bits; bits &= bits - 1) target[found++] = row.probabilities[word * kWordBits + __builtin_ctzll(bits)];
+  });
+  return found;
+}
+
+K5_INLINE void sort(float* values, int64_t count) {
+  for (int64_t i = 1; i < count; i++) {
+    const float value = values[i];
+    int64_t slot = i;
+    for (; slot > 0 && values[slot - 1] > value; slot--) values[slot] = values[slot - 1];
+    values[slot] = value;
   }
 }
 
-// The same where all of any number of candidates are equal.
-void keep_of_equal(const Row& row, float value, double sum, float dropped_mass) {
-  const float end = float_of(bits_of(value) + 1);
-  for_words(row, value, end, [&](int64_t word, uint64_t between, uint64_t above) {
-    row.bits[word] = above;
-    for (; between; between &= between - 1) {
-      sum += value;
-      if ((float)sum >= dropped_mass) row.bits[word] |= between & -between;
-    }
-  });
-}
+// Where a cumulative sum reaches the mass: at value i, with the sums before it and with it.
+struct Crossing {
+  int64_t i;
+  double before, at;
+};
 
-// The probabilities from `first` to below `end`, in order; `target` may be where the row stands.
-Row gather(const Row& row, float first, float end, float* target) {
-  int64_t found = 0;
-  for_words(row, first, end, [&](int64_t word, uint64_t between, uint64_t) {
-    for (; between; between &= between - 1)
-      target[found++] = row.probabilities[word * kWordBits + __builtin_ctzll(between)];
-  });
-  pad(target, found, kInfinity);
-  return {target, found, nullptr};
+// value(i): ascending.
+template <class Value>
+K5_INLINE Crossing cross(const Value& value, int64_t count, double sum, float dropped_mass) {
+  double before = sum;
+  for (int64_t i = 0; i < count; i++, before = sum) {
+    sum += value(i);
+    if ((float)sum >= dropped_mass) return {i, before, sum};
+  }
+  return {count, sum, __builtin_inf()};
 }
 
 // Keeps what an ascending sort and a cumulative sum in double, rounded to float, would: all from where the sum reaches
-// dropped_mass. least and most: of the probabilities; scratch: as many floats.
-void select(const Row& row, float least, float most, float dropped_mass, float* scratch) {
+// dropped_mass. Sums are taken in float; where its error might decide, the sum in double does.
+// least and most: of the probabilities; guess: where to look first, becomes the smallest one kept; scratch: as many
+// floats.
+void select(const Row& row, float least, float most, float dropped_mass, float& guess, float* scratch) {
   if (!(dropped_mass > 0)) return keep_all(row);
   // They add up to one but for rounding.
   if (dropped_mass > 0.99f && (float)sum_below(row, kInfinity) < dropped_mass) return keep_none(row);
+  // More than sums in float err, relatively: in `mass_below` each lane adds count / kStride numbers, then lanes are
+  // added; more than rounding the sum to float changes, too.
+  const double error = (row.count / kStride + 10) * 0x1.1p-24;
+  const double certainly_less = dropped_mass * (1 - error), certainly_more = dropped_mass * (1 + error);
   // The sum below `low` misses the mass, the sum below `high` reaches it.
   uint32_t low = bits_of(least), high = bits_of(most) + 1;
   int64_t below_low = 0, below_high = row.count;
+  double sum_low = 0;
   Row candidates = row;  // those not below an earlier `low`; of the others, sum and number:
   double settled = 0;
   int64_t settled_count = 0;
+  uint32_t middle = bits_of(guess), reach = kFirstReach;
   while (below_high - below_low > kFew && high - low > 1) {
     if (candidates.count > kWordBits && 16 * (below_high - below_low) < candidates.count) {
-      settled += sum_below(candidates, float_of(low));
+      settled = sum_low;
       settled_count = below_low;
-      candidates = gather(candidates, float_of(low), float_of(high), scratch);
+      const int64_t found = gather(candidates, float_of(low), float_of(high), scratch);
+      pad(scratch, found, kInfinity);
+      candidates = {scratch, found, nullptr};
     }
-    const float middle = float_of(low + (high - low) / 2);
-    const Mass mass = mass_below(candidates, middle);
+    if (middle <= low || middle >= high) middle = low + (high - low) / 2;
+    const Mass mass = mass_below(candidates, float_of(middle));
     double sum = settled + mass.sum;
-    const double doubt = candidates.count * 1.2e-7;  // more than the float sum errs
-    if (sum > dropped_mass - doubt && sum < dropped_mass + doubt) sum = settled + sum_below(candidates, middle);
+    if (sum > certainly_less && sum < certainly_more) sum = sum_below(row, float_of(middle));
     if ((float)sum < dropped_mass) {
-      low = bits_of(middle);
+      low = middle;
       below_low = settled_count + mass.count;
+      sum_low = sum;
+      middle = low + reach;
     } else {
-      high = bits_of(middle);
+      high = middle;
       below_high = settled_count + mass.count;
+      middle = high - reach;
     }
+    reach *= 4;  // beyond the bracket soon: then it is halved
   }
-  settled += sum_below(candidates, float_of(low));
-  if (high - low == 1)
-    keep_of_equal(row, float_of(low), settled, dropped_mass);
-  else
-    keep_of_few(row, float_of(low), float_of(high), settled, dropped_mass);
+  const bool equal = high - low == 1;
+  const int64_t count = below_high - below_low;
+  float few[kFew];
+  if (!equal) {
+    gather(candidates, float_of(low), float_of(high), few);
+    sort(few, count);
+  }
+  const auto value = [&](int64_t i) { return equal ? float_of(low) : few[i]; };
+  Crossing crossing = cross(value, count, sum_low, dropped_mass);
+  if (crossing.before > certainly_less || crossing.at < certainly_more)
+    crossing = cross(value, count, sum_below(row, float_of(low)), dropped_mass);
+  guess = crossing.i < count ? value(crossing.i) : float_of(high);
+  int64_t dropped = 0;
+  while (dropped < crossing.i && crossing.i < count && value(crossing.i - dropped - 1) == guess) dropped++;
+  keep_from(row, guess, dropped);
 }
 
 K5_INLINE float extreme(Vec8 values, bool largest) {
@@ -220,7 +240,8 @@ K5_INLINE float extreme(Vec8 values, bool largest) {
 }
 
 // Logits to probabilities, in place, then the selection.
-void select_from_logits(float* logits, const Row& row, float factor, float dropped_mass, float* scratch) {
+void select_from_logits(float* logits, const Row& row, float factor, float dropped_mass, float& guess,
+                        float* scratch) {
   pad(logits, row.count, -kInfinity);
   Vec8 highest = Vec8{} - kInfinity;
   for (int64_t i = 0; i < row.count; i += kLanes) highest = larger(load(logits + i), highest);
@@ -239,17 +260,22 @@ void select_from_logits(float* logits, const Row& row, float factor, float dropp
   for (int64_t i = 0; i < row.count; i += kLanes) {
     const Vec8 probability = load(logits + i) * inverse;
     store(logits + i, probability);
-    lowest = lowest < probability ? lowest : probability;
+    lowest = -larger(-lowest, -probability);
   }
-  select(row, extreme(lowest, false), inverse, dropped_mass, scratch);
+  select(row, extreme(lowest, false), inverse, dropped_mass, guess, scratch);
+}
+
+template <class T>
+K5_INLINE const T* tokens_of(const BlockMeans<T>& op, int64_t head, int64_t block) {
+  return op.source + head / op.heads * op.batch_stride + head % op.heads * op.head_stride +
+         op.block_starts[block] * op.step;
 }
 
 // Calls write(d, means of the elements d to d + 7) for the mean over the tokens of a block.
 template <class T, class Write>
-K5_INLINE void for_means(const BlockMeans<T>& op, int64_t item, const Write& write) {
-  const int64_t block = item % op.blocks, head = item / op.blocks;
-  const int64_t first = op.block_starts[block], count = op.block_starts[block + 1] - first;
-  const T* tokens = op.source + head / op.heads * op.batch_stride + head % op.heads * op.head_stride + first * op.step;
+K5_INLINE void for_means(const BlockMeans<T>& op, int64_t head, int64_t block, const Write& write) {
+  const int64_t count = op.block_starts[block + 1] - op.block_starts[block];
+  const T* tokens = tokens_of(op, head, block);
   constexpr int64_t kParts = 8;
   const float divisor = count;
   int64_t d = 0;
@@ -268,53 +294,81 @@ K5_INLINE void for_means(const BlockMeans<T>& op, int64_t item, const Write& wri
   }
 }
 
-}  // namespace
-
+// Where the means of a head stand; `rows` of them are kept.
 template <class T>
-void pool_queries(const BlockMeans<T>& op, int64_t first, int64_t end) {
-  for (int64_t item = first; item < end; item++)
-    for_means(op, item, [&](int64_t d, Vec8 means) { store(op.pooled + item * padded(op.width) + d, means); });
+K5_INLINE float* means_of(const BlockMeans<T>& op, int64_t head, int64_t rows) {
+  return op.pooled + head % 2 * rows * padded(op.width);
 }
 
 template <class T>
-void pool_keys(const BlockMeans<T>& op, int64_t first, int64_t end) {
-  for (int64_t item = first; item < end; item++) {
-    const int64_t block = item % op.blocks, head = item / op.blocks;
-    float* panel = op.pooled + (head * padded(op.blocks) + block / kPanel * kPanel) * padded(op.width);
-    for_means(op, item, [&](int64_t d, Vec8 means) {
-      for (int64_t lane = 0; lane < kLanes; lane++) panel[(d + lane) * kPanel + block % kPanel] = means[lane];
+void pool_queries(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end) {
+  float* rows = means_of(op, head, op.blocks);
+  for (int64_t block = first; block < end; block++)
+    for_means(op, head, block, [&](int64_t d, Vec8 means) { store(rows + block * padded(op.width) + d, means); });
+}
+
+// The blocks of one panel; its columns behind them become zeros.
+template <class T>
+void pool_keys(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end) {
+  float* panel = means_of(op, head, padded(op.blocks)) + first * padded(op.width);
+  for (int64_t block = first; block < end; block++)
+    for_means(op, head, block, [&](int64_t d, Vec8 means) {
+      for (int64_t lane = 0; lane < kLanes; lane++) panel[(d + lane) * kPanel + block - first] = means[lane];
     });
-    if (block + 1 == op.blocks)
-      for (int64_t d = 0; d < padded(op.width); d++)
-        for (int64_t column = op.blocks % kPanel; column % kPanel; column++) panel[d * kPanel + column] = 0;
+  for (int64_t d = 0; d < padded(op.width); d++)
+    for (int64_t column = end - first; column < kPanel; column++) panel[d * kPanel + column] = 0;
+}
+
+// Up to kLogitRows rows of one clip, whose means of queries are given. keys: the means of the head.
+void select_rows(const NablaSelection& op, const float* queries, const float* keys, int64_t wide, int64_t head,
+                 int64_t first, int64_t last, int64_t clip_start, int64_t clip_end, Prefetch& prefetch, int64_t pace,
+                 float* scratch) {
+  const int64_t step = logits_step(op.blocks), first_panel = clip_start / kPanel;
+  for (int64_t panel = first_panel; panel < panels_of(clip_end); panel++)
+    dot_products(queries, wide, last - first, keys + panel * kPanel * wide, wide,
+                 scratch + (panel - first_panel) * kPanel, step, [&](const auto&) { prefetch.next_rows(pace); });
+  float guess = 0;
+  for (int64_t block = first; block < last; block++) {
+    float* logits = scratch + (block - first) * step + clip_start % kPanel;
+    const int64_t number = head * op.blocks + block;
+    const Row row{logits, clip_end - clip_start, op.bits + number * op.row_words};
+    select_from_logits(logits, row, op.scale * 1.44269504f, op.dropped_mass, guess,
+                       scratch + kLogitRows * step);
+    if (op.near_offsets)
+      for (int64_t entry = op.near_offsets[block]; entry < op.near_offsets[block + 1]; entry++)
+        keep(row, op.near_indices[entry] - clip_start);
+    op.counts[number] = 0;
+    for (int64_t word = 0; word < words_of(row); word++) op.counts[number] += __builtin_popcountll(row.bits[word]);
   }
 }
 
-void nabla_select(const NablaSelection& op, int64_t item, float* scratch) {
-  const int64_t pieces = selection_pieces(op.blocks), head = item / pieces;
-  const int64_t wide = padded(op.width), step = logits_step(op.blocks);
-  const int64_t end = smaller(op.blocks, (item % pieces + 1) * kSelectedRows);
+}  // namespace
+
+template <class T>
+void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const BlockMeans<T>& keys, int64_t head,
+                  int64_t piece, float* scratch) {
+  const int64_t start = piece * kPieceBlocks, end = smaller(op.blocks, start + kPieceBlocks);
+  const int64_t wide = padded(queries.width);
+  Prefetch prefetch;
+  int64_t pace = 0;
+  if (head < op.heads) {
+    const int64_t tokens = queries.block_starts[end] - queries.block_starts[start];
+    prefetch.add(tokens_of(queries, head, start), queries.step, tokens, queries.width);
+    prefetch.add(tokens_of(keys, head, start), keys.step, tokens, keys.width);
+    pace = 2 * tokens / (panels_of(op.blocks) * ((end - start + kLogitRows - 1) / kLogitRows)) + 1;
+  }
   int64_t clip = 0;
-  for (int64_t first = item % pieces * kSelectedRows; first < end;) {
+  for (int64_t first = start, last; head > 0 && first < end; first = last) {
     while (op.clip_starts[clip + 1] <= first) clip++;
-    const int64_t keys = op.clip_starts[clip], keys_end = op.clip_starts[clip + 1];
-    const int64_t last = smaller(end, keys_end), first_panel = keys / kPanel;
-    for (int64_t panel = first_panel; panel < panels_of(keys_end); panel++)
-      dot_products(op.queries + (head * op.blocks + first) * wide, wide, last - first,
-                   op.keys + (head * padded(op.blocks) + panel * kPanel) * wide, wide,
-                   scratch + (panel - first_panel) * kPanel, step);
-    for (int64_t block = first; block < last; block++) {
-      float* logits = scratch + (block - first) * step + keys % kPanel;
-      const int64_t number = head * op.blocks + block;
-      const Row row{logits, keys_end - keys, op.bits + number * op.row_words};
-      select_from_logits(logits, row, op.scale * 1.44269504f, op.dropped_mass, scratch + kSelectedRows * step);
-      if (op.near_offsets)
-        for (int64_t entry = op.near_offsets[block]; entry < op.near_offsets[block + 1]; entry++)
-          keep(row, op.near_indices[entry] - keys);
-      op.counts[number] = 0;
-      for (int64_t word = 0; word < words_of(row); word++) op.counts[number] += __builtin_popcountll(row.bits[word]);
-    }
-    first = last;
+    const int64_t clip_end = op.clip_starts[clip + 1];
+    last = smaller(smaller(first + kLogitRows, end), clip_end);
+    select_rows(op, means_of(queries, head - 1, op.blocks) + first * wide,
+                means_of(keys, head - 1, padded(op.blocks)), wide, head - 1, first, last, op.clip_starts[clip],
+                clip_end, prefetch, pace, scratch);
+  }
+  if (head < op.heads) {
+    pool_queries(queries, head, start, end);
+    pool_keys(keys, head, start, end);
   }
 }
 
@@ -332,9 +386,11 @@ void nabla_lists(const NablaSelection& op, const int64_t* offsets, int32_t* indi
   }
 }
 
-template void pool_queries(const BlockMeans<float>&, int64_t, int64_t);
-template void pool_queries(const BlockMeans<BFloat16>&, int64_t, int64_t);
-template void pool_keys(const BlockMeans<float>&, int64_t, int64_t);
-template void pool_keys(const BlockMeans<BFloat16>&, int64_t, int64_t);
+#define K5_INSTANTIATE(T)                                                                                       \
+  template void nabla_select(const NablaSelection&, const BlockMeans<T>&, const BlockMeans<T>&, int64_t, int64_t, \
+                             float*);
+K5_INSTANTIATE(float)
+K5_INSTANTIATE(BFloat16)
+#undef K5_INSTANTIATE
 
 }  // namespace k5::K5_ISA
