@@ -57,7 +57,7 @@ void run_attention(const k5::Attention<T>& op, int64_t items) {
     }
 #endif
   for_items(items, k5::attention_scratch(op.sizes),
-            [&](int64_t item, float* scratch) { K5_DISPATCH(block_sparse_attention, op, item, scratch); });
+            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(block_sparse_attention, op, item, scratch); });
 }
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -119,14 +119,14 @@ void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
   if (heads % torch::stable::get_num_threads() == 0 || heads >= 4 * torch::stable::get_num_threads()) {
     const int64_t grad_q_floats = k5::attention_grad_q_scratch(op.sizes);
     for_items(heads, scratch_floats + grad_q_floats, [&](int64_t item, float* scratch) {
-      K5_DISPATCH(head_gradients, op, item, scratch + grad_q_floats, scratch);
+      K5_DISPATCH_WIDE(head_gradients, op, item, scratch + grad_q_floats, scratch);
     });
     return;
   }
   for_items(heads * op.sizes.blocks, scratch_floats,
-            [&](int64_t item, float* scratch) { K5_DISPATCH(key_block_gradients, op, item, scratch); });
+            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(key_block_gradients, op, item, scratch); });
   for_items(heads * op.sizes.blocks, scratch_floats,
-            [&](int64_t item, float* scratch) { K5_DISPATCH(query_block_gradient, op, item, scratch); });
+            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(query_block_gradient, op, item, scratch); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
         sizes,       heads_of<T>(outs), op.grad_out, lse_gradient, data<float>(dense_lse), mutable_data<float>(shift),
         mutable_data<float>(base)};
     parallel_for(0, shift.numel(), grain(sizes.width),
-                 [&](int64_t first, int64_t end) { K5_DISPATCH(prepare_attention_backward, saved, first, end); });
+                 [&](int64_t first, int64_t end) { K5_DISPATCH_WIDE(prepare_attention_backward, saved, first, end); });
     run_attention_backward(op, q.size(0) * q.size(1));
   });
   return {grad_q, grad_k, grad_v};

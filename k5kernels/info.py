@@ -18,7 +18,7 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512_bf16")  # by the numbers of csrc
 
 @dataclass(frozen=True)
 class CPU:
-    """threads: of PyTorch and of our kernels. instruction_set: our C++ kernels' ("portable" or "avx2"), None where
+    """threads: of PyTorch and of our kernels. instruction_set: our C++ kernels' (one of INSTRUCTION_SETS), None where
     none were built. torch_capability: the widest that PyTorch's own kernels use."""
 
     threads: int

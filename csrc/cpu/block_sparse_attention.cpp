@@ -38,15 +38,17 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
 // terms added one by one to what many blocks have gathered would round away.
 template <bool kDecays, class Done>
 K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights,
-                                 const Vec8 (&decay)[2], float* panel, const Done& done) {
+                                 const Wide (&decay)[kVectors], float* panel, const Done& done) {
   for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
     Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count);
+#pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
-      for (int half = 0; half < 2; half++) {
-        float* sums = panel + (d + row) * kPanel + half * kLanes;
-        const Vec8 before = load(sums);
-        store(sums, (kDecays ? before * decay[half] : before) + tile.sums[row][half]);
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) {
+        float* sums = panel + (d + row) * kPanel + part * kWide;
+        const Wide before = load_wide(sums);
+        store_wide(sums, (kDecays ? before * decay[part] : before) + tile.sums[row][part]);
       }
     done();
   });
@@ -63,30 +65,32 @@ __attribute__((noinline)) void attend(const float* keys, const float* values, in
                                       const float* queries, float* scores, float* out, float* top, float* total,
                                       Prefetch& prefetch) {
   const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
-  Vec8 highest[2] = {load(top), load(top + kLanes)}, base[2], decay[2];
+  Wide highest[kVectors], base[kVectors], decay[kVectors];
+  for (int part = 0; part < kVectors; part++) highest[part] = load_wide(top + part * kWide);
   dot_products(keys, width, count, queries, width, scores, kPanel, [&]<int Rows>(const Tile<Rows>& tile)
                    __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
-      for (int half = 0; half < 2; half++) highest[half] = larger(tile.sums[row][half], highest[half]);
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) highest[part] = larger(tile.sums[row][part], highest[part]);
     prefetch.next_rows();
   });
-  for (int half = 0; half < 2; half++) {
-    base[half] = highest[half] == -kInfinity ? Vec8{} : highest[half];  // so that scores of -inf weigh nothing
-    decay[half] = exp2(load(top + half * kLanes) - base[half]);
-    store(top + half * kLanes, highest[half]);
+  for (int part = 0; part < kVectors; part++) {
+    base[part] = highest[part] == -kInfinity ? Wide{} : highest[part];  // so that scores of -inf weigh nothing
+    decay[part] = exp2(load_wide(top + part * kWide) - base[part]);
+    store_wide(top + part * kWide, highest[part]);
   }
-  Vec8 sums[2] = {};
+  Wide sums[kVectors] = {};
   for (int64_t key = 0; key < count; key++)
-    for (int half = 0; half < 2; half++) {
-      float* score = scores + key * kPanel + half * kLanes;
-      const Vec8 weight = exp2(load(score) - base[half]);
-      sums[half] += weight;
-      store(score, weight);
+    for (int part = 0; part < kVectors; part++) {
+      float* score = scores + key * kPanel + part * kWide;
+      const Wide weight = exp2(load_wide(score) - base[part]);
+      sums[part] += weight;
+      store_wide(score, weight);
     }
-  for (int half = 0; half < 2; half++) {
-    float* gathered = total + half * kLanes;
-    store(gathered, load(gathered) * decay[half] + sums[half]);
+  for (int part = 0; part < kVectors; part++) {
+    float* gathered = total + part * kWide;
+    store_wide(gathered, load_wide(gathered) * decay[part] + sums[part]);
   }
   add_weighted_rows<true>(values, count, width, scores, decay, out, [&] { prefetch.next_rows(); });
 }
@@ -109,16 +113,16 @@ void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, co
     float* slope = slopes + panel * kTileTokens * kPanel;
     dot_products(queries, width, count, block.keys + at, width, weights, kPanel);
     for (int64_t row = 0; row < count; row++)
-      for (int half = 0; half < 2; half++) {
-        float* weight = weights + row * kPanel + half * kLanes;
-        store(weight, exp2(load(weight) - base[row]));
+      for (int part = 0; part < kVectors; part++) {
+        float* weight = weights + row * kPanel + part * kWide;
+        store_wide(weight, exp2(load_wide(weight) - base[row]));
       }
     add_weighted_rows(grads, count, width, weights, block.grad_values + at);
     dot_products(grads, width, count, block.values + at, width, slope, kPanel);
     for (int64_t row = 0; row < count; row++)
-      for (int half = 0; half < 2; half++) {
-        const int64_t i = row * kPanel + half * kLanes;
-        store(slope + i, load(weights + i) * (load(slope + i) - shift[row]));
+      for (int part = 0; part < kVectors; part++) {
+        const int64_t i = row * kPanel + part * kWide;
+        store_wide(slope + i, load_wide(weights + i) * (load_wide(slope + i) - shift[row]));
       }
     add_weighted_rows(queries, count, width, slope, block.grad_keys + at);
   }
@@ -186,10 +190,10 @@ void add_query_gradient(const float* keys, const float* values, int64_t count, i
   dot_products(keys, width, count, queries, width, weights, kPanel);
   dot_products(values, width, count, grads, width, slopes, kPanel);
   for (int64_t key = 0; key < count; key++)
-    for (int half = 0; half < 2; half++) {
-      const int64_t i = key * kPanel + half * kLanes;
-      const Vec8 weight = exp2(load(weights + i) - load(base + half * kLanes));
-      store(slopes + i, weight * (load(slopes + i) - load(shift + half * kLanes)));
+    for (int part = 0; part < kVectors; part++) {
+      const int64_t i = key * kPanel + part * kWide;
+      const Wide weight = exp2(load_wide(weights + i) - load_wide(base + part * kWide));
+      store_wide(slopes + i, weight * (load_wide(slopes + i) - load_wide(shift + part * kWide)));
     }
   add_weighted_rows(keys, count, width, slopes, grad_q);
 }

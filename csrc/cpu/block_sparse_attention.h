@@ -96,6 +96,7 @@ static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
   }
 K5_DECLARE_ATTENTION(portable)
 K5_DECLARE_ATTENTION(avx2)
+K5_DECLARE_ATTENTION(avx512_bf16)
 #undef K5_DECLARE_ATTENTION
 namespace avx512_bf16 {
 void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* scratch);

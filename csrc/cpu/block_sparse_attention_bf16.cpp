@@ -11,7 +11,7 @@
 namespace k5::avx512_bf16 {
 namespace {
 
-constexpr int64_t kWide = 16, kColumns = 2 * kWide;  // lanes of a vector, queries of a panel
+constexpr int64_t kColumns = 2 * kWide;  // queries of a panel
 constexpr int64_t kPanels = kTileTokens / kColumns, kPairs = kTileTokens / 2;
 constexpr int kRows = 12;  // of a tile: with two vectors of columns they fill 24 of the registers
 
@@ -44,20 +44,6 @@ K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, 
       sums[row][1] = _mm512_dpbf16_ps(sums[row][1], pairs(factor), pairs(right));
     }
   }
-}
-
-// 2^value as exp2 in tile.h, sixteen at a time.
-K5_INLINE __m512 exp2(__m512 value) {
-  value = _mm512_max_ps(_mm512_set1_ps(-127.0f), value);
-  const __m512 magic = _mm512_set1_ps(12582912.0f);
-  const __m512 shifted = _mm512_add_ps(value, magic);
-  const __m512 rest = _mm512_sub_ps(value, _mm512_sub_ps(shifted, magic));
-  __m512 polynomial = _mm512_set1_ps(0.001326472731307149f);
-  for (const float coefficient :
-       {0.009671512991189957f, 0.05550733581185341f, 0.24022242426872253f, 0.6931470036506653f, 1.0f})
-    polynomial = _mm512_fmadd_ps(polynomial, rest, _mm512_set1_ps(coefficient));
-  const __m512i bits = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
-  return _mm512_mul_ps(polynomial, _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f800000))));
 }
 
 // Rows of bfloat16 with zeros up to padded(width): where they stand, or copied.

@@ -5,7 +5,8 @@
 
 namespace k5 {
 
-// avx512_bf16 has kernels of its own for bfloat16 attention; everything else runs as avx2 there.
+// avx512_bf16 has a build of attention of its own, with another kernel for its forward in bfloat16; everything else runs
+// as avx2 there.
 enum class Isa : int { portable = 0, avx2 = 1, avx512_bf16 = 2 };
 
 // The best one this processor runs, unless one was forced.
@@ -21,4 +22,13 @@ bool force_isa(Isa isa);
   (k5::current_isa() >= k5::Isa::avx2 ? k5::avx2::function(__VA_ARGS__) : k5::portable::function(__VA_ARGS__))
 #else
 #define K5_DISPATCH(function, ...) k5::portable::function(__VA_ARGS__)
+#endif
+
+// For the files that are built for AVX-512 too.
+#ifdef K5_HAS_AVX512_BF16
+#define K5_DISPATCH_WIDE(function, ...)                                                    \
+  (k5::current_isa() == k5::Isa::avx512_bf16 ? k5::avx512_bf16::function(__VA_ARGS__)      \
+                                             : K5_DISPATCH(function, __VA_ARGS__))
+#else
+#define K5_DISPATCH_WIDE(function, ...) K5_DISPATCH(function, __VA_ARGS__)
 #endif

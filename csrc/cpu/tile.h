@@ -1,4 +1,4 @@
-// Small dense products for the attention kernels: sixteen columns and a few rows at a time in registers.
+// Small dense products for the attention kernels: sixteen columns and some rows at a time in registers.
 //
 // A panel is [n][16] in float32, its second index the sixteen columns. Everything here is static or inlined, for the
 // reason in isa.h.
@@ -13,15 +13,33 @@
 
 namespace k5 {
 
-constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kPanel = 16;
 constexpr int64_t kTileTokens = 64;
 
-// Rows of a tile: with two vectors of columns they fill the registers.
-#ifdef __AVX2__
+// Lanes of a vector of columns, and rows of a tile: as many as the registers hold; sixteen divide blocks and heads, and
+// make a tile read whole cache lines of values.
+#if defined(__AVX512F__)
+constexpr int64_t kWide = 16;
+constexpr int kTileRows = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kWide = 8;
 constexpr int kTileRows = 6;
 #else
+constexpr int64_t kWide = 8;
 constexpr int kTileRows = 2;
 #endif
+constexpr int kVectors = kPanel / kWide;
+
+typedef float Wide __attribute__((vector_size(4 * kWide)));
+typedef uint32_t UWide __attribute__((vector_size(4 * kWide)));
+
+K5_INLINE Wide load_wide(const float* source) {
+  Wide value;
+  std::memcpy(&value, source, sizeof(value));
+  return value;
+}
+
+K5_INLINE void store_wide(float* target, Wide value) { std::memcpy(target, &value, sizeof(value)); }
 
 // A width that panels divide; what it adds is kept at zero.
 static inline int64_t padded(int64_t width) { return (width + kPanel - 1) / kPanel * kPanel; }
@@ -33,29 +51,32 @@ static inline int64_t smaller(int64_t one, int64_t other) { return one < other ?
 // Rows × 16 sums held in registers.
 template <int Rows>
 struct Tile {
-  Vec8 sums[Rows][2];
+  Wide sums[Rows][kVectors];
 
   K5_INLINE Tile zero() {
     Tile tile;
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; row++) tile.sums[row][0] = tile.sums[row][1] = Vec8{};
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; row++)
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) tile.sums[row][part] = Wide{};
     return tile;
   }
 
   K5_INLINE void write(const Tile& tile, float* target, int64_t step) {
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; row++) {
-      store(target + row * step, tile.sums[row][0]);
-      store(target + row * step + kLanes, tile.sums[row][1]);
-    }
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; row++)
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++)
+        store_wide(target + row * step + part * kWide, tile.sums[row][part]);
   }
 
   K5_INLINE void add_to(const Tile& tile, float* target, int64_t step) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
-      for (int half = 0; half < 2; half++) {
-        float* sums = target + row * step + half * kLanes;
-        store(sums, load(sums) + tile.sums[row][half]);
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) {
+        float* sums = target + row * step + part * kWide;
+        store_wide(sums, load_wide(sums) + tile.sums[row][part]);
       }
   }
 
@@ -65,22 +86,26 @@ struct Tile {
                              int64_t b_step, int64_t count) {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < count; k++) {
-      const Vec8 left = load(b + k * b_step), right = load(b + k * b_step + kLanes);
-#pragma GCC unroll 8
+      Wide columns[kVectors];
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) columns[part] = load_wide(b + k * b_step + part * kWide);
+#pragma GCC unroll 16
       for (int row = 0; row < Rows; row++) {
         const float factor = a[row * row_step + k * a_step];
-        tile.sums[row][0] += factor * left;
-        tile.sums[row][1] += factor * right;
+#pragma GCC unroll 2
+        for (int part = 0; part < kVectors; part++) tile.sums[row][part] += factor * columns[part];
       }
     }
   }
 };
 
-// Calls body<Rows>(first row) until `rows` rows are done, with full tiles and one for the rest.
+// Calls body<Rows>(first row) until `rows` rows are done, with full tiles and few for the rest.
 template <class Body>
 K5_INLINE void for_tiles(int64_t rows, const Body& body) {
   int64_t row = 0;
   for (; row + kTileRows <= rows; row += kTileRows) body.template operator()<kTileRows>(row);
+  if constexpr (kTileRows > 6)
+    for (; row + 6 <= rows; row += 6) body.template operator()<6>(row);
   if constexpr (kTileRows > 2) {
     switch (rows - row) {
       case 5: body.template operator()<5>(row); return;
@@ -110,31 +135,33 @@ K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, 
   dot_products(rows, row_step, count, panel, depth, out, out_step, [](const auto&) {});
 }
 
-// The larger one; `other` where either is NaN. Spelled out for AVX2 because GCC makes a comparison and a blend of it.
-K5_INLINE Vec8 larger(Vec8 one, Vec8 other) {
-#ifdef __AVX2__
-  return (Vec8)_mm256_max_ps((__m256)one, (__m256)other);
+// The larger one; `other` where either is NaN. Spelled out because GCC makes a comparison and a blend of it.
+K5_INLINE Wide larger(Wide one, Wide other) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_max_ps((__m512)one, (__m512)other);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_max_ps((__m256)one, (__m256)other);
 #else
   return one > other ? one : other;
 #endif
 }
 
 // 2^value to about one unit in the last place for value < 128; zero below 2^-126.5, NaN for NaN.
-K5_INLINE Vec8 exp2(Vec8 value) {
-  value = larger(Vec8{} - 127.0f, value);  // whose power below is zero
-  const Vec8 magic = Vec8{} + 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-  const Vec8 shifted = value + magic;
-  const Vec8 rest = value - (shifted - magic);
-  Vec8 polynomial = Vec8{} + 0.001326472731307149f;  // least relative error over ±1/2
+K5_INLINE Wide exp2(Wide value) {
+  value = larger(Wide{} - 127.0f, value);  // whose power below is zero
+  const Wide magic = Wide{} + 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
+  const Wide shifted = value + magic;
+  const Wide rest = value - (shifted - magic);
+  Wide polynomial = Wide{} + 0.001326472731307149f;  // least relative error over ±1/2
   polynomial = polynomial * rest + 0.009671512991189957f;
   polynomial = polynomial * rest + 0.05550733581185341f;
   polynomial = polynomial * rest + 0.24022242426872253f;
   polynomial = polynomial * rest + 0.6931470036506653f;
   polynomial = polynomial * rest + 1.0f;
-  UVec8 bits;
+  UWide bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits = (bits << 23) + 0x3f800000u;
-  Vec8 power;
+  Wide power;
   std::memcpy(&power, &bits, sizeof(power));
   return polynomial * power;
 }
