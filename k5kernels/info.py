@@ -14,6 +14,7 @@ from k5kernels.ops import library
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "diffusers", "transformers", "av")
 DEVICES = ("cpu", "cuda")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512_bf16")  # by the numbers of csrc/cpu/isa.h
+BUILT_FOR_AVX512 = ("block_sparse_attention", "block_sparse_attention_backward")  # the others run as avx2 there
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ def _operator(name: str, device: str) -> OperatorKernel:
 
 def _reason(name: str, kernel: str, device: str) -> str:
     if kernel == "C++":
-        return f"{_instruction_set()}; {_names(library.dtypes_of(name, device))}, others run on the reference"
+        instructions = _instruction_set()
+        if instructions == "avx512_bf16" and name not in BUILT_FOR_AVX512:
+            instructions = "avx2"
+        return f"{instructions}; {_names(library.dtypes_of(name, device))}, others run on the reference"
     if kernel == "Triton":
         return f"compiled when first launched; {_names(library.dtypes_of(name, device))}, others run on the reference"
     if device == "cuda" and not library.HAS_TRITON:
