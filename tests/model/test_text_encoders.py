@@ -1,6 +1,8 @@
 """Text encoders: the released templates around Qwen2.5-VL and CLIP at tiny sizes, and MiniLM with its real weights."""
 
+import ast
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,14 +158,44 @@ def test_the_dtype_of_the_weights_is_the_dtype_of_the_embeddings(folders):
     assert text.tokens.dtype == text.pooled.dtype == torch.bfloat16
 
 
-def test_no_template_has_a_word_the_report_has_not():
-    assert TEMPLATES["image"].prefix == (
+def filled(kind: str, prompt: str) -> str:
+    return TEMPLATES[kind].prefix + prompt + TEMPLATES[kind].suffix
+
+
+def test_image_and_edit_texts_are_the_reports_letter_for_letter():
+    assert filled("image", "A cat.") == (
         "<|im_start|>system\nYou are a promt engineer. Describe the image by detailing the color, shape, size, "
-        "texture, quantity, text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+        "texture, quantity, text, spatial relationships of the objects and background:<|im_end|>"
+        "\n<|im_start|>user\nA cat.<|im_end|>"
     )
-    for template in TEMPLATES.values():
-        assert template.prefix.startswith("<|im_start|>system\nYou are a promt engineer. ")
-        assert template.prefix.endswith("<|im_end|>\n<|im_start|>user\n")
+    assert filled("edit", "Make it red.") == (
+        "<|im_start|>system\nYou are a promt engineer. Based on the provided source image (first image) and target "
+        "image (second image), create an interesting text prompt that can be used together with the source image to "
+        "create the target image:<|im_end|>\n<|im_start|>user\nMake it red."
+    )
+
+
+def diffusers_template(module: str) -> str:
+    """The text that a pipeline of diffusers assigns to `prompt_template`."""
+    folder = Path(importlib.util.find_spec("diffusers").submodule_search_locations[0])
+    source = (folder / "pipelines" / "kandinsky5" / f"{module}.py").read_text()
+    assigned = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+    value = next(node.value for node in assigned if ast.unparse(node.targets[0]) == "self.prompt_template")
+    if isinstance(value, ast.Call):  # "\n".join([...])
+        return "\n".join(ast.literal_eval(value.args[0]))
+    return ast.literal_eval(value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [("video", "pipeline_kandinsky"), ("video", "pipeline_kandinsky_i2v"), ("image", "pipeline_kandinsky_t2i")],
+)
+def test_the_texts_are_diffusers_but_for_the_reports_spelling_of_prompt(kind, module):
+    theirs = diffusers_template(module)
+    assert theirs.count("You are a prompt engineer") == 1
+    ours = theirs.replace("You are a prompt engineer", "You are a promt engineer")
+    assert filled(kind, "{}") == ours
 
 
 @pytest.mark.parametrize(
