@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from k5kernels.atomic import replacing
 from model.config import CrossDiTConfig
 from model.crossdit import CrossDiT
 
@@ -32,14 +33,9 @@ def save_crossdit(path: str | os.PathLike[str], model: CrossDiT, dtype: torch.dt
     dtype: of the stored parameters; None stores each as it is. The file appears under its name when whole; a
     failed write leaves what was there before.
     """
-    path = Path(path)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(state, temporary, {"format": "pt", "config": json.dumps(config_to_json(model.config))})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        save_file(state, partial, {"format": "pt", "config": json.dumps(config_to_json(model.config))})
 
 
 def load_crossdit(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> CrossDiT:
