@@ -5,6 +5,8 @@
 Latents are channels last, [B, T, H, W, C], as CrossDiT takes them. The model is given t * 1000.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -41,12 +43,23 @@ def condition_input(noisy: Tensor, first_frame: Tensor | None = None) -> Tensor:
     condition = torch.zeros_like(noisy)
     mask = torch.zeros_like(noisy[..., :1])
     if first_frame is not None:
-        expected = noisy[:, :1].shape
-        if first_frame.shape != expected:
-            raise ValueError(f"first_frame: expected {list(expected)}, got {list(first_frame.shape)}")
+        check_first_frame(first_frame, noisy.shape)
         noisy = torch.cat([first_frame.to(noisy), noisy[:, 1:]], dim=1)
         mask[:, :1] = 1
     return torch.cat([noisy, condition, mask], dim=-1)
+
+
+def check_first_frame(first_frame: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError where first_frame is not one frame of latents of this shape, [B, T, H, W, C]."""
+    expected = [shape[0], 1, *shape[2:]]
+    if list(first_frame.shape) != expected:
+        raise ValueError(f"first_frame: expected {expected}, got {list(first_frame.shape)}")
+
+
+def check_takes_condition(model: nn.Module) -> None:
+    """Raises ValueError where the model has no channels for a first frame."""
+    if not model.config.visual_cond:
+        raise ValueError("first_frame: this model takes no condition (config.visual_cond is False); pass None")
 
 
 def flow_matching_loss(
@@ -71,7 +84,7 @@ def flow_matching_loss(
     that takes no condition.
     """
     given = torch.zeros(latents.shape[0], dtype=torch.bool) if first_frame is None else first_frame
-    _check_first_frame(model, given, latents)
+    _check_given(model, given, latents)
     given = given.to(latents.device)
     latents = latents.float()
     time, noise = _draw(latents, generator)
@@ -93,15 +106,13 @@ def _draw(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return time.to(latents.device), noise.to(latents.device)
 
 
-def _check_first_frame(model: nn.Module, first_frame: Tensor, latents: Tensor) -> None:
-    if first_frame.dtype != torch.bool or first_frame.shape != latents.shape[:1]:
+def _check_given(model: nn.Module, given: Tensor, latents: Tensor) -> None:
+    if given.dtype != torch.bool or given.shape != latents.shape[:1]:
         raise ValueError(
-            f"first_frame: expected bool [{latents.shape[0]}], one a sample, got {first_frame.dtype} "
-            f"{list(first_frame.shape)}"
+            f"first_frame: expected bool [{latents.shape[0]}], one a sample, got {given.dtype} {list(given.shape)}"
         )
-    if not first_frame.any():
+    if not given.any():
         return
-    if not model.config.visual_cond:
-        raise ValueError("first_frame: this model takes no condition (config.visual_cond is False); pass None")
+    check_takes_condition(model)
     if latents.shape[1] == 1:
         raise ValueError("first_frame: a latent of one frame has no further frame to predict; pass None")

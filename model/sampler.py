@@ -1,6 +1,7 @@
 """From noise to a latent: Euler steps along the velocity, with classifier-free guidance (§6.3)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from model.conditioning import TextCondition
 from model.config import DENSE, AttentionConfig
-from model.flow_matching import TIME_UNITS, condition_input, shift_time
+from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
+
+Velocity = Callable[[TextCondition, str, float], Tensor]  # of a condition, its branch and the time
 
 
 class Cache(Protocol):
@@ -54,8 +57,7 @@ def sample(
     The same arguments give the same latent. Raises ValueError where an argument does not fit.
     """
     _check(model, text, negative, shape, first_frame, guidance)
-    device = text.tokens.device
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(text.tokens.device)
     if first_frame is not None:
         first_frame = first_frame.to(x)
         x[:, :1] = first_frame
@@ -64,27 +66,29 @@ def sample(
 
     def velocity(condition: TextCondition, branch: str, time: float) -> Tensor:
         channels = condition_input(x, first_frame) if model.config.visual_cond else x
-        return model(
-            channels.to(text.tokens.dtype),
-            torch.full(shape[:1], time * TIME_UNITS, device=device),
-            condition,
-            rope_scale=rope_scale,
-            attention=attention,
-            cache=None if cache is None else cache.branch(branch),
-        ).float()
+        times = torch.full(shape[:1], time * TIME_UNITS, device=x.device)
+        run = None if cache is None else cache.branch(branch)
+        channels = channels.to(text.tokens.dtype)
+        return model(channels, times, condition, rope_scale=rope_scale, attention=attention, cache=run).float()
 
-    times = time_grid(steps, scheduler_scale).tolist()
-    for step in range(steps):
-        direction = velocity(text, "cond", times[step])
-        if guidance != 1 and negative is not None:
-            away = velocity(negative, "uncond", times[step])
-            direction = away + guidance * (direction - away)
-        x = x + (times[step + 1] - times[step]) * direction
+    for step, (time, following) in enumerate(pairwise(time_grid(steps, scheduler_scale).tolist())):
+        x = x + (following - time) * _guided(velocity, text, negative, guidance, time)
         if first_frame is not None:
             x[:, :1] = first_frame
         if progress is not None:
             progress(step + 1, steps)
     return x
+
+
+def _guided(
+    velocity: Velocity, text: TextCondition, negative: TextCondition | None, guidance: float, time: float
+) -> Tensor:
+    """The velocity towards the text, led away from the negative one."""
+    towards = velocity(text, "cond", time)
+    if guidance == 1 or negative is None:
+        return towards
+    away = velocity(negative, "uncond", time)
+    return away + guidance * (towards - away)
 
 
 def _check(
@@ -100,8 +104,5 @@ def _check(
     if guidance != 1 and negative is None:
         raise ValueError(f"negative: expected a TextCondition for guidance {guidance}, got None; or set guidance=1")
     if first_frame is not None:
-        if not model.config.visual_cond:
-            raise ValueError("first_frame: this model takes no condition (config.visual_cond is False); pass None")
-        expected = (shape[0], 1, *shape[2:])
-        if tuple(first_frame.shape) != expected:
-            raise ValueError(f"first_frame: expected {expected}, got {tuple(first_frame.shape)}")
+        check_takes_condition(model)
+        check_first_frame(first_frame, shape)
