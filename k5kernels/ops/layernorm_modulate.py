@@ -12,11 +12,11 @@ from k5kernels.ops.library import register
 from k5kernels.ops.modulation import check_modulation, per_token, sum_to_modulation
 
 
-def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def layernorm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalize and modulate; the result is contiguous and has the shape and dtype of x.
 
     x: [B, S, d], any floating dtype. shift, scale: [B, d] (one row a sample) or [B, S, d] (one a token), any
-    floating dtype. eps: added to the variance.
+    floating dtype. eps: added to the variance; the default is CrossDiT's.
 
     Raises ValueError where a shape or dtype does not fit. The result's bits depend on no thread count.
     """
