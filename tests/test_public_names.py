@@ -1,5 +1,8 @@
 """What `import k5kernels` gives, and what it does not load."""
 
+import inspect
+import operator
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import k5kernels as k5
+from k5kernels.ops.library import operator_names
 
 FUNCTIONS = [
     "attention",
@@ -33,6 +37,32 @@ MODULES = {
 }
 
 
+# The arguments of every public name and their order; what an argument of ours adds stands after them, with a default.
+ARGUMENTS = {
+    "TokenLayout": ["clips", "patch"],
+    "attention": ["q", "k", "v", "engine", "layout"],
+    "block_sparse_attention": ["q", "k", "v", "mask", "layout", "scale"],
+    "fractal_flatten": ["x", "layout"],
+    "fractal_unflatten": ["x", "layout"],
+    "gated_residual": ["x", "y", "gate"],
+    "groupnorm_silu": ["x", "weight", "bias", "groups", "eps"],
+    "layernorm_modulate": ["x", "shift", "scale", "eps"],
+    "nabla_attention": ["q", "k", "v", "layout", "thr", "sta"],
+    "nabla_mask": ["q", "k", "layout", "thr", "sta"],
+    "qk_norm_rope": ["q", "k", "q_weight", "k_weight", "cos", "sin", "eps"],
+    "sta_mask": ["layout", "window"],
+    "planner.memory_bytes": ["model_dim", "time_dim", "ff_dim", "blocks", "tokens", "gpus", "offload"],
+    "planner.step_time_ms": ["model_dim", "pixels", "blocks", "batch"],
+}
+DEFAULTS = {
+    "TokenLayout": {"patch": 8},
+    "attention": {"engine": "auto", "layout": None},
+    "block_sparse_attention": {"scale": None},
+    "nabla_attention": {"sta": None},
+    "nabla_mask": {"sta": None},
+}
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
@@ -41,6 +71,33 @@ def run(code: str) -> str:
 def test_operators_and_attention_are_functions_of_the_package(name):
     assert callable(getattr(k5, name))
     assert not isinstance(getattr(k5, name), ModuleType)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_have_the_agreed_names_and_order(name):
+    parameters = inspect.signature(operator.attrgetter(name)(k5)).parameters
+    agreed = ARGUMENTS[name]
+    assert list(parameters)[: len(agreed)] == agreed
+    assert all(
+        parameters[further].default is not inspect.Parameter.empty for further in list(parameters)[len(agreed) :]
+    )
+    for argument, default in DEFAULTS.get(name, {}).items():
+        assert parameters[argument].default == default
+
+
+def test_every_function_and_class_has_its_arguments_agreed():
+    assert {name for name in ARGUMENTS if "." not in name} == {*FUNCTIONS, *CLASSES} - {"BlockMask"}
+
+
+@pytest.mark.parametrize("name", ["density", "to_dense", "to_flex", "from_flex", "from_dense"])
+def test_block_masks_convert_to_and_from_other_forms(name):
+    assert hasattr(k5.BlockMask, name)
+
+
+def test_every_operator_has_an_opcheck():
+    tests = (Path(__file__).parent / "ops").glob("test_*.py")
+    checked = {name for path in tests for name in re.findall(r"opcheck\(\s*torch\.ops\.k5\.(\w+)", path.read_text())}
+    assert checked == set(operator_names())
 
 
 @pytest.mark.parametrize("name", CLASSES)
