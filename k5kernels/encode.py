@@ -93,12 +93,14 @@ def encode_videos(
     resolution: int = 256,
     clip_frames: int = 25,
     samples_per_shard: int = 16,
+    max_clips: int | None = None,
     progress: Progress | None = None,
 ) -> EncodeSummary:
     """Encode videos into shards `out/00000.tar`, …; `out` is a folder or an fsspec URL.
 
     paths: files, and folders that stand for the videos in them, sorted. A video that cannot be used is reported in
     the summary and the others are encoded; of one that breaks on its way, the clips before the break are kept.
+    max_clips: of each video, the first so many; what follows them is not read.
     A second call goes on where the first ended: whole shards stay as long as encoder, settings and the videos up to
     them are the same (name, size, time of change), also those that failed; later shards are written anew.
     Raises ValueError for arguments that do not fit and for a folder with shards from elsewhere, OSError where
@@ -108,16 +110,21 @@ def encode_videos(
     nearest_bucket(1, 1, resolution)
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
+    if max_clips is not None and max_clips < 1:
+        raise ValueError(f"max_clips: expected at least 1, or None for all, got {max_clips}")
     sources = [_identify(source) for source in find_videos(paths)]
     folder = _ShardFolder(out)
     settings = {"resolution": resolution, "clip_frames": clip_frames, "samples_per_shard": samples_per_shard}
+    if max_clips is not None:
+        settings["max_clips"] = max_clips
     manifest = folder.manifest(settings | {"encoder": _fingerprint(encoder)})
     kept, skip = _keep(manifest, sources, samples_per_shard, folder)
     known, manifest.sources, manifest.shards = manifest.sources, [], manifest.shards[:kept]
     folder.truncate(manifest)
 
     def clips(source: _Source, first: int) -> Iterator[Sample]:
-        return _encode_clips(source.source, encoder, resolution, clip_frames, first, progress)
+        remaining = None if max_clips is None else max_clips - first
+        return islice(_encode_clips(source.source, encoder, resolution, clip_frames, first, progress), remaining)
 
     stream = _stream(sources, known, skip, manifest, clips)
     while batch := list(islice(stream, samples_per_shard)):

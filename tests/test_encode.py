@@ -171,6 +171,7 @@ def test_fewer_than_five_frames_are_refused(
         ({"clip_frames": 1}, "clip_frames: expected at least 5, got 1"),
         ({"resolution": 300}, "resolution: expected one of"),
         ({"samples_per_shard": 0}, "samples_per_shard: expected at least 1, got 0"),
+        ({"max_clips": 0}, "max_clips: expected at least 1, or None for all, got 0"),
     ],
 )
 def test_settings_are_checked_before_any_work(encode: Encode, tmp_path: Path, settings: dict, message: str) -> None:
@@ -277,6 +278,13 @@ def test_changed_video_is_encoded_anew(encode: Encode, folder: Path, tmp_path: P
     after = shards(tmp_path / "out")
     assert not torch.equal(after[1][0].latent, before[1][0].latent)
     assert torch.equal(after[1][1].latent, before[1][1].latent)
+
+
+def test_of_each_video_the_first_clips_alone_can_be_taken(encode: Encode, tmp_path: Path) -> None:
+    assert encode(max_clips=2).samples == len(starts(tmp_path / "out"))
+    assert {start for _, start in starts(tmp_path / "out")} == {0, 5}
+    assert encode(max_clips=2).shards_kept == encode(max_clips=2).shards
+    assert encode().shards_kept == 0
 
 
 def test_other_settings_or_weights_redo_everything(encode: Encode, tmp_path: Path, encoder: CountingEncoder) -> None:
