@@ -42,10 +42,12 @@ class CrossDiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one head, D."""
         return sum(self.axes_dims)
 
     @property
     def heads(self) -> int:
+        """Heads of every attention, h."""
         return self.model_dim // self.head_dim
 
     @property
@@ -55,6 +57,7 @@ class CrossDiTConfig:
 
     @property
     def patch_cells(self) -> int:
+        """Latent cells in one token."""
         return math.prod(self.patch_size)
 
 

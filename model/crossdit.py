@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from k5kernels.attention import attention as dense_attention
 from k5kernels.attention import nabla_attention
 from k5kernels.offload import offload_saved_tensors
+from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import qk_norm_rope
@@ -77,38 +78,33 @@ class CrossDiT(nn.Module):
         Raises ValueError where a shape does not fit the config or the batch.
         """
         self._check(x, time, text)
-        time_embedding = self.time_embeddings(time)
-        time_embedding = time_embedding + self.pooled_text_embeddings(text.pooled).to(time_embedding.dtype)
-        modulation = silu(time_embedding)
+        modulation = self._modulation(time, text.pooled)
         text_tokens = self._refine_text(text, modulation)
         text_mask = None if text.mask is None else text.mask[:, None, None]
 
         patches = patchify(x, self.config.patch_size)
         grid = (patches.shape[1], patches.shape[2], patches.shape[3])
-        patches = patches.flatten(1, 3)
+        # For NABLA the tokens go into fractal order once, before the blocks, and their positions with them.
+        layout = TokenLayout((grid,)) if attention.kind == "nabla" else None
         rope = visual_rope(grid, self.config.axes_dims, rope_scale, x.device)
-        if attention.kind == "nabla":
-            # Into fractal order once, before the blocks; the positions go with their tokens.
-            layout = TokenLayout((grid,))
+        if layout is not None:
             order = layout.permutation(x.device)
-            patches, rope = patches.index_select(1, order), (rope[0][order], rope[1][order])
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return nabla_attention(q, k, v, layout, attention.thr, attention.sta)
-        else:
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return dense_attention(q, k, v, engine="sdpa")
+            rope = rope[0][order], rope[1][order]
+        attend = _self_attention(attention, layout)
 
         def blocks(tokens: Tensor) -> Tensor:
             return self._visual_blocks(tokens, text_tokens, text_mask, modulation, rope, attend)
 
-        tokens = self.visual_embeddings(patches)
+        tokens = self.visual_embeddings(patches.flatten(1, 3) if layout is None else fractal_flatten(patches, layout))
         tokens = blocks(tokens) if cache is None else cache(blocks, tokens)
         patches = self.out_layer(tokens, modulation)
-        if attention.kind == "nabla":
-            patches = patches.index_select(1, layout.inverse_permutation(x.device))
-        return unpatchify(patches.unflatten(1, grid), self.config.patch_size)
+        patches = patches.unflatten(1, grid) if layout is None else fractal_unflatten(patches, layout)
+        return unpatchify(patches, self.config.patch_size)
+
+    def _modulation(self, time: Tensor, pooled_text: Tensor) -> Tensor:
+        """What all blocks are modulated by: [B, time_dim], float32."""
+        embedding = self.time_embeddings(time)
+        return silu(embedding + self.pooled_text_embeddings(pooled_text).to(embedding.dtype))
 
     def _refine_text(self, text: TextCondition, modulation: Tensor) -> Tensor:
         tokens, mask = text.tokens, None
@@ -165,6 +161,13 @@ class CrossDiT(nn.Module):
             )
         if self.offload and not self.gradient_checkpointing:
             raise ValueError("offload moves the inputs of checkpointed blocks: set gradient_checkpointing = True too")
+
+
+def _self_attention(attention: AttentionConfig, layout: TokenLayout | None) -> SelfAttend:
+    """Attention of the visual tokens: NABLA for tokens in the fractal order of a layout, dense without one."""
+    if layout is None:
+        return lambda q, k, v: dense_attention(q, k, v, engine="sdpa")
+    return lambda q, k, v: nabla_attention(q, k, v, layout, attention.thr, attention.sta)
 
 
 class TextBlock(nn.Module):
@@ -257,6 +260,8 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
+    """Linear, GELU, Linear, without biases; each token alone."""
+
     def __init__(self, config: CrossDiTConfig):
         super().__init__()
         self.in_layer = nn.Linear(config.model_dim, config.ff_dim, bias=False)
@@ -297,6 +302,8 @@ class Modulation(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
+    """Sinusoids of the time through an MLP, in float32 whatever the model's dtype."""
+
     def __init__(self, model_dim: int, time_dim: int):
         super().__init__()
         self.pairs = model_dim // 2
@@ -310,6 +317,8 @@ class TimeEmbedding(nn.Module):
 
 
 class TextEmbedding(nn.Module):
+    """Linear and LayerNorm that bring text, tokens or pooled, to a width of the model."""
+
     def __init__(self, text_dim: int, out_dim: int):
         super().__init__()
         self.in_layer = nn.Linear(text_dim, out_dim)
@@ -321,6 +330,8 @@ class TextEmbedding(nn.Module):
 
 
 class VisualEmbedding(nn.Module):
+    """Linear from the latent cells of a patch to a token."""
+
     def __init__(self, config: CrossDiTConfig):
         super().__init__()
         self.in_layer = nn.Linear(config.patch_cells * config.input_channels, config.model_dim)
