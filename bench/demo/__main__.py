@@ -3,7 +3,6 @@
 python -m bench.demo --out out [--video path]
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,31 +12,41 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
-from bench.demo.job import Job
+from bench.demo.job import Job, check_video, clear
 from bench.demo.page import write_page
 from k5kernels.shards import ShardError
 from k5kernels.video import VideoError
-from train.clips import clip_path
-
-CAPTIONS = json.loads((Path(__file__).parents[2] / "train" / "captions.json").read_text())
+from train.clips import CAPTIONS, clip_path
 
 
 def run(video: Path, out: Path, caption: str, console: Console) -> None:
-    """The whole job, a progress bar a step."""
+    """The whole job, a progress bar a step. A video that cannot be used leaves a former run's results as they are;
+    a run that fails later leaves none."""
+    check_video(video)
+    clear(out)
+    try:
+        page = run_steps(Job(video, out, caption), console)
+    except BaseException:
+        clear(out)
+        raise
+    console.print(f"Wrote {page}")
+
+
+def run_steps(job: Job, console: Console) -> Path:
+    """The job's steps in turn; the path of its page."""
     with Progress(console=console) as bars:
 
         def bar(name: str) -> Callable[[int, int], None]:
             task = bars.add_task(name, total=None)
             return lambda done, total: bars.update(task, completed=done, total=total)
 
-        job = Job(video, out, caption)
         job.encode(bar("encode"))
         job.train(bar("train"))
         for name in job.paths:
             job.sample(name, bar(f"sample: {name}"))
         job.write_video()
         job.measure_memory(bar("memory"))
-    console.print(f"Wrote {write_page(job)}")
+    return write_page(job)
 
 
 def main(

@@ -7,12 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from k5kernels.atomic import replacing
 from k5kernels.block_mask import BlockMask
 from k5kernels.token_layout import TokenLayout
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, bbox_inches="tight", format="png")
     return path
 
 

@@ -4,17 +4,20 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import torch
 from matplotlib.image import imsave
 
 from bench.demo.memory import measure
+from k5kernels.atomic import replacing
 from k5kernels.cache import MagCache
-from k5kernels.encode import encode_videos
+from k5kernels.encode import MIN_FRAMES, encode_videos
 from k5kernels.shards import Sample
 from k5kernels.vae.weights import load_decoder, load_encoder
-from k5kernels.video import VideoError, read_video, to_frames, write_video
+from k5kernels.video import VideoError, decode, nearest_bucket, probe, read_video, to_frames, write_video
 from model.config import DENSE, AttentionConfig
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder
@@ -25,10 +28,28 @@ from train.trainer import TrainConfig, Trainer
 
 TRAIN_STEPS = 60
 SAMPLE_STEPS = 50
+MAX_CLIPS = 8  # of a long video: more would take time and memory, and change little in 60 steps
 SEED = 0
 PLAIN = "full attention"
+LATENTS = "latents"
+FILES = ("samples.mp4", "samples.png", "loss.png", "block_masks.png", "magcache.png", "results.json", "report.html")
 
 Progress = Callable[[int, int], None]
+
+
+def check_video(path: Path) -> None:
+    """Raises VideoError where the file is no video, or its first frames cannot be used."""
+    info = probe(path)
+    height, width = nearest_bucket(info.height, info.width, RESOLUTION)
+    read_video(path, height, width, max_frames=MIN_FRAMES, min_frames=MIN_FRAMES)
+
+
+def clear(out: Path) -> None:
+    """Make the folder, without the results of a run: what is there afterwards is from one run. Other files stay."""
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / LATENTS, ignore_errors=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -68,21 +89,22 @@ class Job:
         }
 
     def encode(self, progress: Progress) -> None:
-        """Video to a latent shard; the last whole clip becomes the scene, the others the training set."""
+        """The video's first clips to a latent shard; the last whole one becomes the scene, the others train."""
         began = time.perf_counter()
         summary = encode_videos(
             [self.video],
             load_encoder(VAE_WEIGHTS),
-            self._fresh(self.out / "latents"),
+            self.out / LATENTS,
             resolution=RESOLUTION,
             clip_frames=CLIP_FRAMES,
-            progress=lambda _, done, total: progress(done, total),
+            max_clips=MAX_CLIPS,
+            progress=lambda _, done, total: progress(done, min(total, MAX_CLIPS * CLIP_FRAMES)),
         )
         self.encode_seconds = time.perf_counter() - began
-        progress(1, 1)  # the last frames of a video may be too few for a clip
         if summary.failures:
             raise VideoError(next(iter(summary.failures.values())))
-        samples = list(read_shards(self.out / "latents"))
+        progress(1, 1)  # the last frames of a video may be too few for a clip
+        samples = list(read_shards(self.out / LATENTS))
         chosen = max(range(len(samples)), key=lambda i: (samples[i].meta["frames"], i))
         self.sample_meta = samples[chosen].meta
         self.scene = self._scene(samples[chosen])
@@ -132,16 +154,17 @@ class Job:
     def write_video(self) -> None:
         """Source, reconstruction and the samples side by side, as MP4 and one frame as PNG."""
         meta = self.sample_meta
-        until = meta["first_frame"] + meta["frames"]
-        frames, rate = read_video(self.video, meta["height"], meta["width"], max_frames=until)
-        self.source = frames[meta["first_frame"] :]
+        frames = decode(self.video, meta["height"], meta["width"])
+        first = meta["first_frame"]
+        self.source = torch.stack(list(islice(frames, first, first + meta["frames"])))
         with torch.inference_mode():
             self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3)))
         self.reconstruction_db = psnr(self.reconstruction, self.source)
         videos = [self.source, self.reconstruction, *(sample.frames for sample in self.samples.values())]
         row = torch.cat(videos, dim=2)
-        write_video(self.out / "samples.mp4", row, rate)
-        imsave(self.out / "samples.png", row[len(row) // 2].numpy())
+        write_video(self.out / "samples.mp4", row, Fraction(meta["rate"]))
+        with replacing(self.out / "samples.png") as partial:
+            imsave(partial, row[len(row) // 2].numpy(), format="png")
 
     def measure_memory(self, progress: Progress) -> None:
         """Peak memory of a training step on the scene's grid, plain and with activation checkpointing."""
@@ -152,9 +175,3 @@ class Job:
 
     def _scene(self, sample: Sample) -> Scene:
         return Scene(channels_last(sample)[None], self.text.encode([self.caption]), self.text.encode([""]))
-
-    @staticmethod
-    def _fresh(folder: Path) -> Path:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder

@@ -10,6 +10,7 @@ from bench.demo.figures import draw_block_masks, draw_loss, draw_schedule
 from bench.demo.job import PLAIN, Job
 from bench.demo.report import Table, write_report
 from bench.harness import machine
+from k5kernels.atomic import replacing
 from k5kernels.planner import MODELS, ClipShape, memory_bytes, step_time_ms
 from k5kernels.token_layout import TokenLayout
 from k5kernels.video import BUCKETS
@@ -66,7 +67,10 @@ def job_table(job: Job) -> Table:
 def memory_table(job: Job) -> Table:
     """Peak memory of a training step."""
     rows = tuple((name, f"{peak / GIB:.2f}") for name, peak in job.memory.items())
-    note = "Activation offload moves tensors from an accelerator to the host; on the CPU there is nothing to move."
+    note = (
+        "Activation offload moves tensors from an accelerator to the host; on the CPU there is nothing to move. "
+        "What it saves on a GPU is the planner's answer, below."
+    )
     return Table("Peak memory that one training step adds", ("activations", "GiB"), rows, note)
 
 
@@ -80,7 +84,7 @@ def planner_table() -> Table:
         memory = [memory_bytes(*sizes, clip.tokens, PLANNED_GPUS, offload) / GIB for offload in (False, True)]
         time = step_time_ms(shape.model_dim, clip.pixels, shape.blocks, 1) / 1e3
         rows.append((name, f"{time:.2f}", f"{memory[0]:.1f}", f"{memory[1]:.1f}"))
-    columns = ("model", "step on an H100 [s]", "memory a GPU [GiB]", "with offload [GiB]")
+    columns = ("model", "step on an H100 [s]", "memory a GPU [GiB]", "memory a GPU with activation offload [GiB]")
     note = "Formulas of the Kandinsky 5.0 report, §7.3; predicted, not measured."
     caption = f"Planner: one clip of 5 s at 512×768 a GPU, dense attention, {PLANNED_GPUS} shards"
     return Table(caption, columns, tuple(rows), note)
@@ -101,7 +105,8 @@ def write_page(job: Job) -> Path:
     schedule = draw_schedule(job.magcache.schedule, job.nano.mag_ratios, job.out / "magcache.png")
     tables = {"job": job_table(job), "sampling": sampling_table(job), "memory": memory_table(job)}
     results = {name: {"columns": table.columns, "rows": table.rows} for name, table in tables.items()}
-    (job.out / "results.json").write_text(json.dumps({"machine": setting()} | results, indent=1) + "\n")
+    with replacing(job.out / "results.json") as partial:
+        partial.write_text(json.dumps({"machine": setting()} | results, indent=1) + "\n")
     page = job.out / "report.html"
     height, width = job.sample_meta["height"], job.sample_meta["width"]
     write_report(

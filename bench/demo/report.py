@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Table:
     note: str = ""
 
     def html(self) -> str:
+        """The table as an HTML fragment, its text escaped."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows
@@ -34,12 +36,15 @@ class Table:
         return f"<table><caption>{html.escape(self.caption)}</caption><tr>{head}</tr>\n{body}</table>{note}"
 
 
+Section = tuple[str, Sequence[Table | Path]]  # a heading, tables and PNG files
+
+
 def _embedded(path: Path, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def write_report(path: Path, title: str, facts: str, video: Path, video_note: str, sections: list) -> None:
-    """Write the page. sections: (heading, [Table or PNG path, ...]) in reading order."""
+def write_report(path: Path, title: str, facts: str, video: Path, video_note: str, sections: Sequence[Section]) -> None:
+    """Write the page. sections: in reading order."""
     parts = [f"<h1>{html.escape(title)}</h1><p class='note'>{html.escape(facts)}</p>"]
     parts.append(f"<video controls loop muted autoplay src='{_embedded(video, 'video/mp4')}'></video>")
     parts.append(f"<p class='note'>{html.escape(video_note)}</p>")
