@@ -1,6 +1,7 @@
 """Trains CrossDiT-nano on the latents of three short clips, calibrates MagCache and measures NABLA.
 
-    python -m train.nano_crossdit --out runs/nano_crossdit
+    python -m train.nano_crossdit --out runs/nano_crossdit             train, calibrate, measure
+    python -m train.nano_crossdit --out runs/nano_crossdit --evaluate  calibrate and measure the shipped weights
 
 Short to long, as in pre-training: single frames, three latent frames, seven. The last quarter of each clip is held
 out, and what the approximations cost is measured on a clip that starts there.
@@ -8,8 +9,9 @@ out, and what the approximations cost is measured on a clip that starts there.
 
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,17 +19,19 @@ from rich.progress import track
 
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.shards import ShardWriter, read_shard
+from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
 from k5kernels.video import to_model
 from model.config import DENSE, AttentionConfig
 from model.crossdit import CrossDiT
-from model.nano import CLIP_FRAMES, RESOLUTION, VAE_WEIGHTS, NanoSettings
+from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, NanoSettings
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import CAPTIONS, NAMES, load_clip, split
 from train.evaluation import Scene, generate, psnr
 from train.latents import LatentSet
+from train.nano_settings import record
 from train.run import run
 from train.trainer import TrainConfig, Trainer
 
@@ -68,6 +72,19 @@ def train_stages(out: Path, shard: Path) -> CrossDiT:
     return load_crossdit(out / f"stage{len(STAGES) - 1}" / "crossdit.safetensors")
 
 
+def stage_figures(out: Path) -> list[dict[str, Any]]:
+    """Size, time and last mean loss of every stage, from its log."""
+    figures = []
+    for number, config in enumerate(STAGES):
+        rows = [json.loads(line) for line in (out / f"stage{number}" / "log.jsonl").read_text().splitlines()]
+        steps = [row["step"] - before["step"] for before, row in pairwise([{"step": 0}, *rows])]
+        seconds = sum(count * row["step_ms"] / 1e3 for count, row in zip(steps, rows, strict=True))
+        sizes = {"latent_frames": config.latent_frames or latent_frames(CLIP_FRAMES)}
+        sizes |= {"batch": config.batch, "steps": config.steps}
+        figures.append(sizes | {"seconds": round(seconds), "last_mean_loss": rows[-1]["loss"]})
+    return figures
+
+
 def held_out_scene(name: str) -> Scene:
     """The first held-out frames of a clip and its caption."""
     _, frames = split(load_clip(name, RESOLUTION))
@@ -77,7 +94,7 @@ def held_out_scene(name: str) -> Scene:
     return Scene(latent.permute(0, 2, 3, 4, 1).clone(), encoder.encode([CAPTIONS[name]]), encoder.encode([""]))
 
 
-def calibrate_and_measure(model: CrossDiT) -> dict:
+def calibrate_and_measure(model: CrossDiT) -> dict[str, Any]:
     """MagCache's ratios, and for each approximation its PSNR to full attention: what settings.json keeps."""
     scene, decoder = held_out_scene(NAMES[0]), load_decoder(VAE_WEIGHTS)
     calibration = MagCalibration()
@@ -98,14 +115,23 @@ def calibrate_and_measure(model: CrossDiT) -> dict:
     return {"sampling": asdict(settings), "nabla_without_sta": figures, "magcache_dense": magcache}
 
 
-def main(out: Annotated[Path, typer.Option(help="folder for latents, stages and the settings")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="folder for latents, stages and figures")],
+    evaluate: Annotated[bool, typer.Option(help="measure the shipped weights instead of training")] = False,
+    settings: Annotated[Path | None, typer.Option(help="JSON file that gets the figures; out/settings.json")] = None,
+) -> None:
     """Train, or go on; then measure."""
     out.mkdir(parents=True, exist_ok=True)
-    shard = out / "latents.tar"
-    if not shard.exists():
-        encode_clips(shard)
-    settings = calibrate_and_measure(train_stages(out, shard))
-    (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    figures: dict[str, Any] = {}
+    if evaluate:
+        model = load_crossdit(CROSSDIT_WEIGHTS)
+    else:
+        shard = out / "latents.tar"
+        if not shard.exists():
+            encode_clips(shard)
+        model = train_stages(out, shard)
+        figures["crossdit"] = {"script": "train/nano_crossdit.py", "seed": 0, "stages": stage_figures(out)}
+    record(settings or out / "settings.json", figures | calibrate_and_measure(model))
 
 
 if __name__ == "__main__":
