@@ -108,6 +108,6 @@ def generate(
     return Generation(to_frames(video), seconds, kept / seen if seen else 1.0, passes, masks)
 
 
-def psnr(frames: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio [dB] of uint8 frames; infinite where they are equal."""
-    return float(10 * torch.log10(255**2 / F.mse_loss(frames.float(), reference.float())))
+def psnr(video: Tensor, reference: Tensor, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio [dB]; infinite where they are equal. peak: range of the values (255: of uint8)."""
+    return float(10 * torch.log10(peak**2 / F.mse_loss(video.float(), reference.float())))

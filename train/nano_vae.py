@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.layers import FrameCausalAttention, ResnetBlock
-from k5kernels.vae.weights import save_vae
+from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
 from k5kernels.video import to_model
 from model.nano import CLIP_FRAMES, RESOLUTION
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.clips import NAMES, load_clip, split
+from train.evaluation import psnr
 from train.muon import ConvMuon
+from train.nano_settings import record
 from train.schedule import learning_rate
 
 NANO_VAE = VAEConfig(widths=(16, 32, 64, 48), groups=8, scaling_factor=1.0)
@@ -186,19 +188,20 @@ def held_out_clips() -> dict[str, Tensor]:
 def held_out_psnr(encoder: HunyuanEncoder, decoder: HunyuanDecoder, clips: dict[str, Tensor]) -> dict[str, float]:
     """PSNR [dB] in float32 of each clip's reconstruction."""
 
-    def psnr(video: Tensor) -> float:
-        return float(10 * torch.log10(4 / F.mse_loss(decoder(encoder(video)).clamp(-1, 1), video)))
+    def reconstruct(video: Tensor) -> Tensor:
+        return decoder(encoder(video)).clamp(-1, 1)
 
-    return {name: round(psnr(video), 2) for name, video in clips.items()}
+    return {name: round(psnr(reconstruct(video), video, peak=2.0), 2) for name, video in clips.items()}
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="folder for checkpoints and the log")],
+    out: Annotated[Path, typer.Option(help="folder for weights, checkpoints, figures and the log")],
     steps: Annotated[int, typer.Option(help="steps of the whole schedule")] = 1400,
+    settings: Annotated[Path | None, typer.Option(help="JSON file that gets the figures; out/settings.json")] = None,
     seed: int = 0,
     every: Annotated[int, typer.Option(help="steps between log rows and checkpoints")] = 200,
 ) -> None:
-    """Train, or go on from the folder's checkpoint; then write vae.safetensors."""
+    """Train, or go on from the folder's checkpoint; then write vae.safetensors and its figures."""
     out.mkdir(parents=True, exist_ok=True)
     training = [split(load_clip(name, resolution))[0] for name in NAMES for resolution in (256, 512)]
     held_out = held_out_clips()
@@ -212,7 +215,11 @@ def main(
             with (out / "log.jsonl").open("a") as log:
                 print(json.dumps(row), file=log)
             trainer.save(out / "checkpoint.pt")
-    export(trainer.ema, scaling_factor(trainer.ema, training[::2]), out / "vae.safetensors")
+    weights = out / "vae.safetensors"
+    export(trainer.ema, scaling_factor(trainer.ema, training[::2]), weights)
+    figures = {"script": "train/nano_vae.py", "seed": seed, "steps": steps, "seconds": round(trainer.seconds)}
+    reached = held_out_psnr(load_encoder(weights), load_decoder(weights), held_out)
+    record(settings or out / "settings.json", {"vae": {**figures, "held_out_psnr_db": reached}})
 
 
 if __name__ == "__main__":
