@@ -42,8 +42,8 @@ def _system(*lines: str) -> str:
 
 
 # The image and edit texts are the report's, letter for letter (§6.3.1); it prints no video text, which is the released
-# code's. All keep the report's spelling "promt"; diffusers' pipelines write "prompt", one token less, and are otherwise
-# the same. The prefixes have 129, 41 and 52 tokens; the released code drops 129, 41 and 55.
+# code's. All keep the report's spelling "promt"; diffusers' pipelines write "prompt", one token less. Their video and
+# image texts are otherwise the same. The prefixes have 129, 41 and 52 tokens; the released code drops 129, 41 and 55.
 TEMPLATES: dict[str, PromptTemplate] = {
     "video": PromptTemplate(
         _system(
