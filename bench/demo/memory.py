@@ -15,7 +15,7 @@ from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.presets import PRESETS
-from train.resident import peak_bytes
+from train.resident import peak_bytes, reuse_memory
 
 
 def main(
@@ -44,4 +44,5 @@ def measure(grid: tuple[int, int, int], *flags: str) -> int:
 
 
 if __name__ == "__main__":
+    reuse_memory(False)  # the peak is then what the step holds
     typer.run(main)
