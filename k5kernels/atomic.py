@@ -21,5 +21,5 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
