@@ -22,13 +22,14 @@ from k5kernels.planner.workload import Workload
 
 CLIP_5S = (31, 32, 48)  # tokens of 5 s at 512 × 768
 TOKEN_SIDE = 16  # pixels
-# From where PyTorch itself outweighs the model to where the model outweighs it.
+# From where PyTorch itself outweighs the model to where the model outweighs it. The allocator's shares were fitted to
+# other runs than the third and the fourth.
 RESIDENT = [
     Point(256, 8, 2, 1, None),
     Point(256, 24, 4, 1, 0.3),
-    Point(384, 16, 4, 2, 0.3),
+    Point(384, 20, 6, 1, 0.3),
+    Point(640, 10, 6, 1, 0.3),
     Point(512, 16, 8, 1, 0.3),
-    Point(512, 32, 4, 1, 0.3),
     Point(768, 16, 12, 1, 0.3),
 ]
 
@@ -49,11 +50,12 @@ def test_memory_against_pytorchs_tracker(name, offload):
     """Every term of a step over 64 shards, under fake tensors."""
     tracked, formula = track(name, CLIP_5S, offload), predicted(name, CLIP_5S, offload)
     found = errors(tracked, formula)
+    case = f"{name}, 64 shards{', offload' * offload}"
     for term, error in found.items():
-        TRUST.append(Trust("memory, tracker", f"{name}, 64 shards{', offload' * offload}: {term}", error, 0.10))
-    TRUST.append(
-        Trust("memory, tracker", f"{name}{', offload' * offload}: peak", formula.total_bytes / tracked.total - 1)
-    )
+        TRUST.append(Trust("memory, tracker", f"{case}: {term}", error, 0.10))
+    peaks = {"the formula's terms": formula.total_bytes, "all terms of a layout": layout_bytes(name, offload)}
+    for terms, said in peaks.items():
+        TRUST.append(Trust("memory, tracker", f"{case}: peak, {terms}", said / tracked.total - 1))
     assert all(abs(error) <= 0.10 for error in found.values())
 
 

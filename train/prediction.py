@@ -18,6 +18,7 @@ from train.trainer import TrainConfig
 
 GIB = 2**30
 LOADED_BYTES = 0.07 * GIB
+KEPT_OF_ACTIVATIONS, KEPT_OF_GRADIENTS = 1.5, 2.0  # by glibc, of what it was given back
 MOST_GPUS = 1024  # of the search for a layout that fits
 BATCH_TOLERANCE = 1e-6  # the clips of a step are the run's, exactly
 
@@ -51,7 +52,9 @@ class Memory:
     loaded: code that PyTorch loads with the first step. states: float32 weights, both moments and the running average.
     gradients: float32. block_inputs: kept for recomputation. block_activations: what one block keeps, or all blocks
     without checkpointing (both as the report counts them, §7.3.2). backward: gradients inside a block, largest at its
-    MLP. Activations are of the largest grid; float32 unless the run is bf16.
+    MLP. allocator: what glibc keeps between tensors of different sizes instead of giving it back, by a rule fitted to
+    measured runs; giving all back would make a step half as long again. Activations are of the largest grid; float32
+    unless the run is bf16.
     """
 
     loaded: float
@@ -60,6 +63,7 @@ class Memory:
     block_inputs: float
     block_activations: float
     backward: float
+    allocator: float
 
     @property
     def total(self) -> float:
@@ -69,7 +73,7 @@ class Memory:
         not, here they often are.
         """
         held = max(self.gradients, self.block_inputs)
-        return self.loaded + self.states + held + self.block_activations + self.backward
+        return self.loaded + self.states + held + self.block_activations + self.backward + self.allocator
 
 
 def tokens(run: Run, grid: Grid) -> int:
@@ -97,13 +101,17 @@ def predicted_memory(run: Run) -> Memory:
         shape.model_dim, shape.time_dim, shape.ff_dim, shape.blocks, largest, gpus=1, offload=not run.checkpointing
     )
     width = 1 if run.training.bf16 else 2  # the formula's activations are bfloat16
+    gradients = 4.0 * weights
+    of_blocks = width * terms.block_activations_bytes * (1 if run.checkpointing else shape.blocks)
+    backward = 2.0 * width * largest * (2 * c.model_dim + c.ff_dim)
     return Memory(
         loaded=LOADED_BYTES,
         states=16.0 * weights,
-        gradients=4.0 * weights,
+        gradients=gradients,
         block_inputs=width * terms.block_inputs_bytes,
-        block_activations=width * terms.block_activations_bytes * (1 if run.checkpointing else shape.blocks),
-        backward=2.0 * width * largest * (2 * c.model_dim + c.ff_dim),
+        block_activations=of_blocks,
+        backward=backward,
+        allocator=KEPT_OF_ACTIVATIONS * (of_blocks + backward) + KEPT_OF_GRADIENTS * gradients,
     )
 
 

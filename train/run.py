@@ -29,7 +29,7 @@ from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit, read_crossdit_config, save_crossdit
 from train.latents import LatentSet, read_shards
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
-from train.resident import peak_bytes, resident_bytes, reuse_memory
+from train.resident import peak_bytes, resident_bytes
 from train.trainer import TrainConfig, Trainer
 
 TEXT_WIDTH = 384  # of MiniLM's tokens
@@ -178,5 +178,4 @@ def main(
 
 
 if __name__ == "__main__":
-    reuse_memory(False)  # a step then takes what it holds, as predicted
     typer.run(main)
