@@ -9,14 +9,13 @@ that short steps count as much as long ones.
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
 
 from k5kernels.planner.checks import positive_integer, positive_number, share
+from k5kernels.planner.least_squares import relative_fit
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import TOKEN_PIXELS
 from k5kernels.planner.step import step_time_terms
@@ -73,14 +72,13 @@ def fit(steps: Sequence[MeasuredStep], name: str, base: HardwareProfile = H100) 
     if len(steps) < COEFFICIENTS:
         raise ValueError(f"steps: expected at least {COEFFICIENTS} measured steps, got {len(steps)}")
     unit = replace(base, name=name, constant_ms=1, tokens_ms=1, width_ms=1)
-    relative = np.array([[term / step.step_ms for term in _terms(step, unit)] for step in steps])
-    scale = relative.max(axis=0)
-    if np.linalg.matrix_rank(relative / scale) < COEFFICIENTS:
+    terms = np.array([_terms(step, unit) for step in steps])
+    if np.linalg.matrix_rank(terms / terms.max(axis=0)) < COEFFICIENTS:
         raise ValueError(
             "steps: expected at least three that differ in tokens and in model_dim, which the coefficients are told "
             f"apart by, got {len(steps)} that do not"
         )
-    constant, tokens, width = (_nonnegative_least_squares(relative / scale) / scale).tolist()
+    constant, tokens, width = relative_fit(terms, np.array([step.step_ms for step in steps])).tolist()
     return replace(unit, constant_ms=constant, tokens_ms=tokens, width_ms=width)
 
 
@@ -120,16 +118,3 @@ def _terms(step: MeasuredStep, profile: HardwareProfile) -> tuple[float, float, 
     """The terms of the three coefficients, in ms."""
     terms = step_time_terms(step.model_dim, step.tokens * TOKEN_PIXELS, step.blocks, step.batch, profile)
     return terms.tokenwise_ms, step.density * terms.attention_ms, terms.linear_ms
-
-
-def _nonnegative_least_squares(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """x ≥ 0 with the least |matrix · x − 1|²: the best of the few sets of columns that may be above 0."""
-    best, least = np.zeros(matrix.shape[1]), float(matrix.shape[0])
-    for count in range(1, matrix.shape[1] + 1):
-        for chosen in combinations(range(matrix.shape[1]), count):
-            found = np.linalg.lstsq(matrix[:, chosen], np.ones(matrix.shape[0]), rcond=None)[0]
-            rest = float(np.square(matrix[:, chosen] @ found - 1).sum())
-            if (found >= 0).all() and rest < least:
-                least, best = rest, np.zeros(matrix.shape[1])
-                best[list(chosen)] = found
-    return best

@@ -22,11 +22,11 @@ from functools import cache
 from importlib.resources import files
 
 import numpy as np
-from numpy.typing import NDArray
 
 from k5kernels.planner.checks import positive_integer
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.extensions import TEXT_STORED_BYTES
+from k5kernels.planner.least_squares import relative_fit
 from k5kernels.planner.memory import parameters
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape
@@ -178,24 +178,10 @@ def table5_rates() -> InferenceRates:
 def fit(rows: tuple[MeasuredGeneration, ...]) -> InferenceRates:
     """The rates by which the rows are predicted best; an infinite rate where a term does not show in them."""
     work = np.array([row.generation.work for row in rows])
-    times = _least_squares(work, np.array([row.seconds for row in rows]))
+    times = relative_fit(work, np.array([row.seconds for row in rows]))
     with np.errstate(divide="ignore"):
         linear, attention, decode, offload = (1 / times).tolist()
     return InferenceRates(linear, attention, decode, offload, *_fit_memory(rows))
-
-
-def _least_squares(terms: NDArray, measured: NDArray) -> NDArray:
-    """Coefficients from 0 on that make terms · coefficients / measured nearest to 1."""
-    relative = terms / measured[:, None]
-    scale = relative.max(axis=0)
-    active = np.flatnonzero(scale)
-    while True:
-        found = np.linalg.lstsq(relative[:, active] / scale[active], np.ones(len(measured)), rcond=None)[0]
-        if (found >= 0).all():
-            coefficients = np.zeros(terms.shape[1])
-            coefficients[active] = found / scale[active]
-            return coefficients
-        active = np.delete(active, found.argmin())
 
 
 def _fit_memory(rows: tuple[MeasuredGeneration, ...]) -> tuple[float, float, float]:
@@ -204,7 +190,7 @@ def _fit_memory(rows: tuple[MeasuredGeneration, ...]) -> tuple[float, float, flo
     light = [row for row in rows if row not in heavy and row.generation.clip.frames > 1]
     values = np.array([[row.generation.clip.tokens * row.generation.model.model_dim, 1.0] for row in heavy])
     beyond = np.array([row.memory_bytes - row.generation.weights_bytes for row in heavy])
-    activation, base = _least_squares(values, beyond).tolist()
+    activation, base = relative_fit(values, beyond).tolist()
     decode = float(np.mean([row.memory_bytes for row in light]))
     return activation, base, decode
 
