@@ -20,7 +20,7 @@ def calibrate(
         typer.Option(help="CSV of measured steps: model_dim, tokens, blocks, batch, density, step_ms (of one device)."),
     ] = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Measure 24 runs of the trainer on this machine: about 5 minutes.")
+        bool, typer.Option("--sweep", help="Measure 24 runs of the trainer on this machine: a few minutes.")
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for --profile of the others.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the profile; the CSV's or this machine's without.")] = None,
