@@ -10,18 +10,18 @@ from rich.table import Table
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the command with one line on stderr and exit code 1 on an error the user can mend."""
+def one_line_errors(program: str = "k5") -> Iterator[None]:
+    """Ends the program with one line on stderr and exit code 1 on an error the user can mend."""
     try:
         yield
     except (ValueError, OSError) as error:
-        complain(error)
+        complain(error, program)
         raise typer.Exit(1) from None
 
 
-def complain(message: object) -> None:
+def complain(message: object, program: str = "k5") -> None:
     """One line on stderr."""
-    typer.echo(f"k5: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
 
 
 def console(stderr: bool = False) -> Console:

@@ -22,6 +22,7 @@ from rich.progress import track
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
+from k5kernels.terminal import complain, one_line_errors
 from model.config import DENSE, AttentionConfig, CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
@@ -32,6 +33,7 @@ from train.prediction import GIB, Run, nearest_layout, predicted_memory, predict
 from train.resident import peak_bytes, resident_bytes
 from train.trainer import TrainConfig, Trainer
 
+PROGRAM = "train.run"
 TEXT_WIDTH = 384  # of MiniLM's tokens
 STA_WINDOW = (11, 3, 3)
 MLP_WIDENING = 4  # of the released models
@@ -76,10 +78,10 @@ def dry_run(planned: Run, profile: HardwareProfile) -> None:
     terms = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.2f}" for name, size in asdict(memory).items())
     typer.echo(f"memory {memory.total / GIB:,.2f} of {profile.memory_bytes / GIB:,.2f} GiB: {terms}")
     if memory.total > profile.memory_bytes:
-        typer.echo(
-            f"train.run: does not fit: {memory.total / GIB:,.2f} GiB, expected at most "
-            f"{profile.memory_bytes / GIB:,.2f} GiB of {profile.name}; {nearest_layout(planned, profile)}",
-            err=True,
+        complain(
+            f"does not fit: {memory.total / GIB:,.2f} GiB, expected at most {profile.memory_bytes / GIB:,.2f} GiB of "
+            f"{profile.name}; {nearest_layout(planned, profile)}",
+            PROGRAM,
         )
         raise typer.Exit(1)
 
@@ -158,9 +160,10 @@ def main(
         bf16=bf16,
         seed=seed,
     )
-    hardware = H100 if profile is None else load_profile(profile)
-    sizes = model_config(preset, init, model_dim, blocks)
-    data = LatentSet(read_shards(latents), json.loads(captions.read_text()) if captions else {})
+    with one_line_errors(PROGRAM):
+        hardware = H100 if profile is None else load_profile(profile)
+        sizes = model_config(preset, init, model_dim, blocks)
+        data = LatentSet(read_shards(latents), json.loads(captions.read_text()) if captions else {})
     planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
     if dry_run_only:
         dry_run(planned, hardware)

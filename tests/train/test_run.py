@@ -116,3 +116,20 @@ def test_a_dry_run_refuses_what_cannot_fit_and_names_the_nearest_layout_that_doe
     assert "expected at most 24.00 GiB of small" in refusal
     assert "GPUs = " in refusal
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--latents", "nowhere"), "nowhere: expected latent shards"),
+        (("--captions", "nowhere.json"), "nowhere.json"),
+        (("--profile", "nowhere.json"), "nowhere.json"),
+        (("--init", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_a_file_that_is_not_there_is_one_line(latents, tmp_path, options, words):
+    result = invoke(latents, tmp_path / "run", 2, *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("train.run: ")
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
