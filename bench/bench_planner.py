@@ -105,6 +105,5 @@ def test_search(benchmark):
     started = time.process_time()
     search(problem)
     taken = time.process_time() - started
-    assert problem.workload.model == MODELS["video_pro"]
     assert result.candidates >= 10**5
     assert taken < 1

@@ -5,7 +5,6 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
 from pathlib import Path
 
 from k5kernels.atomic import replacing
@@ -55,12 +54,16 @@ class HardwareProfile:
 
 
 def _check_number(field: str, value: object) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    lowest_ok = number and (value > 0 or (field in _COEFFICIENTS and value == 0))  # type: ignore[operator]  # checked
     largest = 1 if field == "memory_reserve" else LARGEST
-    if not lowest_ok or not value <= largest:  # type: ignore[operator]  # a number, by the line above
-        least = "from 0" if field in _COEFFICIENTS else "above 0"
-        raise ValueError(f"{field}: expected a number {least} up to {largest}, got {value!r}")
+    zero_is_fine = field in _COEFFICIENTS
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and (0 < value <= largest or (value == 0 and zero_is_fine))
+    ):
+        return
+    least = "from 0" if zero_is_fine else "above 0"
+    raise ValueError(f"{field}: expected a number {least} up to {largest}, got {value!r}")
 
 
 H100 = HardwareProfile(name="H100")

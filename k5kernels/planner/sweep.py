@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from k5kernels.planner.calibration import MeasuredStep
-from k5kernels.planner.profile import H100, HardwareProfile
+from k5kernels.planner.profile import HardwareProfile
 from k5kernels.planner.shapes import PATCH
 from k5kernels.shards import LATENT_CHANNELS, ShardWriter
 
@@ -88,7 +88,7 @@ def this_machine() -> HardwareProfile:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     threads = torch.get_num_threads()
     name = f"{names[0] if names else platform.machine()}, {threads} threads"
-    return HardwareProfile(name, memory_bytes=memory, gpus_per_node=1, network_bytes_per_s=H100.network_bytes_per_s)
+    return HardwareProfile(name, memory_bytes=memory, gpus_per_node=1)
 
 
 def _measure(point: Point, folder: Path) -> PointResult:
