@@ -79,18 +79,22 @@ class Scratch {
   float* floats_;
 };
 
-// Calls run(item, scratch) for every item. Threads take the next few items as they get free: items of different length
-// then keep all of them busy, and a thread mostly goes on with the item behind the last one, which kernels prefetch.
-// Each thread has its own scratch memory of `floats` floats.
+// Calls run(item, scratch) for every item. Threads take the next few items as they get free, fewer towards the end: items
+// of different length then keep all of them busy, and a thread mostly goes on with the item behind the last one, which
+// kernels prefetch. Each thread has its own scratch memory of `floats` floats.
 template <class Run>
 void for_items(int64_t items, int64_t floats, const Run& run) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
-  const int64_t few = std::clamp<int64_t>(items / (16 * std::max<int64_t>(workers, 1)), 1, 8);
+  const auto few = [&](int64_t first) { return std::clamp<int64_t>((items - first) / (4 * workers), 1, 8); };
   parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     const Scratch scratch(floats);
-    for (int64_t first; (first = next.fetch_add(few, std::memory_order_relaxed)) < items;)
-      for (int64_t item = first; item < std::min(first + few, items); item++) run(item, scratch.data());
+    int64_t first = 0;
+    while (first < items) {
+      if (!next.compare_exchange_weak(first, first + few(first), std::memory_order_relaxed)) continue;
+      const int64_t end = first + few(first);
+      for (; first < end; first++) run(first, scratch.data());
+    }
   });
 }
 

@@ -46,6 +46,7 @@ K5_INLINE void fill(float* target, int64_t count, float value) {
 template <class T>
 K5_INLINE void prefetch_next(const Attention<T>& op, const Place& at, int64_t entry, Prefetch& prefetch) {
   const AttentionSizes& sizes = op.sizes;
+  prefetch.clear();
   const auto add_block = [&](const auto& tensor, int64_t block) {
     const int64_t first = sizes.block_starts[block];
     prefetch.add(head_of(tensor, at) + first * tensor.step, tensor.step,
@@ -61,13 +62,13 @@ K5_INLINE void prefetch_next(const Attention<T>& op, const Place& at, int64_t en
   }
 }
 
-// From the largest score and the sum of weights of each row: lse, and in place of the sum what the row is to be
+// From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is to be
 // multiplied with.
-K5_INLINE void finish_rows(const float* top, float* total, int64_t rows, bool reads_nothing, float* lse) {
+K5_INLINE void finish_rows(const float* base, float* total, int64_t rows, bool reads_nothing, float* lse) {
   for (int64_t row = 0; row < rows; row++) {
     // All scores -inf: NaN, as 0/0 in the definition.
-    const float undefined = top[row] == -kInfinity && !reads_nothing ? 0 / total[row] : 0.0f;
-    lse[row] = reads_nothing ? -kInfinity : (top[row] + __builtin_log2f(total[row])) * kLn2 + undefined;
+    const float undefined = base[row] == -kInfinity && !reads_nothing ? 0 / total[row] : 0.0f;
+    lse[row] = reads_nothing ? -kInfinity : (base[row] + __builtin_log2f(total[row])) * kLn2 + undefined;
     total[row] = reads_nothing ? 0.0f : 1 / total[row] + undefined;
   }
 }

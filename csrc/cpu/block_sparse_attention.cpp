@@ -24,75 +24,126 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
   return scratch;
 }
 
-// Panels with `count` columns; columns behind them are zeros.
-template <class T>
-K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* rows,
-                           float* panels) {
-  const int64_t wide = padded(width), columns = panels_of(count) * kPanel;
-  read_rows(source, step, count, width, factor, rows);
-  for (int64_t i = count * wide; i < columns * wide; i += kLanes) store(rows + i, Vec8{});
-  rows_to_panels(rows, wide, panels_of(count), panels);
-}
-
-// panel[d][16] = panel[d][16] · decay + Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small
-// terms added one by one to what many blocks have gathered would round away.
-template <bool kDecays, class Done>
-K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights,
-                                 const Wide (&decay)[kVectors], float* panel, const Done& done) {
+// panel[d][16] += Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small terms added one by one
+// to what many blocks have gathered would round away.
+K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights, float* panel) {
   for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
     Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count);
-#pragma GCC unroll 16
-    for (int row = 0; row < Rows; row++)
-#pragma GCC unroll 2
-      for (int part = 0; part < kVectors; part++) {
-        float* sums = panel + (d + row) * kPanel + part * kWide;
-        const Wide before = load_wide(sums);
-        store_wide(sums, (kDecays ? before * decay[part] : before) + tile.sums[row][part]);
-      }
-    done();
+    Tile<Rows>::add_to(tile, panel + d * kPanel, kPanel);
   });
 }
 
-K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights, float* panel) {
-  add_weighted_rows<false>(rows, count, width, weights, {}, panel, [] {});
-}
+// The base of a row's weights 2^(score - base) lets the largest of them grow so many octaves before it moves.
+constexpr float kSlack = 8;
+// Weights that are ready before their values are added; where registers are few, all of them.
+constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
 
-// One panel of queries and up to 64 keys: scores, online softmax, values. top and total: [16], the largest score yet
-// and the sum of 2^(score - top). kWidth: the width of a whole block of 64 keys, or 0 for any width and count.
-template <int64_t kWidth>
-__attribute__((noinline)) void attend(const float* keys, const float* values, int64_t any_count, int64_t any_width,
-                                      const float* queries, float* scores, float* out, float* top, float* total,
-                                      Prefetch& prefetch) {
-  const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
-  Wide highest[kVectors], base[kVectors], decay[kVectors];
-  for (int part = 0; part < kVectors; part++) highest[part] = load_wide(top + part * kWide);
-  dot_products(keys, width, count, queries, width, scores, kPanel, [&]<int Rows>(const Tile<Rows>& tile)
-                   __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int row = 0; row < Rows; row++)
-#pragma GCC unroll 2
-      for (int part = 0; part < kVectors; part++) highest[part] = larger(tile.sums[row][part], highest[part]);
-    prefetch.next_rows();
-  });
+// How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
+struct Softmax {
+  Wide base[kVectors], decay[kVectors];
+  bool moves = false;
+};
+
+// base: [16], of the blocks before; moved where a score is too far above it.
+K5_INLINE Softmax make_softmax(const Wide (&highest)[kVectors], float* base) {
+  Softmax softmax;
+  for (int part = 0; part < kVectors; part++)
+    softmax.moves |= any_above(highest[part], load_wide(base + part * kWide) + kSlack);
   for (int part = 0; part < kVectors; part++) {
-    base[part] = highest[part] == -kInfinity ? Wide{} : highest[part];  // so that scores of -inf weigh nothing
-    decay[part] = exp2(load_wide(top + part * kWide) - base[part]);
-    store_wide(top + part * kWide, highest[part]);
+    const Wide before = load_wide(base + part * kWide), now = softmax.moves ? highest[part] : before;
+    store_wide(base + part * kWide, now);
+    softmax.base[part] = now == -kInfinity ? Wide{} : now;  // so that scores of -inf weigh nothing
+    softmax.decay[part] = softmax.moves ? exp2(before - softmax.base[part]) : Wide{} + 1.0f;
   }
+  return softmax;
+}
+
+// Scratch of one block of queries: what stays while it reads its blocks of keys.
+struct QueryBlock {
+  float *queries, *out;  // panels
+  float* scores;         // [2][64][16], of panels in turn
+  float *base, *total;   // [64], and the sums of the weights
+  int64_t panels;
+};
+
+// Calls of Prefetch::next_lines in `attend`, of a whole block of keys.
+static inline int64_t fetches(int64_t width, int64_t panels) {
+  return panels * (tiles_of(kTileTokens) * width + (tiles_of(width) - 1) * kTileTokens) / kFetchSteps;
+}
+
+K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* keys, int64_t count, int64_t width,
+                        Prefetch& prefetch) {
+  float* base = block.base + panel * kPanel;
+  Wide highest[kVectors];
+  for (int part = 0; part < kVectors; part++) highest[part] = load_wide(base + part * kWide);
+  dot_products(
+      keys, width, count, block.queries + panel * kPanel * width, width,
+      block.scores + panel % 2 * kTileTokens * kPanel, kPanel,
+      [&]<int Rows>(const Tile<Rows>& tile) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; row++)
+#pragma GCC unroll 2
+          for (int part = 0; part < kVectors; part++) highest[part] = larger(tile.sums[row][part], highest[part]);
+      },
+      [&](int64_t k) __attribute__((always_inline)) {
+        if (k % kFetchSteps == 0) prefetch.next_lines();
+      });
+  return make_softmax(highest, base);
+}
+
+// Scores become weights while the first tile of values is added: a chain of operations as long as exp2 leaves gaps that
+// its products fill.
+K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax& softmax, const float* values,
+                          int64_t count, int64_t width, Prefetch& prefetch) {
+  float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
+  float* out = block.out + panel * kPanel * width;
   Wide sums[kVectors] = {};
-  for (int64_t key = 0; key < count; key++)
+  const auto weigh = [&](int64_t key) __attribute__((always_inline)) {
+#pragma GCC unroll 2
     for (int part = 0; part < kVectors; part++) {
       float* score = scores + key * kPanel + part * kWide;
-      const Wide weight = exp2(load_wide(score) - base[part]);
+      const Wide weight = exp2(load_wide(score) - softmax.base[part]);
       sums[part] += weight;
       store_wide(score, weight);
     }
+  };
+  const int64_t ahead = smaller(kWeightsAhead, count), rest = count - ahead;
+  for (int64_t key = 0; key < ahead; key++) weigh(key);
+  for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
+    auto tile = Tile<Rows>::zero();
+    if (d == 0) {
+      Tile<Rows>::add_product(tile, values, 1, width, scores, kPanel, rest,
+                              [&](int64_t k) __attribute__((always_inline)) { weigh(k + ahead); });
+      Tile<Rows>::add_product(tile, values + rest * width, 1, width, scores + rest * kPanel, kPanel, ahead);
+    } else {
+      Tile<Rows>::add_product(tile, values + d, 1, width, scores, kPanel, count,
+                              [&](int64_t k) __attribute__((always_inline)) {
+                                if (k % kFetchSteps == 0) prefetch.next_lines();
+                              });
+    }
+    if (softmax.moves) Tile<Rows>::multiply_and_add_to(softmax.decay, tile, out + d * kPanel, kPanel);
+    else Tile<Rows>::add_to(tile, out + d * kPanel, kPanel);
+  });
   for (int part = 0; part < kVectors; part++) {
-    float* gathered = total + part * kWide;
-    store_wide(gathered, load_wide(gathered) * decay[part] + sums[part]);
+    float* total = block.total + panel * kPanel + part * kWide;
+    store_wide(total, load_wide(total) * softmax.decay[part] + sums[part]);
   }
-  add_weighted_rows<true>(values, count, width, scores, decay, out, [&] { prefetch.next_rows(); });
+}
+
+// All panels of queries and up to 64 keys: scores, online softmax, values. The scores of a panel are ready before the
+// values of the one ahead of it are added, so that nothing waits for its maximum. kWidth: the width of a whole block of
+// 64 keys, or 0 for any width and count.
+template <int64_t kWidth>
+__attribute__((noinline)) void attend(const QueryBlock& block, const float* keys, const float* values,
+                                      int64_t any_count, int64_t any_width, Prefetch& prefetch) {
+  const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
+  Softmax softmax, next;
+  for (int64_t panel = 0; panel <= block.panels; panel++) {
+    if (panel < block.panels) next = score(block, panel, keys, count, width, prefetch);
+    if (panel > 0) add_values(block, panel - 1, softmax, values, count, width, prefetch);
+    softmax = next;
+  }
 }
 
 // Scratch of one block of keys: what stays while its readers pass.
@@ -150,10 +201,10 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   const float* base = head_of(op.base, at);
   const float* shift = head_of(op.shift, at);
   float* key_rows = scratch;
-  float* other_rows = key_rows + block_floats;
-  float* query_rows = other_rows + block_floats;
+  float* query_rows = key_rows + block_floats;
   float* grad_rows = query_rows + block_floats;
   KeyBlock block;
+  block.key_rows = key_rows;
   block.keys = grad_rows + block_floats;
   block.values = block.keys + block_floats;
   block.grad_keys = block.values + block_floats;
@@ -162,9 +213,9 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   float* slopes = weights + kTileTokens * kPanel;
   float* factors = slopes + kTileTokens * kTileTokens;
   for_parts(sizes, at.block, [&](int64_t first, int64_t keys) {
-    read_panels(v + first * op.v.step, op.v.step, keys, width, 1.0f, other_rows, block.values);
-    read_panels(k + first * op.k.step, op.k.step, keys, width, 1.0f, key_rows, block.keys);
-    block.key_rows = key_rows;
+    read_panels(v + first * op.v.step, op.v.step, keys, width, 1.0f, block.values);
+    read_rows(k + first * op.k.step, op.k.step, keys, width, 1.0f, key_rows);
+    read_panels(key_rows, wide, keys, wide, 1.0f, block.keys);
     fill(block.grad_keys, 2 * block_floats, 0.0f);
     for_listed_parts(sizes, op.readers, at, [&](int64_t token, int64_t count) {
       read_rows(q + token * op.q.step, op.q.step, count, width, sizes.scale * kLog2E, query_rows);
@@ -172,14 +223,12 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
       add_gradients(block, keys, query_rows, grads, count, wide, base + token, shift + token, weights, slopes,
                      grad_q ? grad_q + token * wide : nullptr);
     });
-    fill(factors, keys, kLn2);  // scale, and the scaling of queries undone
-    panels_to_rows(block.grad_keys, wide, panels_of(keys), other_rows);
-    write_rows(other_rows, factors, keys, width, head_of(op.grad_k, at) + first * op.grad_k.step,
-               op.grad_k.step);
-    fill(factors, keys, 1.0f);
-    panels_to_rows(block.grad_values, wide, panels_of(keys), other_rows);
-    write_rows(other_rows, factors, keys, width, head_of(op.grad_v, at) + first * op.grad_v.step,
-               op.grad_v.step);
+    fill(factors, kTileTokens, kLn2);  // scale, and the scaling of queries undone
+    write_panels(block.grad_keys, factors, keys, width, head_of(op.grad_k, at) + first * op.grad_k.step,
+                 op.grad_k.step);
+    fill(factors, kTileTokens, 1.0f);
+    write_panels(block.grad_values, factors, keys, width, head_of(op.grad_v, at) + first * op.grad_v.step,
+                 op.grad_v.step);
   });
 }
 
@@ -208,42 +257,35 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
   const T* q = head_of(op.q, at);
   const T* k = head_of(op.k, at);
   const T* v = head_of(op.v, at);
-  float* queries = scratch;
-  float* out = queries + block_floats;
-  float* key_rows = out + block_floats;
+  QueryBlock block;
+  block.queries = scratch;
+  block.out = block.queries + block_floats;
+  float* key_rows = block.out + block_floats;
   float* value_rows = key_rows + block_floats;
-  float* scores = value_rows + block_floats;
-  float* top = scores + kTileTokens * kPanel;
-  float* total = top + kTileTokens;
+  block.scores = value_rows + block_floats;
+  block.base = block.scores + 2 * kTileTokens * kPanel;
+  block.total = block.base + kTileTokens;
   const int64_t* offsets = offsets_of(op.reads, at) + at.block;
   Prefetch prefetch;
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
-    const int64_t panels = panels_of(rows);
-    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, key_rows, queries);
-    fill(out, panels * kPanel * wide, 0.0f);
-    fill(top, kTileTokens, -kInfinity);
-    fill(total, kTileTokens, 0.0f);
+    block.panels = panels_of(rows);
+    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, block.queries);
+    fill(block.out, block.panels * kPanel * wide, 0.0f);
+    fill(block.base, kTileTokens, -kInfinity);
+    fill(block.total, kTileTokens, 0.0f);
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
-      prefetch.clear();
       prefetch_next(op, at, entry, prefetch);
+      prefetch.spread_over(fetches(wide, block.panels));
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-        const auto attend_panels = [&]<int64_t kWidth>() {
-          for (int64_t panel = 0; panel < panels; panel++) {
-            const int64_t from = panel * kPanel;
-            attend<kWidth>(keys, values, count, wide, queries + from * wide, scores, out + from * wide, top + from,
-                           total + from, prefetch);
-          }
-        };
-        if (count == kTileTokens && wide == 64) attend_panels.template operator()<64>();
-        else if (count == kTileTokens && wide == 128) attend_panels.template operator()<128>();
-        else attend_panels.template operator()<0>();
+        if (count == kTileTokens && wide == 64) attend<64>(block, keys, values, count, wide, prefetch);
+        else if (count == kTileTokens && wide == 128) attend<128>(block, keys, values, count, wide, prefetch);
+        else attend<0>(block, keys, values, count, wide, prefetch);
       });
     }
-    finish_rows(top, total, rows, offsets[0] == offsets[1], head_of(op.lse, at) + first);
-    panels_to_rows(out, wide, panels, key_rows);
-    write_rows(key_rows, total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
+    finish_rows(block.base, block.total, rows, offsets[0] == offsets[1], head_of(op.lse, at) + first);
+    write_panels(block.out, block.total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
   });
 }
 
@@ -305,8 +347,8 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
   float* base = slopes + kTileTokens * kPanel;
   float* shift = base + kTileTokens;
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
-    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, key_rows, queries);
-    read_panels(grad_out + first * op.grad_out.step, op.grad_out.step, rows, width, 1.0f, key_rows, grads);
+    read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, queries);
+    read_panels(grad_out + first * op.grad_out.step, op.grad_out.step, rows, width, 1.0f, grads);
     fill(grad_q, block_floats, 0.0f);
     fill(base, 2 * kTileTokens, 0.0f);
     for (int64_t row = 0; row < rows; row++) {
@@ -320,10 +362,9 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
         add_query_gradient(keys, values, count, wide, queries + from * wide, grads + from * wide, base + from,
                            shift + from, weights, slopes, grad_q + from * wide);
     });
-    panels_to_rows(grad_q, wide, panels_of(rows), key_rows);
     float* factors = base;
     fill(factors, kTileTokens, sizes.scale);
-    write_rows(key_rows, factors, rows, width, head_of(op.grad_q, at) + first * op.grad_q.step,
+    write_panels(grad_q, factors, rows, width, head_of(op.grad_q, at) + first * op.grad_q.step,
                op.grad_q.step);
   });
 }

@@ -63,14 +63,14 @@ struct AttentionSaved {
 
 // Floats of scratch memory, aligned to 64 bytes, that the functions below want.
 static inline int64_t attention_scratch(const AttentionSizes& sizes) {
-  return 4 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + 2);
+  return 4 * kTileTokens * padded(sizes.width) + kTileTokens * (2 * kPanel + 2);
 }
 // Of the forward in avx512_bf16, which works on bfloat16.
 static inline int64_t attention_bf16_scratch(const AttentionSizes& sizes) {
   return kTileTokens * padded(sizes.width) * 3 + kTileTokens * (kTileTokens + 2);
 }
 static inline int64_t attention_backward_scratch(const AttentionSizes& sizes) {
-  return 8 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + kTileTokens + 1);
+  return 7 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + kTileTokens + 1);
 }
 static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
   return sizes.block_starts[sizes.blocks] * padded(sizes.width);

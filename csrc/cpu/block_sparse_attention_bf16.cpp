@@ -26,14 +26,18 @@ K5_INLINE void for_wide_tiles(int64_t rows, const Body& body) {
   for (; row < rows; row++) body.template operator()<1>(row);
 }
 
+K5_INLINE int64_t wide_tiles_of(int64_t rows) { return rows / kRows + rows % kRows / 4 + rows % kRows % 4; }
+
 // sums[row][column] = Σ_p a[row·row_step + p·pair_step] · panel[p][column], both halves of a pair, p upwards.
+// What comes next is fetched meanwhile.
 template <int Rows>
 K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, const uint32_t* panel, int64_t count,
-                        __m512 (&sums)[Rows][2]) {
+                        __m512 (&sums)[Rows][2], Prefetch& prefetch) {
 #pragma GCC unroll 12
   for (int row = 0; row < Rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int64_t p = 0; p < count; p++) {
+    if (p % kFetchSteps == 0) prefetch.next_lines();
     const __m512i left = _mm512_load_si512(panel + p * kColumns), right = _mm512_load_si512(panel + p * kColumns + kWide);
 #pragma GCC unroll 12
     for (int row = 0; row < Rows; row++) {
@@ -66,10 +70,14 @@ K5_INLINE void pack_queries(const BFloat16* source, int64_t step, int64_t count,
   for (int64_t row = 0; row < count; row++) std::memcpy(rows + row * wide, source + row * step, width * sizeof(BFloat16));
   // Only bits are moved: a pair travels as if it were a float.
   for (int64_t query = 0; query < kTileTokens; query += kLanes)
-    for (int64_t p = 0; p < depth; p += kLanes)
-      transpose_eight(reinterpret_cast<const float*>(rows) + query * depth + p, depth,
-                      reinterpret_cast<float*>(panels) + (query / kColumns * depth + p) * kColumns + query % kColumns,
-                      kColumns);
+    for (int64_t p = 0; p < depth; p += kLanes) {
+      const BFloat16* from = rows + query * wide + 2 * p;
+      uint32_t* to = panels + (query / kColumns * depth + p) * kColumns + query % kColumns;
+      Vec8 pairs_of[kLanes], turned[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) std::memcpy(&pairs_of[i], from + i * wide, sizeof(Vec8));
+      transpose_eight(pairs_of, turned);
+      for (int64_t i = 0; i < kLanes; i++) std::memcpy(to + i * kColumns, &turned[i], sizeof(Vec8));
+    }
 }
 
 // Values of tokens 2p and 2p + 1 side by side: [(count + 1) / 2][width]; a missing last token is zeros.
@@ -111,7 +119,7 @@ __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, i
   for_wide_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     __m512 tile[Rows][2];
     multiply<Rows>(reinterpret_cast<const uint32_t*>(keys + row * width), width / 2, 1,
-                   scratch.queries + panel * width / 2 * kColumns, width / 2, tile);
+                   scratch.queries + panel * width / 2 * kColumns, width / 2, tile, prefetch);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
@@ -120,7 +128,6 @@ __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, i
         highest[half] = _mm512_max_ps(scaled, highest[half]);
         _mm512_store_ps(scores + (row + r) * kColumns + half * kWide, scaled);
       }
-    prefetch.next_rows();
   });
   if (count % 2)
     for (int64_t i = 0; i < kColumns; i++) scores[count * kColumns + i] = -kInfinity;
@@ -149,7 +156,7 @@ __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, i
   float* out = scratch.out + panel * width * kColumns;
   for_wide_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
     __m512 tile[Rows][2];
-    multiply<Rows>(scratch.values + d, 1, width, scratch.weights, (count + 1) / 2, tile);
+    multiply<Rows>(scratch.values + d, 1, width, scratch.weights, (count + 1) / 2, tile, prefetch);
 #pragma GCC unroll 12
     for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
@@ -157,7 +164,6 @@ __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, i
         float* gathered = out + (d + r) * kColumns + half * kWide;
         _mm512_store_ps(gathered, _mm512_fmadd_ps(_mm512_load_ps(gathered), decay[half], tile[r][half]));
       }
-    prefetch.next_rows();
   });
 }
 
@@ -199,8 +205,9 @@ void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* 
     fill(scratch.top, kTileTokens, -kInfinity);
     fill(scratch.total, kTileTokens, 0.0f);
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
-      prefetch.clear();
       prefetch_next(op, at, entry, prefetch);
+      prefetch.spread_over(panels * (wide_tiles_of(kTileTokens) * wide / 2 + wide_tiles_of(wide) * kPairs) /
+                           kFetchSteps);
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const BFloat16* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, scratch.rows);
         pair_values(dense_rows(v + token * op.v.step, op.v.step, count, width, scratch.rows + kTileTokens * wide), wide,
@@ -215,12 +222,8 @@ void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* 
     }
     float* lse = head_of(op.lse, at) + first;
     finish_rows(scratch.top, scratch.total, rows, offsets[0] == offsets[1], lse);
-    float* out_rows = reinterpret_cast<float*>(scratch.queries);  // with the values behind it: both are done with
-    for (int64_t query = 0; query < rows; query += kLanes)
-      for (int64_t d = 0; d < wide; d += kLanes)
-        transpose_eight(scratch.out + (query / kColumns * wide + d) * kColumns + query % kColumns, kColumns,
-                        out_rows + query * wide + d, wide);
-    write_rows(out_rows, scratch.total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
+    write_panels<kColumns>(scratch.out, scratch.total, rows, width, head_of(op.out, at) + first * op.out.step,
+                           op.out.step);
   });
 }
 

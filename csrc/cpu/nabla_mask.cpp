@@ -321,12 +321,15 @@ void pool_keys(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end
 
 // Up to kLogitRows rows of one clip, whose means of queries are given. keys: the means of the head.
 void select_rows(const NablaSelection& op, const float* queries, const float* keys, int64_t wide, int64_t head,
-                 int64_t first, int64_t last, int64_t clip_start, int64_t clip_end, Prefetch& prefetch, int64_t pace,
+                 int64_t first, int64_t last, int64_t clip_start, int64_t clip_end, Prefetch& prefetch,
                  float* scratch) {
   const int64_t step = logits_step(op.blocks), first_panel = clip_start / kPanel;
   for (int64_t panel = first_panel; panel < panels_of(clip_end); panel++)
     dot_products(queries, wide, last - first, keys + panel * kPanel * wide, wide,
-                 scratch + (panel - first_panel) * kPanel, step, [&](const auto&) { prefetch.next_rows(pace); });
+                 scratch + (panel - first_panel) * kPanel, step, [](const auto&) {},
+                 [&](int64_t k) __attribute__((always_inline)) {
+                   if (k % kFetchSteps == 0) prefetch.next_lines();
+                 });
   float guess = 0;
   for (int64_t block = first; block < last; block++) {
     float* logits = scratch + (block - first) * step + clip_start % kPanel;
@@ -350,12 +353,11 @@ void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const 
   const int64_t start = piece * kPieceBlocks, end = smaller(op.blocks, start + kPieceBlocks);
   const int64_t wide = padded(queries.width);
   Prefetch prefetch;
-  int64_t pace = 0;
   if (head < op.heads) {
     const int64_t tokens = queries.block_starts[end] - queries.block_starts[start];
     prefetch.add(tokens_of(queries, head, start), queries.step, tokens, queries.width);
     prefetch.add(tokens_of(keys, head, start), keys.step, tokens, keys.width);
-    pace = 2 * tokens / (panels_of(op.blocks) * ((end - start + kLogitRows - 1) / kLogitRows)) + 1;
+    prefetch.spread_over(panels_of(op.blocks) * ((end - start + kLogitRows - 1) / kLogitRows) * wide / kFetchSteps);
   }
   int64_t clip = 0;
   for (int64_t first = start, last; head > 0 && first < end; first = last) {
@@ -364,7 +366,7 @@ void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const 
     last = smaller(smaller(first + kLogitRows, end), clip_end);
     select_rows(op, means_of(queries, head - 1, op.blocks) + first * wide,
                 means_of(keys, head - 1, padded(op.blocks)), wide, head - 1, first, last, op.clip_starts[clip],
-                clip_end, prefetch, pace, scratch);
+                clip_end, prefetch, scratch);
   }
   if (head < op.heads) {
     pool_queries(queries, head, start, end);

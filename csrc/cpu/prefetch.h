@@ -6,23 +6,28 @@
 namespace k5 {
 namespace {
 
-// Rows that come up soon, fetched into the second-level cache a few at a time between products: all at once they would
-// hold up the loads in work.
+// Steps of a product between two calls of Prefetch::next_lines.
+constexpr int64_t kFetchSteps = 8;
+
+// Rows that come up soon, fetched a few lines at a time between products: all at once they would hold up the loads in
+// work. Into the first-level cache, and from there into the second: a request for the second alone may be dropped.
 class Prefetch {
  public:
+  void clear() { *this = {}; }
   template <class T>
   void add(const T* first, int64_t step, int64_t count, int64_t width) {
-    if (count > 0)
-      queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), width * int64_t(sizeof(T)),
-                           count};
+    const int64_t bytes = width * int64_t(sizeof(T));
+    if (count <= 0) return;
+    queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), bytes, count};
+    lines_ += count * ((bytes + kLineBytes - 1) / kLineBytes);
   }
-  void clear() { current_ = queued_ = 0; }
-  void next_rows(int64_t count = 2) {
-    for (int64_t row = 0; row < count && current_ < queued_; row++) {
-      Rows& rows = queue_[current_];
-      for (int64_t byte = 0; byte < rows.bytes; byte += kLineBytes) __builtin_prefetch(rows.next + byte, 0, 2);
-      rows.next += rows.step;
-      if (--rows.count == 0) current_++;
+  // After `calls` of next_lines all is fetched.
+  void spread_over(int64_t calls) { pace_ = (lines_ + calls - 1) / calls; }
+  __attribute__((always_inline)) void next_lines() {
+    for (int64_t i = 0; i < pace_; i++) {
+      if (line_ >= row_end_ && !next_row()) return;
+      __builtin_prefetch(line_);
+      line_ += kLineBytes;
     }
   }
 
@@ -32,8 +37,19 @@ class Prefetch {
     const char* next;
     int64_t step, bytes, count;
   };
+  __attribute__((always_inline)) bool next_row() {
+    if (current_ == queued_) return false;
+    Rows& rows = queue_[current_];
+    line_ = rows.next;
+    row_end_ = line_ + rows.bytes;
+    rows.next += rows.step;
+    if (--rows.count == 0) current_++;
+    return true;
+  }
   Rows queue_[4];
   int queued_ = 0, current_ = 0;
+  int64_t lines_ = 0, pace_ = 0;
+  const char *line_ = nullptr, *row_end_ = nullptr;
 };
 
 }  // namespace

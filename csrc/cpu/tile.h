@@ -80,12 +80,26 @@ struct Tile {
       }
   }
 
+  // target = target · factors + tile, a factor a column.
+  K5_INLINE void multiply_and_add_to(const Wide (&factors)[kVectors], const Tile& tile, float* target, int64_t step) {
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; row++)
+#pragma GCC unroll 2
+      for (int part = 0; part < kVectors; part++) {
+        float* sums = target + row * step + part * kWide;
+        store_wide(sums, load_wide(sums) * factors[part] + tile.sums[row][part]);
+      }
+  }
+
   // sums[row][column] += Σ_k a[row·row_step + k·a_step] · b[k·b_step + column], k upwards: the order every kernel
-  // here keeps, so that one sum has the same bits wherever it is formed.
+  // here keeps, so that one sum has the same bits wherever it is formed. Calls before(k) ahead of each k: other work
+  // that stands between the products keeps units busy which they leave idle.
+  template <class Before>
   K5_INLINE void add_product(Tile& tile, const float* a, int64_t row_step, int64_t a_step, const float* b,
-                             int64_t b_step, int64_t count) {
+                             int64_t b_step, int64_t count, const Before& before) {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < count; k++) {
+      before(k);
       Wide columns[kVectors];
 #pragma GCC unroll 2
       for (int part = 0; part < kVectors; part++) columns[part] = load_wide(b + k * b_step + part * kWide);
@@ -96,6 +110,11 @@ struct Tile {
         for (int part = 0; part < kVectors; part++) tile.sums[row][part] += factor * columns[part];
       }
     }
+  }
+
+  K5_INLINE void add_product(Tile& tile, const float* a, int64_t row_step, int64_t a_step, const float* b,
+                             int64_t b_step, int64_t count) {
+    add_product(tile, a, row_step, a_step, b, b_step, count, [](int64_t) {});
   }
 };
 
@@ -117,14 +136,17 @@ K5_INLINE void for_tiles(int64_t rows, const Body& body) {
   if (rows - row == 1) body.template operator()<1>(row);
 }
 
+// Tiles of so many rows.
+static inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
 // out[r][16] = rows[r] · panel: dot products of `count` rows with the sixteen columns of a panel. done(tile) is called
-// with each tile of them.
-template <class Done>
+// with each tile of them; before: as in Tile::add_product.
+template <class Done, class Before>
 K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
-                            float* out, int64_t out_step, const Done& done) {
+                            float* out, int64_t out_step, const Done& done, const Before& before) {
   for_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
-    Tile<Rows>::add_product(tile, rows + row * row_step, row_step, 1, panel, kPanel, depth);
+    Tile<Rows>::add_product(tile, rows + row * row_step, row_step, 1, panel, kPanel, depth, before);
     Tile<Rows>::write(tile, out + row * out_step, out_step);
     done(tile);
   });
@@ -132,7 +154,7 @@ K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, 
 
 K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
                             float* out, int64_t out_step) {
-  dot_products(rows, row_step, count, panel, depth, out, out_step, [](const auto&) {});
+  dot_products(rows, row_step, count, panel, depth, out, out_step, [](const auto&) {}, [](int64_t) {});
 }
 
 // The larger one; `other` where either is NaN. Spelled out because GCC makes a comparison and a blend of it.
@@ -146,24 +168,59 @@ K5_INLINE Wide larger(Wide one, Wide other) {
 #endif
 }
 
-// 2^value to about one unit in the last place for value < 128; zero below 2^-126.5, NaN for NaN.
+// Whether a lane of one is above that of the other.
+K5_INLINE bool any_above(Wide one, Wide other) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)one, (__m512)other, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(one > other)) != 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < kWide; lane++) any |= one[lane] > other[lane];
+  return any;
+#endif
+}
+
+K5_INLINE UWide bits_of(Wide value) {
+  UWide bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+K5_INLINE Wide float_of(UWide bits) {
+  Wide value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// 2^value to about one unit in the last place for -126 <= value < 128; below that off by less than 2^-126, from -127
+// down zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds to n binary digits and leaves them in the lowest bits, from where
+// they are shifted into the exponent; a polynomial of least relative error raises the rest.
 K5_INLINE Wide exp2(Wide value) {
-  value = larger(Wide{} - 127.0f, value);  // whose power below is zero
-  const Wide magic = Wide{} + 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
-  const Wide shifted = value + magic;
-  const Wide rest = value - (shifted - magic);
-  Wide polynomial = Wide{} + 0.001326472731307149f;  // least relative error over ±1/2
+  value = larger(Wide{} - 127.0f, value);
+#ifdef __AVX512F__
+  // Four digits behind the point, whose power comes from a table, for then a cubic is enough: products are what the
+  // kernels are short of. Entry i: the bits of 2^(i/16), less the i that the shift leaves below the exponent.
+  const UWide table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+                       0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  const Wide magic = Wide{} + 786432.0f;
+  const Wide shifted = value + magic, rest = value - (shifted - magic);
+  const UWide digits = bits_of(shifted);
+  const UWide power = (digits << 19) + (UWide)_mm512_permutexvar_epi32((__m512i)digits, (__m512i)table);
+  Wide polynomial = Wide{} + 0.055502135306596756f;
+  polynomial = polynomial * rest + 0.24023428559303284f;
+  polynomial = polynomial * rest + 0.6931471824645996f;
+#else
+  const Wide magic = Wide{} + 12582912.0f;
+  const Wide shifted = value + magic, rest = value - (shifted - magic);
+  const UWide power = (bits_of(shifted) << 23) + 0x3f800000u;
+  Wide polynomial = Wide{} + 0.001326472731307149f;
   polynomial = polynomial * rest + 0.009671512991189957f;
   polynomial = polynomial * rest + 0.05550733581185341f;
   polynomial = polynomial * rest + 0.24022242426872253f;
   polynomial = polynomial * rest + 0.6931470036506653f;
-  polynomial = polynomial * rest + 1.0f;
-  UWide bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3f800000u;
-  Wide power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return polynomial * power;
+#endif
+  return (polynomial * rest + 1.0f) * float_of(power);
 }
 
 #ifdef __clang__
@@ -172,13 +229,12 @@ K5_INLINE Wide exp2(Wide value) {
 #define K5_SHUFFLE(one, other, ...) __builtin_shuffle(one, other, UVec8{__VA_ARGS__})
 #endif
 
-// target[j][i] = source[i][j], eight by eight.
-K5_INLINE void transpose_eight(const float* source, int64_t source_step, float* target, int64_t target_step) {
-  Vec8 row[8], pair[8], quad[8];
-  for (int i = 0; i < 8; i++) row[i] = load(source + i * source_step);
+// to[j][i] = from[i][j].
+K5_INLINE void transpose_eight(const Vec8 (&from)[8], Vec8 (&to)[8]) {
+  Vec8 pair[8], quad[8];
   for (int i = 0; i < 8; i += 2) {
-    pair[i] = K5_SHUFFLE(row[i], row[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    pair[i + 1] = K5_SHUFFLE(row[i], row[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    pair[i] = K5_SHUFFLE(from[i], from[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pair[i + 1] = K5_SHUFFLE(from[i], from[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
   for (int i = 0; i < 8; i += 4)
     for (int j = 0; j < 2; j++) {
@@ -186,27 +242,50 @@ K5_INLINE void transpose_eight(const float* source, int64_t source_step, float* 
       quad[i + 2 * j + 1] = K5_SHUFFLE(pair[i + j], pair[i + 2 + j], 2, 3, 10, 11, 6, 7, 14, 15);
     }
   for (int j = 0; j < 4; j++) {
-    store(target + j * target_step, K5_SHUFFLE(quad[j], quad[4 + j], 0, 1, 2, 3, 8, 9, 10, 11));
-    store(target + (4 + j) * target_step, K5_SHUFFLE(quad[j], quad[4 + j], 4, 5, 6, 7, 12, 13, 14, 15));
+    to[j] = K5_SHUFFLE(quad[j], quad[4 + j], 0, 1, 2, 3, 8, 9, 10, 11);
+    to[4 + j] = K5_SHUFFLE(quad[j], quad[4 + j], 4, 5, 6, 7, 12, 13, 14, 15);
   }
 }
 
-// Rows [kTileTokens][width] to panels [kTileTokens / 16][width][16]; width a multiple of 16.
-K5_INLINE void rows_to_panels(const float* rows, int64_t width, int64_t panels, float* out) {
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int64_t half = 0; half < kPanel; half += kLanes)
-      for (int64_t d = 0; d < width; d += kLanes)
-        transpose_eight(rows + (panel * kPanel + half) * width + d, width, out + (panel * width + d) * kPanel + half,
-                        kPanel);
+// `count` rows of `width` elements, times a factor, to panels [panels of count][padded(width)][Columns], with zeros
+// where there are no elements.
+template <int64_t Columns = kPanel, class T>
+K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* panels) {
+  const int64_t wide = padded(width), columns = (count + Columns - 1) / Columns * Columns;
+  for (int64_t row = 0; row < columns; row += kLanes)
+    for (int64_t d = 0; d < wide; d += kLanes) {
+      const int64_t rows_there = smaller(kLanes, count - row), there = smaller(kLanes, width - d);
+      const T* from = source + row * step + d;
+      Vec8 rows[kLanes], turned[kLanes];
+      if (rows_there == kLanes && there == kLanes)
+        for (int64_t i = 0; i < kLanes; i++) rows[i] = load(from + i * step) * factor;
+      else
+        for (int64_t i = 0; i < kLanes; i++)
+          rows[i] = i < rows_there && there > 0 ? load_partial(from + i * step, there) * factor : Vec8{};
+      transpose_eight(rows, turned);
+      float* to = panels + (row / Columns * wide + d) * Columns + row % Columns;
+      for (int64_t i = 0; i < kLanes; i++) store(to + i * Columns, turned[i]);
+    }
 }
 
-// The inverse.
-K5_INLINE void panels_to_rows(const float* panels_in, int64_t width, int64_t panels, float* rows) {
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int64_t half = 0; half < kPanel; half += kLanes)
-      for (int64_t d = 0; d < width; d += kLanes)
-        transpose_eight(panels_in + (panel * width + d) * kPanel + half, kPanel,
-                        rows + (panel * kPanel + half) * width + d, width);
+// The inverse, each row times its factor; factors: [columns of the panels].
+template <int64_t Columns = kPanel, class T>
+K5_INLINE void write_panels(const float* panels, const float* factors, int64_t count, int64_t width, T* target,
+                            int64_t step) {
+  const int64_t wide = padded(width);
+  for (int64_t row = 0; row < count; row += kLanes)
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const int64_t rows_there = smaller(kLanes, count - row), there = smaller(kLanes, width - d);
+      const float* from = panels + (row / Columns * wide + d) * Columns + row % Columns;
+      T* to = target + row * step + d;
+      Vec8 columns[kLanes], rows[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) columns[i] = load(from + i * Columns) * load(factors + row);
+      transpose_eight(columns, rows);
+      if (rows_there == kLanes && there == kLanes)
+        for (int64_t i = 0; i < kLanes; i++) store(to + i * step, rows[i]);
+      else
+        for (int64_t i = 0; i < rows_there; i++) store_partial(to + i * step, rows[i], there);
+    }
 }
 
 // `count` rows of `width` elements, times a factor, into float32 rows of padded(width), zeros behind them.
