@@ -41,7 +41,7 @@ constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
 
 // How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
 struct Softmax {
-  Wide base[kVectors], decay[kVectors];
+  Wide base[kVectors] = {}, decay[kVectors] = {};
   bool moves = false;
 };
 

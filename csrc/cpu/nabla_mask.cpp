@@ -326,10 +326,7 @@ void select_rows(const NablaSelection& op, const float* queries, const float* ke
   const int64_t step = logits_step(op.blocks), first_panel = clip_start / kPanel;
   for (int64_t panel = first_panel; panel < panels_of(clip_end); panel++)
     dot_products(queries, wide, last - first, keys + panel * kPanel * wide, wide,
-                 scratch + (panel - first_panel) * kPanel, step, [](const auto&) {},
-                 [&](int64_t k) __attribute__((always_inline)) {
-                   if (k % kFetchSteps == 0) prefetch.next_lines();
-                 });
+                 scratch + (panel - first_panel) * kPanel, step, [&](const auto&) { prefetch.next_lines<kMayDrop>(); }, [](int64_t) {});
   float guess = 0;
   for (int64_t block = first; block < last; block++) {
     float* logits = scratch + (block - first) * step + clip_start % kPanel;
@@ -357,7 +354,7 @@ void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const 
     const int64_t tokens = queries.block_starts[end] - queries.block_starts[start];
     prefetch.add(tokens_of(queries, head, start), queries.step, tokens, queries.width);
     prefetch.add(tokens_of(keys, head, start), keys.step, tokens, keys.width);
-    prefetch.spread_over(panels_of(op.blocks) * ((end - start + kLogitRows - 1) / kLogitRows) * wide / kFetchSteps);
+    prefetch.spread_over(panels_of(op.blocks) * ((end - start + kLogitRows - 1) / kLogitRows));
   }
   int64_t clip = 0;
   for (int64_t first = start, last; head > 0 && first < end; first = last) {

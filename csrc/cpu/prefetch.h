@@ -9,8 +9,13 @@ namespace {
 // Steps of a product between two calls of Prefetch::next_lines.
 constexpr int64_t kFetchSteps = 8;
 
+// How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into the
+// second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped where
+// too many are under way.
+constexpr int kInOrder = 3, kMayDrop = 2;
+
 // Rows that come up soon, fetched a few lines at a time between products: all at once they would hold up the loads in
-// work. Into the first-level cache, and from there into the second: a request for the second alone may be dropped.
+// work.
 class Prefetch {
  public:
   void clear() { *this = {}; }
@@ -23,10 +28,11 @@ class Prefetch {
   }
   // After `calls` of next_lines all is fetched.
   void spread_over(int64_t calls) { pace_ = (lines_ + calls - 1) / calls; }
+  template <int Hint = kInOrder>
   __attribute__((always_inline)) void next_lines() {
     for (int64_t i = 0; i < pace_; i++) {
       if (line_ >= row_end_ && !next_row()) return;
-      __builtin_prefetch(line_);
+      __builtin_prefetch(line_, 0, Hint);
       line_ += kLineBytes;
     }
   }
