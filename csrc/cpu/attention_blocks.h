@@ -41,24 +41,35 @@ K5_INLINE void fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) target[i] = value;
 }
 
+// Calls run<width>() for whole blocks of a usual width, else run<0>().
+template <class Run>
+K5_INLINE void for_width(bool whole, int64_t width, const Run& run) {
+  if (whole && width == 64) run.template operator()<64>();
+  else if (whole && width == 128) run.template operator()<128>();
+  else run.template operator()<0>();
+}
+
+// The first part of a block.
+template <class T>
+K5_INLINE void fetch_block(Prefetch& prefetch, const AttentionSizes& sizes, const Heads<T>& tensor, const Place& at,
+                           int64_t block) {
+  const int64_t first = sizes.block_starts[block];
+  prefetch.add(head_of(tensor, at) + first * tensor.step, tensor.step,
+               smaller(kTileTokens, sizes.block_starts[block + 1] - first), sizes.width);
+}
+
 // What is needed after an entry of a list: the next entry's keys and values; behind the last one the next block's
 // queries with its first keys and values, and the place of the output.
 template <class T>
-K5_INLINE void prefetch_next(const Attention<T>& op, const Place& at, int64_t entry, Prefetch& prefetch) {
-  const AttentionSizes& sizes = op.sizes;
-  prefetch.clear();
-  const auto add_block = [&](const auto& tensor, int64_t block) {
-    const int64_t first = sizes.block_starts[block];
-    prefetch.add(head_of(tensor, at) + first * tensor.step, tensor.step,
-                 smaller(kTileTokens, sizes.block_starts[block + 1] - first), sizes.width);
-  };
+K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Place& at, int64_t entry) {
   const int64_t* offsets = offsets_of(op.reads, at) + at.block;
-  const bool last_entry = entry + 1 == offsets[1], last_block = at.block + 1 == sizes.blocks;
-  if (last_entry) add_block(op.out, at.block);
-  if (last_entry && !last_block) add_block(op.q, at.block + 1);
+  const bool last_entry = entry + 1 == offsets[1], last_block = at.block + 1 == op.sizes.blocks;
+  prefetch.clear();
+  if (last_entry) fetch_block(prefetch, op.sizes, op.out, at, at.block);
+  if (last_entry && !last_block) fetch_block(prefetch, op.sizes, op.q, at, at.block + 1);
   if (!last_entry || (!last_block && offsets[1] < offsets[2])) {
-    add_block(op.k, op.reads.indices[entry + 1]);
-    add_block(op.v, op.reads.indices[entry + 1]);
+    fetch_block(prefetch, op.sizes, op.k, at, op.reads.indices[entry + 1]);
+    fetch_block(prefetch, op.sizes, op.v, at, op.reads.indices[entry + 1]);
   }
 }
 

@@ -7,14 +7,6 @@
 namespace k5::K5_ISA {
 namespace {
 
-// for_parts of attention_blocks.h over all blocks of a list.
-template <class Body>
-K5_INLINE void for_listed_parts(const AttentionSizes& sizes, const BlockLists& lists, const Place& at,
-                                const Body& body) {
-  const int64_t* offsets = offsets_of(lists, at) + at.block;
-  for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) for_parts(sizes, lists.indices[entry], body);
-}
-
 // Rows as float32 with zeros up to padded(width): where they stand, or copied.
 template <class T>
 K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, int64_t width, float* scratch) {
@@ -24,21 +16,44 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
   return scratch;
 }
 
-// panel[d][16] += Σ_r rows[r][d] · weights[r][16]. The sum is complete before it is added: small terms added one by one
-// to what many blocks have gathered would round away.
-K5_INLINE void add_weighted_rows(const float* rows, int64_t count, int64_t width, const float* weights, float* panel) {
+// Weights that are ready before their rows are added; where registers are few, all of them.
+constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
+
+// Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by one
+// to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the first
+// tile is summed, for a chain of operations as long as exp2 leaves gaps that products fill.
+template <class Weigh, class Add>
+K5_INLINE void sum_weighed_rows(const float* rows, int64_t count, int64_t width, const float* weights,
+                                Prefetch& prefetch, const Weigh& weigh, const Add& add) {
+  const int64_t ahead = smaller(kWeightsAhead, count), rest = count - ahead;
+  for (int64_t row = 0; row < ahead; row++) weigh(row);
   for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
-    Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count);
-    Tile<Rows>::add_to(tile, panel + d * kPanel, kPanel);
+    if (d == 0) {
+      Tile<Rows>::add_product(tile, rows, 1, width, weights, kPanel, rest,
+                              [&](int64_t row) __attribute__((always_inline)) { weigh(row + ahead); });
+      Tile<Rows>::add_product(tile, rows + rest * width, 1, width, weights + rest * kPanel, kPanel, ahead);
+    } else {
+      Tile<Rows>::add_product(tile, rows + d, 1, width, weights, kPanel, count, prefetch);
+    }
+    add(tile, d);
   });
+}
+
+// For sum_weighed_rows.
+K5_INLINE auto adding_to(float* panel) {
+  return [panel]<int Rows>(const Tile<Rows>& tile, int64_t d) __attribute__((always_inline)) {
+    Tile<Rows>::add_to(tile, panel + d * kPanel, kPanel);
+  };
+}
+
+// Calls of Prefetch::next_lines in so many dot_products and sum_weighed_rows of a panel with a whole block.
+static inline int64_t fetches(int64_t dot_products, int64_t sums, int64_t width) {
+  return (dot_products * tiles_of(kTileTokens) * width + sums * (tiles_of(width) - 1) * kTileTokens) / Prefetch::kSteps;
 }
 
 // The base of a row's weights 2^(score - base) lets the largest of them grow so many octaves before it moves.
 constexpr float kSlack = 8;
-// Weights that are ready before their values are added; where registers are few, all of them.
-constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
-
 // How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
 struct Softmax {
   Wide base[kVectors] = {}, decay[kVectors] = {};
@@ -67,11 +82,6 @@ struct QueryBlock {
   int64_t panels;
 };
 
-// Calls of Prefetch::next_lines in `attend`, of a whole block of keys.
-static inline int64_t fetches(int64_t width, int64_t panels) {
-  return panels * (tiles_of(kTileTokens) * width + (tiles_of(width) - 1) * kTileTokens) / kFetchSteps;
-}
-
 K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* keys, int64_t count, int64_t width,
                         Prefetch& prefetch) {
   float* base = block.base + panel * kPanel;
@@ -86,45 +96,30 @@ K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* key
 #pragma GCC unroll 2
           for (int part = 0; part < kVectors; part++) highest[part] = larger(tile.sums[row][part], highest[part]);
       },
-      [&](int64_t k) __attribute__((always_inline)) {
-        if (k % kFetchSteps == 0) prefetch.next_lines();
-      });
+      prefetch);
   return make_softmax(highest, base);
 }
 
-// Scores become weights while the first tile of values is added: a chain of operations as long as exp2 leaves gaps that
-// its products fill.
 K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax& softmax, const float* values,
                           int64_t count, int64_t width, Prefetch& prefetch) {
   float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
   float* out = block.out + panel * kPanel * width;
   Wide sums[kVectors] = {};
-  const auto weigh = [&](int64_t key) __attribute__((always_inline)) {
+  sum_weighed_rows(
+      values, count, width, scores, prefetch,
+      [&](int64_t key) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int part = 0; part < kVectors; part++) {
-      float* score = scores + key * kPanel + part * kWide;
-      const Wide weight = exp2(load_wide(score) - softmax.base[part]);
-      sums[part] += weight;
-      store_wide(score, weight);
-    }
-  };
-  const int64_t ahead = smaller(kWeightsAhead, count), rest = count - ahead;
-  for (int64_t key = 0; key < ahead; key++) weigh(key);
-  for_tiles(width, [&]<int Rows>(int64_t d) __attribute__((always_inline)) {
-    auto tile = Tile<Rows>::zero();
-    if (d == 0) {
-      Tile<Rows>::add_product(tile, values, 1, width, scores, kPanel, rest,
-                              [&](int64_t k) __attribute__((always_inline)) { weigh(k + ahead); });
-      Tile<Rows>::add_product(tile, values + rest * width, 1, width, scores + rest * kPanel, kPanel, ahead);
-    } else {
-      Tile<Rows>::add_product(tile, values + d, 1, width, scores, kPanel, count,
-                              [&](int64_t k) __attribute__((always_inline)) {
-                                if (k % kFetchSteps == 0) prefetch.next_lines();
-                              });
-    }
-    if (softmax.moves) Tile<Rows>::multiply_and_add_to(softmax.decay, tile, out + d * kPanel, kPanel);
-    else Tile<Rows>::add_to(tile, out + d * kPanel, kPanel);
-  });
+        for (int part = 0; part < kVectors; part++) {
+          float* score = scores + key * kPanel + part * kWide;
+          const Wide weight = exp2(load_wide(score) - softmax.base[part]);
+          sums[part] += weight;
+          store_wide(score, weight);
+        }
+      },
+      [&]<int Rows>(const Tile<Rows>& tile, int64_t d) __attribute__((always_inline)) {
+        if (softmax.moves) Tile<Rows>::multiply_and_add_to(softmax.decay, tile, out + d * kPanel, kPanel);
+        else Tile<Rows>::add_to(tile, out + d * kPanel, kPanel);
+      });
   for (int part = 0; part < kVectors; part++) {
     float* total = block.total + panel * kPanel + part * kWide;
     store_wide(total, load_wide(total) * softmax.decay[part] + sums[part]);
@@ -153,31 +148,44 @@ struct KeyBlock {
   float *grad_keys, *grad_values;
 };
 
-// One part of the queries that read a block of keys: its share of all three gradients. queries: scaled as in the
-// forward, so that scores have the bits from which lse was made and probabilities add up to one. grad_q: rows, or null.
-void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, const float* grads, int64_t count,
-                   int64_t width, const float* base, const float* shift, float* weights,
-                   float* slopes, float* grad_q) {
-  const int64_t panels = panels_of(keys);
+// One part of the queries that read a block of keys.
+struct ReaderRows {
+  const float *queries;       // scaled as in the forward, so that scores have the bits from which lse was made and
+                              // probabilities add up to one
+  const float *grads;         // of the output
+  const float *base, *shift;  // of AttentionBackward
+  float* grad_q;              // or null
+};
+
+// Its share of all three gradients. weights: [64][16]; slopes: [panels][64][16]. kWidth: the width of whole blocks of 64
+// tokens, or 0 for any width and count.
+template <int64_t kWidth>
+__attribute__((noinline)) void add_gradients(const KeyBlock& block, const ReaderRows& reader, int64_t any_keys,
+                                             int64_t any_count, int64_t any_width, float* weights, float* slopes,
+                                             Prefetch& prefetch) {
+  const int64_t width = kWidth ? kWidth : any_width, keys = kWidth ? kTileTokens : any_keys;
+  const int64_t count = kWidth ? kTileTokens : any_count, panels = panels_of(keys);
+  const auto nothing = [](const auto&) {};
   for (int64_t panel = 0; panel < panels; panel++) {
     const int64_t at = panel * width * kPanel;
     float* slope = slopes + panel * kTileTokens * kPanel;
-    dot_products(queries, width, count, block.keys + at, width, weights, kPanel);
-    for (int64_t row = 0; row < count; row++)
-      for (int part = 0; part < kVectors; part++) {
-        float* weight = weights + row * kPanel + part * kWide;
-        store_wide(weight, exp2(load_wide(weight) - base[row]));
-      }
-    add_weighted_rows(grads, count, width, weights, block.grad_values + at);
-    dot_products(grads, width, count, block.values + at, width, slope, kPanel);
-    for (int64_t row = 0; row < count; row++)
-      for (int part = 0; part < kVectors; part++) {
-        const int64_t i = row * kPanel + part * kWide;
-        store_wide(slope + i, load_wide(weights + i) * (load_wide(slope + i) - shift[row]));
-      }
-    add_weighted_rows(queries, count, width, slope, block.grad_keys + at);
+    dot_products(reader.queries, width, count, block.keys + at, width, weights, kPanel, nothing, prefetch);
+    dot_products(reader.grads, width, count, block.values + at, width, slope, kPanel, nothing, prefetch);
+    sum_weighed_rows(
+        reader.grads, count, width, weights, prefetch,
+        [&](int64_t row) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int part = 0; part < kVectors; part++) {
+            const int64_t i = row * kPanel + part * kWide;
+            const Wide weight = exp2(load_wide(weights + i) - reader.base[row]);
+            store_wide(weights + i, weight);
+            store_wide(slope + i, weight * (load_wide(slope + i) - reader.shift[row]));
+          }
+        },
+        adding_to(block.grad_values + at));
+    sum_weighed_rows(reader.queries, count, width, slope, prefetch, [](int64_t) {}, adding_to(block.grad_keys + at));
   }
-  if (!grad_q) return;
+  if (!reader.grad_q) return;
   for (int64_t d = 0; d < width; d += kPanel)
     for_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
       auto tile = Tile<Rows>::zero();
@@ -185,7 +193,7 @@ void add_gradients(const KeyBlock& block, int64_t keys, const float* queries, co
         Tile<Rows>::add_product(tile, slopes + (panel * kTileTokens + row) * kPanel, kPanel, 1,
                                 block.key_rows + panel * kPanel * width + d, width,
                                 smaller(kPanel, keys - panel * kPanel));
-      Tile<Rows>::add_to(tile, grad_q + row * width + d, width);
+      Tile<Rows>::add_to(tile, reader.grad_q + row * width + d, width);
     });
 }
 
@@ -212,17 +220,35 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   float* weights = block.grad_values + block_floats;
   float* slopes = weights + kTileTokens * kPanel;
   float* factors = slopes + kTileTokens * kTileTokens;
+  Prefetch prefetch;
   for_parts(sizes, at.block, [&](int64_t first, int64_t keys) {
     read_panels(v + first * op.v.step, op.v.step, keys, width, 1.0f, block.values);
     read_rows(k + first * op.k.step, op.k.step, keys, width, 1.0f, key_rows);
     read_panels(key_rows, wide, keys, wide, 1.0f, block.keys);
     fill(block.grad_keys, 2 * block_floats, 0.0f);
-    for_listed_parts(sizes, op.readers, at, [&](int64_t token, int64_t count) {
-      read_rows(q + token * op.q.step, op.q.step, count, width, sizes.scale * kLog2E, query_rows);
-      const float* grads = dense_rows(grad_out + token * op.grad_out.step, op.grad_out.step, count, width, grad_rows);
-      add_gradients(block, keys, query_rows, grads, count, wide, base + token, shift + token, weights, slopes,
-                     grad_q ? grad_q + token * wide : nullptr);
-    });
+    const int64_t* offsets = offsets_of(op.readers, at) + at.block;
+    for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
+      prefetch.clear();
+      if (entry + 1 < offsets[1]) {
+        const int64_t next = op.readers.indices[entry + 1], next_first = sizes.block_starts[next];
+        fetch_block(prefetch, sizes, op.q, at, next);
+        fetch_block(prefetch, sizes, op.grad_out, at, next);
+        if (grad_q) prefetch.add(grad_q + next_first * wide, wide, sizes.block_starts[next + 1] - next_first, wide);
+      } else if (at.block + 1 < sizes.blocks) {
+        fetch_block(prefetch, sizes, op.k, at, at.block + 1);
+        fetch_block(prefetch, sizes, op.v, at, at.block + 1);
+      }
+      prefetch.spread_over(panels_of(keys) * fetches(2, 2, wide));
+      for_parts(sizes, op.readers.indices[entry], [&](int64_t token, int64_t count) {
+        read_rows(q + token * op.q.step, op.q.step, count, width, sizes.scale * kLog2E, query_rows);
+        const ReaderRows reader{
+            query_rows, dense_rows(grad_out + token * op.grad_out.step, op.grad_out.step, count, width, grad_rows),
+            base + token, shift + token, grad_q ? grad_q + token * wide : nullptr};
+        for_width(count == kTileTokens && keys == kTileTokens, wide, [&]<int64_t kWidth>() {
+          add_gradients<kWidth>(block, reader, keys, count, wide, weights, slopes, prefetch);
+        });
+      });
+    }
     fill(factors, kTileTokens, kLn2);  // scale, and the scaling of queries undone
     write_panels(block.grad_keys, factors, keys, width, head_of(op.grad_k, at) + first * op.grad_k.step,
                  op.grad_k.step);
@@ -232,19 +258,27 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   });
 }
 
-// One panel of queries and up to 64 keys: their share of the gradient of q, panels.
-void add_query_gradient(const float* keys, const float* values, int64_t count, int64_t width, const float* queries,
-                        const float* grads, const float* base, const float* shift, float* weights,
-                        float* slopes, float* grad_q) {
-  dot_products(keys, width, count, queries, width, weights, kPanel);
-  dot_products(values, width, count, grads, width, slopes, kPanel);
-  for (int64_t key = 0; key < count; key++)
-    for (int part = 0; part < kVectors; part++) {
-      const int64_t i = key * kPanel + part * kWide;
-      const Wide weight = exp2(load_wide(weights + i) - load_wide(base + part * kWide));
-      store_wide(slopes + i, weight * (load_wide(slopes + i) - load_wide(shift + part * kWide)));
-    }
-  add_weighted_rows(keys, count, width, slopes, grad_q);
+// One panel of queries and up to 64 keys: their share of the gradient of q, panels. kWidth: as in `attend`.
+template <int64_t kWidth>
+__attribute__((noinline)) void add_query_gradient(const float* keys, const float* values, int64_t any_count,
+                                                  int64_t any_width, const float* queries, const float* grads,
+                                                  const float* base, const float* shift, float* weights,
+                                                  float* slopes, float* grad_q, Prefetch& prefetch) {
+  const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
+  const auto nothing = [](const auto&) {};
+  dot_products(keys, width, count, queries, width, weights, kPanel, nothing, prefetch);
+  dot_products(values, width, count, grads, width, slopes, kPanel, nothing, prefetch);
+  sum_weighed_rows(
+      keys, count, width, slopes, prefetch,
+      [&](int64_t key) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int part = 0; part < kVectors; part++) {
+          const int64_t i = key * kPanel + part * kWide;
+          const Wide weight = exp2(load_wide(weights + i) - load_wide(base + part * kWide));
+          store_wide(slopes + i, weight * (load_wide(slopes + i) - load_wide(shift + part * kWide)));
+        }
+      },
+      adding_to(grad_q));
 }
 
 }  // namespace
@@ -274,14 +308,14 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
     fill(block.base, kTileTokens, -kInfinity);
     fill(block.total, kTileTokens, 0.0f);
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
-      prefetch_next(op, at, entry, prefetch);
-      prefetch.spread_over(fetches(wide, block.panels));
+      fetch_next(prefetch, op, at, entry);
+      prefetch.spread_over(block.panels * fetches(1, 1, wide));
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-        if (count == kTileTokens && wide == 64) attend<64>(block, keys, values, count, wide, prefetch);
-        else if (count == kTileTokens && wide == 128) attend<128>(block, keys, values, count, wide, prefetch);
-        else attend<0>(block, keys, values, count, wide, prefetch);
+        for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
+          attend<kWidth>(block, keys, values, count, wide, prefetch);
+        });
       });
     }
     finish_rows(block.base, block.total, rows, offsets[0] == offsets[1], head_of(op.lse, at) + first);
@@ -346,6 +380,7 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
   float* slopes = weights + kTileTokens * kPanel;
   float* base = slopes + kTileTokens * kPanel;
   float* shift = base + kTileTokens;
+  Prefetch prefetch;
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
     read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, queries);
     read_panels(grad_out + first * op.grad_out.step, op.grad_out.step, rows, width, 1.0f, grads);
@@ -355,13 +390,27 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
       base[row] = head_of(op.base, at)[first + row];
       shift[row] = head_of(op.shift, at)[first + row];
     }
-    for_listed_parts(sizes, op.reads, at, [&](int64_t token, int64_t count) {
-      const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
-      const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-      for (int64_t from = 0; from < rows; from += kPanel)
-        add_query_gradient(keys, values, count, wide, queries + from * wide, grads + from * wide, base + from,
-                           shift + from, weights, slopes, grad_q + from * wide);
-    });
+    const int64_t* offsets = offsets_of(op.reads, at) + at.block;
+    for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
+      prefetch.clear();
+      if (entry + 1 < offsets[1]) {
+        fetch_block(prefetch, sizes, op.k, at, op.reads.indices[entry + 1]);
+        fetch_block(prefetch, sizes, op.v, at, op.reads.indices[entry + 1]);
+      } else if (at.block + 1 < sizes.blocks) {
+        fetch_block(prefetch, sizes, op.q, at, at.block + 1);
+        fetch_block(prefetch, sizes, op.grad_out, at, at.block + 1);
+      }
+      prefetch.spread_over(panels_of(rows) * fetches(2, 1, wide));
+      for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
+        const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
+        const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
+        for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
+          for (int64_t from = 0; from < rows; from += kPanel)
+            add_query_gradient<kWidth>(keys, values, count, wide, queries + from * wide, grads + from * wide,
+                                       base + from, shift + from, weights, slopes, grad_q + from * wide, prefetch);
+        });
+      });
+    }
     float* factors = base;
     fill(factors, kTileTokens, sizes.scale);
     write_panels(grad_q, factors, rows, width, head_of(op.grad_q, at) + first * op.grad_q.step,

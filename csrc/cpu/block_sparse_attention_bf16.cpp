@@ -37,7 +37,7 @@ K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, 
   for (int row = 0; row < Rows; row++) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
 #pragma GCC unroll 8
   for (int64_t p = 0; p < count; p++) {
-    if (p % kFetchSteps == 0) prefetch.next_lines();
+    prefetch(p);
     const __m512i left = _mm512_load_si512(panel + p * kColumns), right = _mm512_load_si512(panel + p * kColumns + kWide);
 #pragma GCC unroll 12
     for (int row = 0; row < Rows; row++) {
@@ -205,19 +205,17 @@ void block_sparse_attention(const Attention<BFloat16>& op, int64_t item, float* 
     fill(scratch.top, kTileTokens, -kInfinity);
     fill(scratch.total, kTileTokens, 0.0f);
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
-      prefetch_next(op, at, entry, prefetch);
+      fetch_next(prefetch, op, at, entry);
       prefetch.spread_over(panels * (wide_tiles_of(kTileTokens) * wide / 2 + wide_tiles_of(wide) * kPairs) /
-                           kFetchSteps);
+                           Prefetch::kSteps);
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const BFloat16* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, scratch.rows);
         pair_values(dense_rows(v + token * op.v.step, op.v.step, count, width, scratch.rows + kTileTokens * wide), wide,
                     count, scratch.values);
-        for (int64_t panel = 0; panel < panels; panel++) {
-          const auto run = count == kTileTokens && wide == 64    ? attend<64>
-                           : count == kTileTokens && wide == 128 ? attend<128>
-                                                                 : attend<0>;
-          run(keys, count, wide, sizes.scale * kLog2E, scratch, panel, prefetch);
-        }
+        for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
+          for (int64_t panel = 0; panel < panels; panel++)
+            attend<kWidth>(keys, count, wide, sizes.scale * kLog2E, scratch, panel, prefetch);
+        });
       });
     }
     float* lse = head_of(op.lse, at) + first;

@@ -6,9 +6,6 @@
 namespace k5 {
 namespace {
 
-// Steps of a product between two calls of Prefetch::next_lines.
-constexpr int64_t kFetchSteps = 8;
-
 // How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into the
 // second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped where
 // too many are under way.
@@ -28,6 +25,11 @@ class Prefetch {
   }
   // After `calls` of next_lines all is fetched.
   void spread_over(int64_t calls) { pace_ = (lines_ + calls - 1) / calls; }
+  // Ahead of step k of a product: fetches in every kSteps-th.
+  __attribute__((always_inline)) void operator()(int64_t k) {
+    if (k % kSteps == 0) next_lines();
+  }
+  static constexpr int64_t kSteps = 8;
   template <int Hint = kInOrder>
   __attribute__((always_inline)) void next_lines() {
     for (int64_t i = 0; i < pace_; i++) {
@@ -52,7 +54,7 @@ class Prefetch {
     if (--rows.count == 0) current_++;
     return true;
   }
-  Rows queue_[4];
+  Rows queue_[8];
   int queued_ = 0, current_ = 0;
   int64_t lines_ = 0, pace_ = 0;
   const char *line_ = nullptr, *row_end_ = nullptr;

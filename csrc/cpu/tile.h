@@ -96,7 +96,7 @@ struct Tile {
   // that stands between the products keeps units busy which they leave idle.
   template <class Before>
   K5_INLINE void add_product(Tile& tile, const float* a, int64_t row_step, int64_t a_step, const float* b,
-                             int64_t b_step, int64_t count, const Before& before) {
+                             int64_t b_step, int64_t count, Before&& before) {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < count; k++) {
       before(k);
@@ -143,7 +143,7 @@ static inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / k
 // with each tile of them; before: as in Tile::add_product.
 template <class Done, class Before>
 K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
-                            float* out, int64_t out_step, const Done& done, const Before& before) {
+                            float* out, int64_t out_step, const Done& done, Before&& before) {
   for_tiles(count, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
     auto tile = Tile<Rows>::zero();
     Tile<Rows>::add_product(tile, rows + row * row_step, row_step, 1, panel, kPanel, depth, before);
