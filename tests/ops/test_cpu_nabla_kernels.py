@@ -110,6 +110,24 @@ def test_small_weights_behind_a_large_one_are_not_lost(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [40, 64])
+@pytest.mark.parametrize("octaves", [1, 7, 9, 60])
+def test_scores_that_rise_or_fall_from_block_to_block_err_as_little_as_dense_attention(isa, octaves, dim, dtype):
+    layout = TokenLayout((4, 16, 16))
+    q, k, v = random_tokens(layout, 1, 2, dim)
+    q[..., 0] = 1.0
+    q[..., ::2, 0] = -1.0  # neighbours in a tile: one rises, one falls
+    block = torch.arange(layout.tokens) // 64
+    k[..., 0] = octaves * math.log(2) * math.sqrt(dim) * block
+    assert_accurate(
+        partial(block_sparse_attention, mask=random_mask(layout, 1, 2), layout=layout),
+        partial(masked_attention, mask=random_mask(layout, 1, 2), layout=layout),
+        [x.to(dtype) for x in (q, k, v)],
+        wanted=[0, 1, 2],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 20])
 def test_tensors_of_any_strides_give_the_same_bits(isa, dim, dtype):
     mask = random_mask(RAGGED, 2, 3)
