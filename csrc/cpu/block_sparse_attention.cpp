@@ -54,6 +54,7 @@ static inline int64_t fetches(int64_t dot_products, int64_t sums, int64_t width)
 
 // The base of a row's weights 2^(score - base) lets the largest of them grow so many octaves before it moves.
 constexpr float kSlack = 8;
+
 // How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
 struct Softmax {
   Wide base[kVectors] = {}, decay[kVectors] = {};
@@ -82,6 +83,7 @@ struct QueryBlock {
   int64_t panels;
 };
 
+// Leaves the scores of a panel in block.scores.
 K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* keys, int64_t count, int64_t width,
                         Prefetch& prefetch) {
   float* base = block.base + panel * kPanel;
@@ -100,6 +102,7 @@ K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* key
   return make_softmax(highest, base);
 }
 
+// Makes weights of them and adds the values that they weigh.
 K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax& softmax, const float* values,
                           int64_t count, int64_t width, Prefetch& prefetch) {
   float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
