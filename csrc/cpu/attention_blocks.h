@@ -73,8 +73,8 @@ K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Plac
   }
 }
 
-// From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is to be
-// multiplied with.
+// From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is
+// to be multiplied with.
 K5_INLINE void finish_rows(const float* base, float* total, int64_t rows, bool reads_nothing, float* lse) {
   for (int64_t row = 0; row < rows; row++) {
     // All scores -inf: NaN, as 0/0 in the definition.

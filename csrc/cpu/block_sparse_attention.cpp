@@ -19,8 +19,8 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
 // Weights that are ready before their rows are added; where registers are few, all of them.
 constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
 
-// Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by one
-// to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the first
+// Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by
+// one to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the first
 // tile is summed, for a chain of operations as long as exp2 leaves gaps that products fill.
 template <class Weigh, class Add>
 K5_INLINE void sum_weighed_rows(const float* rows, int64_t count, int64_t width, const float* weights,
@@ -236,7 +236,9 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
         const int64_t next = op.readers.indices[entry + 1], next_first = sizes.block_starts[next];
         fetch_block(prefetch, sizes, op.q, at, next);
         fetch_block(prefetch, sizes, op.grad_out, at, next);
-        if (grad_q) prefetch.add(grad_q + next_first * wide, wide, sizes.block_starts[next + 1] - next_first, wide);
+        if (grad_q)
+          prefetch.add(grad_q + next_first * wide, wide,
+                       smaller(kTileTokens, sizes.block_starts[next + 1] - next_first), wide);
       } else if (at.block + 1 < sizes.blocks) {
         fetch_block(prefetch, sizes, op.k, at, at.block + 1);
         fetch_block(prefetch, sizes, op.v, at, at.block + 1);

@@ -18,18 +18,6 @@ constexpr int64_t kFew = 12;
 // How far from the guess the search looks next: a quarter of an octave.
 constexpr uint32_t kFirstReach = 1 << 21;
 
-K5_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-K5_INLINE float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 K5_INLINE Vec8 where(IVec8 mask, Vec8 value) { return (Vec8)((IVec8)value & mask); }
 
 // Bit i for lane i.
@@ -184,25 +172,25 @@ void select(const Row& row, float least, float most, float dropped_mass, float& 
   const double error = (row.count / kStride + 10) * 0x1.1p-24;
   const double certainly_less = dropped_mass * (1 - error), certainly_more = dropped_mass * (1 + error);
   // The sum below `low` misses the mass, the sum below `high` reaches it.
-  uint32_t low = bits_of(least), high = bits_of(most) + 1;
+  uint32_t low = bits_as<uint32_t>(least), high = bits_as<uint32_t>(most) + 1;
   int64_t below_low = 0, below_high = row.count;
   double sum_low = 0;
   Row candidates = row;  // those not below an earlier `low`; of the others, sum and number:
   double settled = 0;
   int64_t settled_count = 0;
-  uint32_t middle = bits_of(guess), reach = kFirstReach;
+  uint32_t middle = bits_as<uint32_t>(guess), reach = kFirstReach;
   while (below_high - below_low > kFew && high - low > 1) {
     if (candidates.count > kWordBits && 16 * (below_high - below_low) < candidates.count) {
       settled = sum_low;
       settled_count = below_low;
-      const int64_t found = gather(candidates, float_of(low), float_of(high), scratch);
+      const int64_t found = gather(candidates, bits_as<float>(low), bits_as<float>(high), scratch);
       pad(scratch, found, kInfinity);
       candidates = {scratch, found, nullptr};
     }
     if (middle <= low || middle >= high) middle = low + (high - low) / 2;
-    const Mass mass = mass_below(candidates, float_of(middle));
+    const Mass mass = mass_below(candidates, bits_as<float>(middle));
     double sum = settled + mass.sum;
-    if (sum > certainly_less && sum < certainly_more) sum = sum_below(row, float_of(middle));
+    if (sum > certainly_less && sum < certainly_more) sum = sum_below(row, bits_as<float>(middle));
     if ((float)sum < dropped_mass) {
       low = middle;
       below_low = settled_count + mass.count;
@@ -219,14 +207,14 @@ void select(const Row& row, float least, float most, float dropped_mass, float& 
   const int64_t count = below_high - below_low;
   float few[kFew];
   if (!equal) {
-    gather(candidates, float_of(low), float_of(high), few);
+    gather(candidates, bits_as<float>(low), bits_as<float>(high), few);
     sort(few, count);
   }
-  const auto value = [&](int64_t i) { return equal ? float_of(low) : few[i]; };
+  const auto value = [&](int64_t i) { return equal ? bits_as<float>(low) : few[i]; };
   Crossing crossing = cross(value, count, sum_low, dropped_mass);
   if (crossing.before > certainly_less || crossing.at < certainly_more)
-    crossing = cross(value, count, sum_below(row, float_of(low)), dropped_mass);
-  guess = crossing.i < count ? value(crossing.i) : float_of(high);
+    crossing = cross(value, count, sum_below(row, bits_as<float>(low)), dropped_mass);
+  guess = crossing.i < count ? value(crossing.i) : bits_as<float>(high);
   int64_t dropped = 0;
   while (dropped < crossing.i && crossing.i < count && value(crossing.i - dropped - 1) == guess) dropped++;
   keep_from(row, guess, dropped);
@@ -326,7 +314,8 @@ void select_rows(const NablaSelection& op, const float* queries, const float* ke
   const int64_t step = logits_step(op.blocks), first_panel = clip_start / kPanel;
   for (int64_t panel = first_panel; panel < panels_of(clip_end); panel++)
     dot_products(queries, wide, last - first, keys + panel * kPanel * wide, wide,
-                 scratch + (panel - first_panel) * kPanel, step, [&](const auto&) { prefetch.next_lines<kMayDrop>(); }, [](int64_t) {});
+                 scratch + (panel - first_panel) * kPanel, step,
+                 [&](const auto&) { prefetch.next_lines<kMayDrop>(); }, [](int64_t) {});
   float guess = 0;
   for (int64_t block = first; block < last; block++) {
     float* logits = scratch + (block - first) * step + clip_start % kPanel;

@@ -6,8 +6,8 @@
 namespace k5 {
 namespace {
 
-// How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into the
-// second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped where
+// How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into
+// the second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped where
 // too many are under way.
 constexpr int kInOrder = 3, kMayDrop = 2;
 
@@ -54,7 +54,7 @@ class Prefetch {
     if (--rows.count == 0) current_++;
     return true;
   }
-  Rows queue_[8];
+  Rows queue_[4];
   int queued_ = 0, current_ = 0;
   int64_t lines_ = 0, pace_ = 0;
   const char *line_ = nullptr, *row_end_ = nullptr;

@@ -181,21 +181,9 @@ K5_INLINE bool any_above(Wide one, Wide other) {
 #endif
 }
 
-K5_INLINE UWide bits_of(Wide value) {
-  UWide bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-K5_INLINE Wide float_of(UWide bits) {
-  Wide value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
 // 2^value to about one unit in the last place for -126 <= value < 128; below that off by less than 2^-126, from -127
-// down zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds to n binary digits and leaves them in the lowest bits, from where
-// they are shifted into the exponent; a polynomial of least relative error raises the rest.
+// down zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds to n binary digits and leaves them in the lowest bits, from
+// where they are shifted into the exponent; a polynomial of least relative error raises the rest.
 K5_INLINE Wide exp2(Wide value) {
   value = larger(Wide{} - 127.0f, value);
 #ifdef __AVX512F__
@@ -205,7 +193,7 @@ K5_INLINE Wide exp2(Wide value) {
                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   const Wide magic = Wide{} + 786432.0f;
   const Wide shifted = value + magic, rest = value - (shifted - magic);
-  const UWide digits = bits_of(shifted);
+  const UWide digits = bits_as<UWide>(shifted);
   const UWide power = (digits << 19) + (UWide)_mm512_permutexvar_epi32((__m512i)digits, (__m512i)table);
   Wide polynomial = Wide{} + 0.055502135306596756f;
   polynomial = polynomial * rest + 0.24023428559303284f;
@@ -213,14 +201,14 @@ K5_INLINE Wide exp2(Wide value) {
 #else
   const Wide magic = Wide{} + 12582912.0f;
   const Wide shifted = value + magic, rest = value - (shifted - magic);
-  const UWide power = (bits_of(shifted) << 23) + 0x3f800000u;
+  const UWide power = (bits_as<UWide>(shifted) << 23) + 0x3f800000u;
   Wide polynomial = Wide{} + 0.001326472731307149f;
   polynomial = polynomial * rest + 0.009671512991189957f;
   polynomial = polynomial * rest + 0.05550733581185341f;
   polynomial = polynomial * rest + 0.24022242426872253f;
   polynomial = polynomial * rest + 0.6931470036506653f;
 #endif
-  return (polynomial * rest + 1.0f) * float_of(power);
+  return (polynomial * rest + 1.0f) * bits_as<Wide>(power);
 }
 
 #ifdef __clang__
@@ -247,12 +235,12 @@ K5_INLINE void transpose_eight(const Vec8 (&from)[8], Vec8 (&to)[8]) {
   }
 }
 
-// `count` rows of `width` elements, times a factor, to panels [panels of count][padded(width)][Columns], with zeros
+// `count` rows of `width` elements, times a factor, to panels [panels_of(count)][padded(width)][16], with zeros
 // where there are no elements.
-template <int64_t Columns = kPanel, class T>
+template <class T>
 K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* panels) {
-  const int64_t wide = padded(width), columns = (count + Columns - 1) / Columns * Columns;
-  for (int64_t row = 0; row < columns; row += kLanes)
+  const int64_t wide = padded(width);
+  for (int64_t row = 0; row < padded(count); row += kLanes)
     for (int64_t d = 0; d < wide; d += kLanes) {
       const int64_t rows_there = smaller(kLanes, count - row), there = smaller(kLanes, width - d);
       const T* from = source + row * step + d;
@@ -263,8 +251,8 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
         for (int64_t i = 0; i < kLanes; i++)
           rows[i] = i < rows_there && there > 0 ? load_partial(from + i * step, there) * factor : Vec8{};
       transpose_eight(rows, turned);
-      float* to = panels + (row / Columns * wide + d) * Columns + row % Columns;
-      for (int64_t i = 0; i < kLanes; i++) store(to + i * Columns, turned[i]);
+      float* to = panels + (row / kPanel * wide + d) * kPanel + row % kPanel;
+      for (int64_t i = 0; i < kLanes; i++) store(to + i * kPanel, turned[i]);
     }
 }
 

@@ -24,6 +24,15 @@ typedef uint16_t HVec8 __attribute__((vector_size(16)));
 
 constexpr int64_t kLanes = 8;
 
+// The bits of a value as one of another type.
+template <class To, class From>
+static inline __attribute__((always_inline)) To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 static inline Vec8 splat(float value) { return Vec8{} + value; }
 
 static inline Vec8 load(const float* source) {
@@ -54,18 +63,14 @@ static inline HVec8 narrow(UVec8 whole) {
 static inline Vec8 load(const BFloat16* source) {
   HVec8 half;
   std::memcpy(&half, source, sizeof(half));
-  const UVec8 bits = widen(half) << 16;
-  Vec8 value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
+  return bits_as<Vec8>(widen(half) << 16);
 }
 
 static inline void store(float* target, Vec8 value) { std::memcpy(target, &value, sizeof(value)); }
 
 // Rounds to nearest even; a NaN stays a NaN.
 static inline void store(BFloat16* target, Vec8 value) {
-  UVec8 bits;
-  std::memcpy(&bits, &value, sizeof(bits));
+  const UVec8 bits = bits_as<UVec8>(value);
   const UVec8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const HVec8 half = narrow(value == value ? rounded : UVec8{} + 0x7fc0u);
   std::memcpy(target, &half, sizeof(half));
@@ -114,12 +119,7 @@ static inline Vec8 exp(Vec8 value) {
   Vec8 polynomial = splat(1.0f / 5040);
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     polynomial = polynomial * rest + coefficient;
-  UVec8 bits;
-  std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits - 0x4b400000u + 127u) << 23;
-  Vec8 power;
-  std::memcpy(&power, &bits, sizeof(power));
-  return polynomial * power;
+  return polynomial * bits_as<Vec8>((bits_as<UVec8>(shifted) - 0x4b400000u + 127u) << 23);
 }
 
 static inline float sum(Vec8 value) {
