@@ -74,13 +74,21 @@ K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Plac
 }
 
 // From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is
-// to be multiplied with.
+// to be multiplied with. base, total: [64], defined behind the rows as well.
 K5_INLINE void finish_rows(const float* base, float* total, int64_t rows, bool reads_nothing, float* lse) {
-  for (int64_t row = 0; row < rows; row++) {
+  if (reads_nothing) {
+    fill(lse, rows, -kInfinity);
+    fill(total, rows, 0.0f);
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const Vec8 bases = load(base + row), totals = load(total + row);
     // All scores -inf: NaN, as 0/0 in the definition.
-    const float undefined = base[row] == -kInfinity && !reads_nothing ? 0 / total[row] : 0.0f;
-    lse[row] = reads_nothing ? -kInfinity : (base[row] + __builtin_log2f(total[row])) * kLn2 + undefined;
-    total[row] = reads_nothing ? 0.0f : 1 / total[row] + undefined;
+    const Vec8 undefined = bases == -kInfinity ? splat(0.0f) / totals : Vec8{};
+    const Vec8 logs = (bases + log2(totals)) * kLn2 + undefined;
+    if (row + kLanes <= rows) store(lse + row, logs);
+    else store_partial(lse + row, logs, rows - row);
+    store(total + row, splat(1.0f) / totals + undefined);
   }
 }
 

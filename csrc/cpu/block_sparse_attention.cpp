@@ -102,9 +102,9 @@ K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* key
   return make_softmax(highest, base);
 }
 
-// Makes weights of them and adds the values that they weigh.
+// Makes weights of them and adds the values that they weigh; where `first`, to nothing.
 K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax& softmax, const float* values,
-                          int64_t count, int64_t width, Prefetch& prefetch) {
+                          int64_t count, int64_t width, bool first, Prefetch& prefetch) {
   float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
   float* out = block.out + panel * kPanel * width;
   Wide sums[kVectors] = {};
@@ -120,7 +120,8 @@ K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax&
         }
       },
       [&]<int Rows>(const Tile<Rows>& tile, int64_t d) __attribute__((always_inline)) {
-        if (softmax.moves) Tile<Rows>::multiply_and_add_to(softmax.decay, tile, out + d * kPanel, kPanel);
+        if (first) Tile<Rows>::write(tile, out + d * kPanel, kPanel);
+        else if (softmax.moves) Tile<Rows>::multiply_and_add_to(softmax.decay, tile, out + d * kPanel, kPanel);
         else Tile<Rows>::add_to(tile, out + d * kPanel, kPanel);
       });
   for (int part = 0; part < kVectors; part++) {
@@ -129,17 +130,17 @@ K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax&
   }
 }
 
-// All panels of queries and up to 64 keys: scores, online softmax, values. The scores of a panel are ready before the
-// values of the one ahead of it are added, so that nothing waits for its maximum. kWidth: the width of a whole block of
-// 64 keys, or 0 for any width and count.
+// All panels of queries and up to 64 keys, the first they read or more: scores, online softmax, values. The scores of
+// a panel are ready before the values of the one ahead of it are added, so that nothing waits for its maximum. kWidth:
+// the width of a whole block of 64 keys, or 0 for any width and count.
 template <int64_t kWidth>
 __attribute__((noinline)) void attend(const QueryBlock& block, const float* keys, const float* values,
-                                      int64_t any_count, int64_t any_width, Prefetch& prefetch) {
+                                      int64_t any_count, int64_t any_width, bool first, Prefetch& prefetch) {
   const int64_t width = kWidth ? kWidth : any_width, count = kWidth ? kTileTokens : any_count;
   Softmax softmax, next;
   for (int64_t panel = 0; panel <= block.panels; panel++) {
     if (panel < block.panels) next = score(block, panel, keys, count, width, prefetch);
-    if (panel > 0) add_values(block, panel - 1, softmax, values, count, width, prefetch);
+    if (panel > 0) add_values(block, panel - 1, softmax, values, count, width, first, prefetch);
     softmax = next;
   }
 }
@@ -309,9 +310,9 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
     block.panels = panels_of(rows);
     read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, block.queries);
-    fill(block.out, block.panels * kPanel * wide, 0.0f);
     fill(block.base, kTileTokens, -kInfinity);
     fill(block.total, kTileTokens, 0.0f);
+    bool gathered = false;
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
       fetch_next(prefetch, op, at, entry);
       prefetch.spread_over(block.panels * fetches(1, 1, wide));
@@ -319,11 +320,13 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
         for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
-          attend<kWidth>(block, keys, values, count, wide, prefetch);
+          attend<kWidth>(block, keys, values, count, wide, !gathered, prefetch);
         });
+        gathered = true;
       });
     }
-    finish_rows(block.base, block.total, rows, offsets[0] == offsets[1], head_of(op.lse, at) + first);
+    if (!gathered) fill(block.out, block.panels * kPanel * wide, 0.0f);
+    finish_rows(block.base, block.total, rows, !gathered, head_of(op.lse, at) + first);
     write_panels(block.out, block.total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
   });
 }

@@ -272,7 +272,9 @@ K5_INLINE void write_panels(const float* panels, const float* factors, int64_t c
       if (rows_there == kLanes && there == kLanes)
         for (int64_t i = 0; i < kLanes; i++) store(to + i * step, rows[i]);
       else
-        for (int64_t i = 0; i < rows_there; i++) store_partial(to + i * step, rows[i], there);
+#pragma GCC unroll 8  // with numbers that are known the rows stay in registers, here and above
+        for (int64_t i = 0; i < kLanes; i++)
+          if (i < rows_there) store_partial(to + i * step, rows[i], there);
     }
 }
 

@@ -122,6 +122,20 @@ static inline Vec8 exp(Vec8 value) {
   return polynomial * bits_as<Vec8>((bits_as<UVec8>(shifted) - 0x4b400000u + 127u) << 23);
 }
 
+// log2(value) of positive normal numbers to about two units in the last place, and NaN of NaN. The power of two that
+// leaves m in [sqrt(1/2), sqrt(2)) goes to the front; log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).
+static inline Vec8 log2(Vec8 value) {
+  typedef int32_t IVec8 __attribute__((vector_size(32)));
+  const UVec8 bits = bits_as<UVec8>(value);
+  const UVec8 exponent = ((bits - 0x3f3504f3u + 0x3f800000u) >> 23) - 127u;
+  const Vec8 m = bits_as<Vec8>(bits - (exponent << 23));
+  const Vec8 ratio = (m - 1.0f) / (m + 1.0f), square = ratio * ratio;
+  Vec8 series = splat(2.88539008f / 9);
+  for (const float coefficient : {2.88539008f / 7, 2.88539008f / 5, 2.88539008f / 3, 2.88539008f})
+    series = series * square + coefficient;
+  return __builtin_convertvector(bits_as<IVec8>(exponent), Vec8) + series * ratio + (value - value);
+}
+
 static inline float sum(Vec8 value) {
   Vec4 halves[2];
   std::memcpy(halves, &value, sizeof(value));

@@ -80,6 +80,19 @@ def test_a_row_that_reads_nothing_is_zero_with_gradients_of_zero(device):
     assert (operator(*tokens, mask, FULL, 1.0)[1] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_reads_nothing_is_zero_among_rows_that_read_infinity(dtype, set_threads):
+    """A thread computes one after the other in the same memory."""
+    set_threads(1)
+    q, k, v = random_tokens(FULL, 1, 2, 64, dtype=dtype)
+    kept = torch.eye(FULL.blocks, dtype=torch.bool).expand(1, 2, -1, -1).clone()
+    kept[..., 2, 2] = False
+    reads = over_tokens(kept, FULL).any(-1)
+    out = block_sparse_attention(q, k, torch.full_like(v, torch.inf), BlockMask.from_dense(kept, FULL), FULL)
+    assert not out[reads].isfinite().any()
+    assert not out[~reads].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_lse_is_the_logarithm_of_the_sum_of_exponentials(dtype, device):
     mask = random_mask(RAGGED, 2, 2, device=device)
