@@ -134,13 +134,13 @@ def _shared(build: Build, layout: TokenLayout, device: torch.device | str) -> Te
     """The layout's tensor, built once, except where a compiler or another mode would put its own in the cache."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return build(layout, torch.device(device))
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward
-        return _cached(build, layout, torch.device(device))
+    return _cached(build, layout, torch.device(device))
 
 
 @lru_cache(maxsize=256)
 def _cached(build: Build, layout: TokenLayout, device: torch.device) -> Tensor:
-    return build(layout, device)
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward
+        return build(layout, device)
 
 
 def _block_starts(layout: TokenLayout, device: torch.device) -> Tensor:

@@ -33,7 +33,8 @@ def block_sparse_attention(
     at what is not there (the GPU kernels trust the mask: to ask would mean to wait for the GPU). Bit-reproducible on
     the CPU; the gradients of k and v in the reference on a GPU are not.
     """
-    q, k, v = (_autocast(x) for x in (q, k, v))
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (_autocast(x) for x in (q, k, v))
     check_tokens("q", q, layout)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape or tensor.dtype != q.dtype:
@@ -47,9 +48,7 @@ def block_sparse_attention(
 
 
 def _autocast(x: Tensor) -> Tensor:
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check_mask(mask: BlockMask, q: Tensor, layout: TokenLayout) -> None:
