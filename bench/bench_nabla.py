@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.fma_peak import STEPS, FmaPeak
 from bench.harness import ROUNDS, compare
 from bench.nabla_tokens import tokens_alike_in_blocks
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask
@@ -89,23 +90,29 @@ def test_attention(benchmark, dtype, layout, dim):
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_rate_on_kept_blocks(benchmark, dim):
-    """GFLOP/s of both products over the kept blocks, beside a matrix product."""
+    """GFLOP/s of both products over the kept blocks, beside a matrix product and the processor's limit."""
     heads, side = 1024 // dim, 4096
     matrix_product = f"torch.mm {side}³"
+    fma_peak = FmaPeak()
+    counts = torch.full_like(fma_peak(), STEPS, dtype=torch.float64)
     q, k, v = random_tokens(LAYOUT, heads, dim)
     mask = random_mask(LAYOUT, heads)
     truth = block_sparse_attention(q.double(), k.double(), v.double(), mask, LAYOUT)
+    flex, flex_mask = torch.compile(flex_attention), mask.to_flex()
     left, right = torch.randn(side, side), torch.randn(side, side)
     product = left.double() @ right.double()
+    kept = 4 * BLOCK**2 * dim * mask.indices.numel()
     compare(
         benchmark,
         sizes(LAYOUT, heads, dim, mask.density),
         {
             "ours": lambda: (block_sparse_attention(q, k, v, mask, LAYOUT), truth),
             matrix_product: lambda: (left @ right, product),
+            FLEX: lambda: (flex(q, k, v, block_mask=flex_mask), truth),
+            "FMA peak": lambda: (fma_peak(), counts),
         },
         check,
-        operations={"ours": 4 * BLOCK**2 * dim * mask.indices.numel(), matrix_product: 2 * side**3},
+        operations={"ours": kept, matrix_product: 2 * side**3, FLEX: kept, "FMA peak": fma_peak.operations},
         floors={matrix_product: 0.85},
     )
 
