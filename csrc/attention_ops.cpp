@@ -112,21 +112,40 @@ struct TransposedLists {
   std::vector<int32_t> readers;
 };
 
+// Whether pieces of five products each, which are not cut, take no longer than seven products each spread evenly.
+bool shares_are_faster(int64_t pieces, int64_t threads) {
+  const int64_t turns = (pieces + threads - 1) / threads;
+  return 5 * turns * threads <= 7 * pieces;
+}
+
+// With shares of heads as pieces of work a pair of blocks takes five products, with blocks seven.
 template <class T>
 void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
-  const int64_t scratch_floats = k5::attention_backward_scratch(op.sizes);
-  // Heads as pieces of work need five products a pair of blocks, blocks seven: worth it where heads keep threads busy.
-  if (heads % torch::stable::get_num_threads() == 0 || heads >= 4 * torch::stable::get_num_threads()) {
-    const int64_t grad_q_floats = k5::attention_grad_q_scratch(op.sizes);
-    for_items(heads, scratch_floats + grad_q_floats, [&](int64_t item, float* scratch) {
-      K5_DISPATCH_WIDE(head_gradients, op, item, scratch + grad_q_floats, scratch);
+  const int64_t scratch_floats = k5::attention_backward_scratch(op.sizes), blocks = heads * op.sizes.blocks;
+  const int64_t part = k5::attention_grad_q_part(op.sizes);
+  const auto add_parts = [&](int64_t item, float* scratch, const float* parts) {
+    K5_DISPATCH_WIDE(add_grad_q_parts, op, item, scratch, parts);
+  };
+  if (!shares_are_faster(heads * op.shares, torch::stable::get_num_threads())) {
+    for_items(blocks, scratch_floats,
+              [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(key_block_gradients, op, item, scratch); });
+    for_items(blocks, scratch_floats,
+              [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(query_block_gradient, op, item, scratch); });
+  } else if (op.shares == 1) {  // many heads: a part for each thread, not each head
+    for_items(heads, scratch_floats + part, [&](int64_t head, float* scratch) {
+      K5_DISPATCH_WIDE(share_gradients, op, head, scratch + part, scratch);
+      for (int64_t block = 0; block < op.sizes.blocks; block++)
+        add_parts(head * op.sizes.blocks + block, scratch + part, scratch);
     });
-    return;
+  } else {
+    const Scratch parts(heads * op.shares * part);
+    for_items(heads * op.shares, scratch_floats, [&](int64_t item, float* scratch) {
+      K5_DISPATCH_WIDE(share_gradients, op, item, scratch, parts.data() + item * part);
+    });
+    for_items(blocks, scratch_floats, [&](int64_t item, float* scratch) {
+      add_parts(item, scratch, parts.data() + item / op.sizes.blocks * op.shares * part);
+    });
   }
-  for_items(heads * op.sizes.blocks, scratch_floats,
-            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(key_block_gradients, op, item, scratch); });
-  for_items(heads * op.sizes.blocks, scratch_floats,
-            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(query_block_gradient, op, item, scratch); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
@@ -158,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
         new_heads<T>(grad_k),
         new_heads<T>(grad_v),
         lists_of(list_offsets, data<int64_t>(list_offsets), data<int32_t>(list_indices)),
-        lists_of(list_offsets, transposed.offsets.data(), transposed.readers.data())};
+        lists_of(list_offsets, transposed.offsets.data(), transposed.readers.data()),
+        k5::shares_of_a_head(q.size(0) * q.size(1))};
     const k5::AttentionSaved<T> saved{
         sizes,       heads_of<T>(outs), op.grad_out, lse_gradient, data<float>(dense_lse), mutable_data<float>(shift),
         mutable_data<float>(base)};

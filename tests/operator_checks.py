@@ -51,11 +51,12 @@ def assert_compiled_equals_eager(
                 assert one.stride() == other.stride()
 
 
-def assert_thread_count_changes_no_bit(function: Function, set_threads: Callable[[int], None]) -> None:
-    """Two runs, and runs on one and two threads, give the same bits."""
-    results = []
-    for threads in (1, 1, 2):
+def assert_thread_count_changes_no_bit(
+    function: Function, set_threads: Callable[[int], None], thread_counts: Sequence[int] = (1, 2)
+) -> None:
+    """Two runs, and runs on each number of threads, give the same bits."""
+    set_threads(thread_counts[0])
+    expected = function()
+    for threads in thread_counts:
         set_threads(threads)
-        results.append(function())
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
+        torch.testing.assert_close(function(), expected, rtol=0, atol=0)

@@ -201,6 +201,15 @@ __attribute__((noinline)) void add_gradients(const KeyBlock& block, const Reader
     });
 }
 
+template <class T>
+int64_t first_block(const AttentionBackward<T>& op, int64_t share) {
+  return share * op.sizes.blocks / op.shares;
+}
+
+K5_INLINE void add_floats(float* sums, const float* terms, int64_t count) {
+  for (int64_t i = 0; i < count; i++) sums[i] += terms[i];
+}
+
 // Gradients of k and v of a block, written; grad_q: float32 rows of the whole head, added to, or null.
 template <class T>
 void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* scratch, float* grad_q) {
@@ -351,18 +360,26 @@ void prepare_attention_backward(const AttentionSaved<T>& op, int64_t first, int6
 }
 
 template <class T>
-void head_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_scratch) {
+void share_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_part) {
+  const int64_t head = item / op.shares, share = item % op.shares;
+  fill(grad_q_part, attention_grad_q_part(op.sizes), 0.0f);
+  Place at{head / op.sizes.heads, head % op.sizes.heads, first_block(op, share)};
+  for (; at.block < first_block(op, share + 1); at.block++) gradients_of_keys(op, at, scratch, grad_q_part);
+}
+
+template <class T>
+void add_grad_q_parts(const AttentionBackward<T>& op, int64_t item, float* scratch, const float* parts) {
   const AttentionSizes& sizes = op.sizes;
-  const int64_t tokens = sizes.block_starts[sizes.blocks], wide = padded(sizes.width);
-  Place at{item / sizes.heads, item % sizes.heads, 0};
-  fill(grad_q_scratch, tokens * wide, 0.0f);
-  for (; at.block < sizes.blocks; at.block++) gradients_of_keys(op, at, scratch, grad_q_scratch);
-  float* factors = scratch;
+  const Place at = place_of(sizes, item);
+  const int64_t wide = padded(sizes.width);
+  float *factors = scratch, *sums = scratch + kTileTokens;
   fill(factors, kTileTokens, sizes.scale);
-  T* grad_q = head_of(op.grad_q, at);
-  for (int64_t token = 0; token < tokens; token += kTileTokens)
-    write_rows(grad_q_scratch + token * wide, factors, smaller(kTileTokens, tokens - token), sizes.width,
-               grad_q + token * op.grad_q.step, op.grad_q.step);
+  for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
+    fill(sums, rows * wide, 0.0f);
+    for (int64_t share = 0; share < op.shares; share++)
+      add_floats(sums, parts + share * attention_grad_q_part(sizes) + first * wide, rows * wide);
+    write_rows(sums, factors, rows, sizes.width, head_of(op.grad_q, at) + first * op.grad_q.step, op.grad_q.step);
+  });
 }
 
 template <class T>
@@ -384,7 +401,8 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
   float* queries = value_rows + block_floats;
   float* grads = queries + block_floats;
   float* grad_q = grads + block_floats;
-  float* weights = grad_q + block_floats;
+  float* grad_q_part = grad_q + block_floats;
+  float* weights = grad_q_part + block_floats;
   float* slopes = weights + kTileTokens * kPanel;
   float* base = slopes + kTileTokens * kPanel;
   float* shift = base + kTileTokens;
@@ -392,14 +410,20 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
     read_panels(q + first * op.q.step, op.q.step, rows, width, sizes.scale * kLog2E, queries);
     read_panels(grad_out + first * op.grad_out.step, op.grad_out.step, rows, width, 1.0f, grads);
-    fill(grad_q, block_floats, 0.0f);
+    fill(grad_q, 2 * block_floats, 0.0f);
     fill(base, 2 * kTileTokens, 0.0f);
     for (int64_t row = 0; row < rows; row++) {
       base[row] = head_of(op.base, at)[first + row];
       shift[row] = head_of(op.shift, at)[first + row];
     }
+    const auto end_share = [&] {
+      add_floats(grad_q, grad_q_part, block_floats);
+      fill(grad_q_part, block_floats, 0.0f);
+    };
+    int64_t share = 0;
     const int64_t* offsets = offsets_of(op.reads, at) + at.block;
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
+      for (; op.reads.indices[entry] >= first_block(op, share + 1); share++) end_share();
       prefetch.clear();
       if (entry + 1 < offsets[1]) {
         fetch_block(prefetch, sizes, op.k, at, op.reads.indices[entry + 1]);
@@ -415,10 +439,12 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
         for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
           for (int64_t from = 0; from < rows; from += kPanel)
             add_query_gradient<kWidth>(keys, values, count, wide, queries + from * wide, grads + from * wide,
-                                       base + from, shift + from, weights, slopes, grad_q + from * wide, prefetch);
+                                       base + from, shift + from, weights, slopes, grad_q_part + from * wide,
+                                       prefetch);
         });
       });
     }
+    end_share();
     float* factors = base;
     fill(factors, kTileTokens, sizes.scale);
     write_panels(grad_q, factors, rows, width, head_of(op.grad_q, at) + first * op.grad_q.step,
@@ -429,7 +455,8 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
 #define K5_INSTANTIATE(T)                                                                                         \
   template void block_sparse_attention(const Attention<T>&, int64_t, float*);                                     \
   template void prepare_attention_backward(const AttentionSaved<T>&, int64_t, int64_t);                           \
-  template void head_gradients(const AttentionBackward<T>&, int64_t, float*, float*);                             \
+  template void share_gradients(const AttentionBackward<T>&, int64_t, float*, float*);                            \
+  template void add_grad_q_parts(const AttentionBackward<T>&, int64_t, float*, const float*);                     \
   template void key_block_gradients(const AttentionBackward<T>&, int64_t, float*);                                \
   template void query_block_gradient(const AttentionBackward<T>&, int64_t, float*);
 K5_INSTANTIATE(float)

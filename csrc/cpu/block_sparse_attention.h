@@ -39,8 +39,9 @@ struct Attention {
 };
 
 // Of every query: `shift` is Σ_d grad_out·out - grad_lse, `base` its lse in base 2. `readers` lists the query blocks of
-// each key block. The gradients of k and v come from one pass over the key blocks, that of q from the same pass where a
-// whole head is one piece of work, else from a pass over the query blocks. The bits are the same.
+// each key block. The key blocks of a head are `shares` pieces. Each adds up its part of the gradient of q, and then
+// the parts are added up in order. The gradients of k and v come from one pass over the key blocks, that of q from the
+// same pass where shares are the pieces of work, else from a pass over the query blocks. The bits are the same.
 template <class T>
 struct AttentionBackward {
   AttentionSizes sizes;
@@ -48,7 +49,11 @@ struct AttentionBackward {
   Heads<const float> base, shift;
   Heads<T> grad_q, grad_k, grad_v;
   BlockLists reads, readers;
+  int64_t shares;
 };
+
+// So many that a single head is work for a few cores; their number has no say, for no bit may depend on it.
+static inline int64_t shares_of_a_head(int64_t heads) { return heads >= 4 ? 1 : heads >= 2 ? 2 : 4; }
 
 // What the backward knows of every query; grad_lse.data may be null. lse, shift and base are dense
 // [batch, heads, sequence].
@@ -72,7 +77,7 @@ static inline int64_t attention_bf16_scratch(const AttentionSizes& sizes) {
 static inline int64_t attention_backward_scratch(const AttentionSizes& sizes) {
   return 7 * kTileTokens * padded(sizes.width) + kTileTokens * (kPanel + kTileTokens + 1);
 }
-static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
+static inline int64_t attention_grad_q_part(const AttentionSizes& sizes) {
   return sizes.block_starts[sizes.blocks] * padded(sizes.width);
 }
 
@@ -84,9 +89,14 @@ static inline int64_t attention_grad_q_scratch(const AttentionSizes& sizes) {
   /* Shift and base of the queries numbered first to end, over (batch, head, sequence). */                       \
   template <class T>                                                                                             \
   void prepare_attention_backward(const AttentionSaved<T>& op, int64_t first, int64_t end);                      \
-  /* All gradients of one head: `item` counts (batch, head). */                                                  \
+  /* Gradients of k and v of one share, and its part of that of q as float32 rows: `item` counts                 \
+     (batch, head, share). */                                                                                    \
   template <class T>                                                                                             \
-  void head_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_scratch);      \
+  void share_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_part);        \
+  /* Gradient of q of one block from the parts of its head, one behind the other: `item` counts                  \
+     (batch, head, block). */                                                                                    \
+  template <class T>                                                                                             \
+  void add_grad_q_parts(const AttentionBackward<T>& op, int64_t item, float* scratch, const float* parts);       \
   /* Gradients of k and v of one block: `item` counts (batch, head, block). */                                   \
   template <class T>                                                                                             \
   void key_block_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch);                        \

@@ -143,12 +143,15 @@ def test_tensors_of_any_strides_give_the_same_bits(isa, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, 3, 5])
 def test_gradients_have_the_same_bits_however_threads_share_the_work(isa, set_threads, heads, dtype):
+    """By shares of a head, by heads, or, where threads would wait for the last of these, by blocks."""
     mask = random_mask(RAGGED, 1, heads)
     tokens = random_tokens(RAGGED, 1, heads, 24, dtype=dtype)
     function = partial(block_sparse_attention, mask=mask, layout=RAGGED)
-    assert_thread_count_changes_no_bit(lambda: outputs_and_gradients(function, tokens, [0, 1, 2]), set_threads)
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(function, tokens, [0, 1, 2]), set_threads, thread_counts=(1, 2, 3, 4, 5)
+    )
 
 
 def test_an_expanded_gradient_is_read_as_it_is(isa):
