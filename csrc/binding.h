@@ -80,8 +80,8 @@ class Scratch {
 };
 
 // Calls run(item, scratch) for every item. Threads take the next few items as they get free, fewer towards the end:
-// items of different length then keep all of them busy, and a thread mostly goes on with the item behind the last one, which
-// kernels prefetch. Each thread has its own scratch memory of `floats` floats.
+// items of different length then keep all of them busy, and a thread mostly goes on with the item behind the last one,
+// which kernels prefetch. Each thread has its own scratch memory of `floats` floats.
 template <class Run>
 void for_items(int64_t items, int64_t floats, const Run& run) {
   std::atomic<int64_t> next{0};

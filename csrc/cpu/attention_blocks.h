@@ -1,5 +1,5 @@
-// Where the blocks of attention stand in memory, for the files that compute it. Everything here is static or inlined, for
-// the reason in isa.h.
+// Where the blocks of attention stand in memory, for the files that compute it. Everything here is static or inlined,
+// for the reason in isa.h.
 #pragma once
 
 #include "block_sparse_attention.h"
@@ -76,11 +76,7 @@ K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Plac
 // From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is
 // to be multiplied with. base, total: [64], defined behind the rows as well.
 K5_INLINE void finish_rows(const float* base, float* total, int64_t rows, bool reads_nothing, float* lse) {
-  if (reads_nothing) {
-    fill(lse, rows, -kInfinity);
-    fill(total, rows, 0.0f);
-    return;
-  }
+  if (reads_nothing) return fill(lse, rows, -kInfinity);  // and no weights add up to zero
   for (int64_t row = 0; row < rows; row += kLanes) {
     const Vec8 bases = load(base + row), totals = load(total + row);
     // All scores -inf: NaN, as 0/0 in the definition.

@@ -20,8 +20,8 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
 constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
 
 // Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by
-// one to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the first
-// tile is summed, for a chain of operations as long as exp2 leaves gaps that products fill.
+// one to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the
+// first tile is summed, for a chain of operations as long as exp2 leaves gaps that products fill.
 template <class Weigh, class Add>
 K5_INLINE void sum_weighed_rows(const float* rows, int64_t count, int64_t width, const float* weights,
                                 Prefetch& prefetch, const Weigh& weigh, const Add& add) {
@@ -161,8 +161,8 @@ struct ReaderRows {
   float* grad_q;              // or null
 };
 
-// Its share of all three gradients. weights: [64][16]; slopes: [panels][64][16]. kWidth: the width of whole blocks of 64
-// tokens, or 0 for any width and count.
+// Its contribution to all three gradients. weights: [64][16]; slopes: [panels][64][16]. kWidth: the width of whole
+// blocks of 64 tokens, or 0 for any width and count.
 template <int64_t kWidth>
 __attribute__((noinline)) void add_gradients(const KeyBlock& block, const ReaderRows& reader, int64_t any_keys,
                                              int64_t any_count, int64_t any_width, float* weights, float* slopes,
@@ -201,6 +201,7 @@ __attribute__((noinline)) void add_gradients(const KeyBlock& block, const Reader
     });
 }
 
+// Of a share.
 template <class T>
 int64_t first_block(const AttentionBackward<T>& op, int64_t share) {
   return share * op.sizes.blocks / op.shares;
@@ -273,7 +274,7 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   });
 }
 
-// One panel of queries and up to 64 keys: their share of the gradient of q, panels. kWidth: as in `attend`.
+// One panel of queries and up to 64 keys: their contribution to the gradient of q, panels. kWidth: as in `attend`.
 template <int64_t kWidth>
 __attribute__((noinline)) void add_query_gradient(const float* keys, const float* values, int64_t any_count,
                                                   int64_t any_width, const float* queries, const float* grads,

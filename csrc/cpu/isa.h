@@ -5,8 +5,8 @@
 
 namespace k5 {
 
-// avx512_bf16 has a build of attention of its own, with another kernel for its forward in bfloat16; everything else runs
-// as avx2 there.
+// avx512_bf16 has a build of attention of its own, with another kernel for its forward in bfloat16; everything else
+// runs as avx2 there.
 enum class Isa : int { portable = 0, avx2 = 1, avx512_bf16 = 2 };
 
 // The best one this processor runs, unless one was forced.

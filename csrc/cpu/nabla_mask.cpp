@@ -7,7 +7,6 @@
 namespace k5::K5_ISA {
 namespace {
 
-typedef int32_t IVec8 __attribute__((vector_size(32)));
 typedef double DVec4 __attribute__((vector_size(32)));
 
 constexpr float kInfinity = __builtin_inff();

@@ -7,8 +7,8 @@ namespace k5 {
 namespace {
 
 // How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into
-// the second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped where
-// too many are under way.
+// the second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped
+// where too many are under way.
 constexpr int kInOrder = 3, kMayDrop = 2;
 
 // Rows that come up soon, fetched a few lines at a time between products: all at once they would hold up the loads in

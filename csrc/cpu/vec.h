@@ -20,6 +20,7 @@ struct BFloat16 {
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef uint32_t UVec8 __attribute__((vector_size(32)));
+typedef int32_t IVec8 __attribute__((vector_size(32)));
 typedef uint16_t HVec8 __attribute__((vector_size(16)));
 
 constexpr int64_t kLanes = 8;
@@ -125,7 +126,6 @@ static inline Vec8 exp(Vec8 value) {
 // log2(value) of positive normal numbers to about two units in the last place, and NaN of NaN. The power of two that
 // leaves m in [sqrt(1/2), sqrt(2)) goes to the front; log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).
 static inline Vec8 log2(Vec8 value) {
-  typedef int32_t IVec8 __attribute__((vector_size(32)));
   const UVec8 bits = bits_as<UVec8>(value);
   const UVec8 exponent = ((bits - 0x3f3504f3u + 0x3f800000u) >> 23) - 127u;
   const Vec8 m = bits_as<Vec8>(bits - (exponent << 23));
