@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PY) -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow

@@ -56,7 +56,7 @@ def encode(
     from rich.markup import escape
     from rich.progress import Progress
 
-    from k5kernels.encode import encode_videos
+    from k5kernels.latents.encode import encode_videos
     from k5kernels.vae.weights import load_encoder
 
     encoder = load_encoder(vae).to("cuda" if torch.cuda.is_available() else "cpu")

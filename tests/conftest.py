@@ -24,13 +24,15 @@ settings.load_profile("k5")
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ISAS = {"portable": 0, "avx2": 1, "avx512_bf16": 2}
 
-TRITON_TESTS = Path(__file__).parent / "triton"
+TRITON_TESTS = Path(__file__).parent / "triton_kernels"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Triton's interpreter and its compiler cannot share a process: `TRITON_INTERPRET=1 pytest` runs tests/triton
-    and nothing else, plain `pytest` everything but that."""
+    """Triton's interpreter and its compiler cannot share a process.
+
+    `TRITON_INTERPRET=1 pytest` runs tests/triton_kernels and nothing else, plain `pytest` everything but that.
+    """
     belongs_to_interpreter = TRITON_TESTS in collection_path.parents
     if collection_path.is_file() and belongs_to_interpreter != INTERPRETED:
         return True

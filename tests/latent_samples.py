@@ -2,7 +2,7 @@
 
 import torch
 
-from k5kernels.shards import Sample
+from k5kernels.latents.shards import Sample
 
 
 def sample(source: str, grid: tuple[int, int, int], first_frame: int = 0) -> Sample:

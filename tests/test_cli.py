@@ -8,10 +8,10 @@ import pytest
 import torch
 from command_line import fails, k5
 
-from k5kernels.shards import read_shard
+from k5kernels.latents.shards import read_shard
+from k5kernels.latents.video import write_video
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.weights import save_vae
-from k5kernels.video import write_video
 
 
 @pytest.fixture(scope="module")

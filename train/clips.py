@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from k5kernels.video import nearest_bucket, probe, read_video
+from k5kernels.latents.video import nearest_bucket, probe, read_video
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")
 CAPTIONS: dict[str, str] = json.loads((Path(__file__).parent / "captions.json").read_text())

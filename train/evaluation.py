@@ -11,8 +11,8 @@ from torch import Tensor
 from k5kernels.attention import record_block_masks
 from k5kernels.block_mask import BlockMask
 from k5kernels.cache import MagCache, MagCalibration
+from k5kernels.latents.video import to_frames
 from k5kernels.vae import HunyuanDecoder
-from k5kernels.video import to_frames
 from model.conditioning import TextCondition
 from model.config import AttentionConfig
 from model.crossdit import CrossDiT

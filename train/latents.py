@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k5kernels.shards import Sample, read_shard
+from k5kernels.latents.shards import Sample, read_shard
 
 
 def read_shards(folder: Path) -> Iterator[Sample]:

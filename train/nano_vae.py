@@ -19,10 +19,10 @@ import typer
 from rich.progress import track
 from torch import Tensor, nn
 
+from k5kernels.latents.video import to_model
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.layers import FrameCausalAttention, ResnetBlock
 from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
-from k5kernels.video import to_model
 from model.nano import CLIP_FRAMES, RESOLUTION
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.clips import NAMES, load_clip, split

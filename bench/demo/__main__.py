@@ -14,8 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.demo.job import Job, check_video, clear
 from bench.demo.page import write_page
-from k5kernels.shards import ShardError
-from k5kernels.video import VideoError
+from k5kernels.latents.shards import ShardError
+from k5kernels.latents.video import VideoError
 from train.clips import CAPTIONS, clip_path
 
 

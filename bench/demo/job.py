@@ -14,10 +14,10 @@ from matplotlib.image import imsave
 from bench.demo.memory import measure
 from k5kernels.atomic import replacing
 from k5kernels.cache import MagCache
-from k5kernels.encode import MIN_FRAMES, encode_videos
-from k5kernels.shards import Sample
+from k5kernels.latents.encode import MIN_FRAMES, encode_videos
+from k5kernels.latents.shards import Sample
+from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, read_video, to_frames, write_video
 from k5kernels.vae.weights import load_decoder, load_encoder
-from k5kernels.video import VideoError, decode, nearest_bucket, probe, read_video, to_frames, write_video
 from model.config import DENSE, AttentionConfig
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder

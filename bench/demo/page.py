@@ -11,9 +11,9 @@ from bench.demo.job import PLAIN, Job
 from bench.demo.report import Table, write_report
 from bench.harness import machine
 from k5kernels.atomic import replacing
+from k5kernels.latents.video import BUCKETS
 from k5kernels.planner import MODELS, ClipShape, memory_bytes, step_time_ms
 from k5kernels.token_layout import TokenLayout
-from k5kernels.video import BUCKETS
 from train.evaluation import psnr
 
 GIB = 2**30

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from k5kernels.latents.shards import LATENT_CHANNELS, ShardWriter
 from k5kernels.planner.calibration import MeasuredStep
 from k5kernels.planner.profile import HardwareProfile
 from k5kernels.planner.shapes import PATCH
-from k5kernels.shards import LATENT_CHANNELS, ShardWriter
 
 TRAINER = Path("train") / "run.py"
 SIDE = 16  # tokens along the height and the width of a frame: four blocks of NABLA

@@ -20,7 +20,7 @@ from bench.demo.job import Job
 from bench.demo.page import write_page
 from bench.demo.report import Table, write_report
 from k5kernels.atomic import replacing
-from k5kernels.video import write_video
+from k5kernels.latents.video import write_video
 from train.clips import CAPTIONS, clip_path
 
 PATHS = ["full attention", "NABLA", "NABLA + MagCache"]
@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(invoke, tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied", str(tmp_path / "clip.mp4"))
 
     path = noise_video(tmp_path / "clip.mp4", 5, 256, 256)
-    monkeypatch.setattr("k5kernels.video.av.open", denied)
+    monkeypatch.setattr("k5kernels.latents.video.av.open", denied)
     assert_one_clear_line(invoke(path), "clip.mp4", "Permission denied")
     assert_no_results(tmp_path / "out")
 
@@ -293,7 +293,7 @@ def test_a_full_disk_under_the_latents_is_one_line(small, invoke, tmp_path, monk
         with replacing(path):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k5kernels.encode.write_whole", full)
+    monkeypatch.setattr("k5kernels.latents.encode.write_whole", full)
     result = invoke(noise_video(tmp_path / "clip.mp4", 5, 128, 128))
     assert_one_clear_line(result, "No space left on device", "manifest.json")
     assert_no_results(tmp_path / "out")

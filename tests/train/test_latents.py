@@ -6,7 +6,7 @@ import pytest
 import torch
 from latent_samples import sample
 
-from k5kernels.shards import ShardWriter
+from k5kernels.latents.shards import ShardWriter
 from train.latents import LatentSet, read_shards
 
 

@@ -9,8 +9,8 @@ import typer
 from latent_samples import sample
 from typer.testing import CliRunner
 
+from k5kernels.latents.shards import ShardWriter
 from k5kernels.planner import H100, save_profile
-from k5kernels.shards import ShardWriter
 from model.weights import load_crossdit
 from train.run import main
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k5kernels.encode import EncodeSummary, encode_video, encode_videos, find_videos
-from k5kernels.shards import Sample, read_shard
+from k5kernels.latents.encode import EncodeSummary, encode_video, encode_videos, find_videos
+from k5kernels.latents.shards import Sample, read_shard
+from k5kernels.latents.video import VideoError, decode, read_video, to_model, write_video
 from k5kernels.vae import HunyuanEncoder, VAEConfig
-from k5kernels.video import VideoError, decode, read_video, to_model, write_video
 from train.clips import clip_path
 
 Encode = Callable[..., EncodeSummary]
@@ -151,7 +151,7 @@ def test_no_frame_is_decoded_before_its_clip_is_due(
             ahead.append(number - 5 * encoder.clips)
             yield frame
 
-    monkeypatch.setattr("k5kernels.encode.decode", counted)
+    monkeypatch.setattr("k5kernels.latents.encode.decode", counted)
     encode_video(make_video(tmp_path / "v.mp4", 25), encoder, clip_frames=5)
     assert ahead == [0, 1, 2, 3, 4] * 5
 
@@ -357,7 +357,7 @@ def test_full_disk_is_no_fault_of_a_video(encode: Encode, monkeypatch: pytest.Mo
     def fail(path: str, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k5kernels.shards.write_whole", fail)
+    monkeypatch.setattr("k5kernels.latents.shards.write_whole", fail)
     with pytest.raises(OSError, match="No space left"):
         encode()
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from k5kernels.video import (
+from k5kernels.latents.video import (
     BUCKETS,
     VideoError,
     decode,

@@ -18,10 +18,10 @@ import fsspec
 import torch
 from torch import Tensor
 
-from k5kernels.shards import Sample, ShardWriter, write_whole
+from k5kernels.latents.shards import Sample, ShardWriter, write_whole
+from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, to_model
 from k5kernels.vae import HunyuanEncoder, latent_frames
 from k5kernels.vae.config import TEMPORAL_STRIDE
-from k5kernels.video import VideoError, decode, nearest_bucket, probe, to_model
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm")
 # A clip has motion: more than the first latent frame, which stands for one frame alone.
@@ -77,7 +77,7 @@ def encode_video(
 ) -> list[Sample]:
     """Latents [16, T, h, w], float16, of all clips of a video, one clip in memory at a time.
 
-    resolution: a class of `k5kernels.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
+    resolution: a class of `k5kernels.latents.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
     clip_frames: 1 + a multiple of 4, at least 5.
     Raises VideoError where the video cannot be used or has fewer than 5 frames, ValueError for other arguments.
     """

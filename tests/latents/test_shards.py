@@ -13,7 +13,7 @@ import torch
 import webdataset
 from safetensors.torch import save
 
-from k5kernels.shards import Sample, ShardError, ShardWriter, read_shard, write_whole
+from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard, write_whole
 
 
 def sample(number: int = 0, dtype: torch.dtype = torch.float16, **meta: Any) -> Sample:

@@ -1,5 +1,0 @@
-"""The kernels of k5kernels/triton, interpreted on the CPU: `TRITON_INTERPRET=1 pytest tests/triton`."""
-
-import interpreter_bf16
-
-interpreter_bf16.install()
