@@ -1,6 +1,6 @@
 """Which layout of GPUs trains a stage of Video Pro, and why that one.
 
-    python examples/plan_cluster.py --stage video_pro_mr --gpus 128
+python examples/plan_cluster.py --stage video_pro_mr --gpus 128
 """
 
 import argparse
