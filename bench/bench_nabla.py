@@ -16,8 +16,8 @@ from bench.fma_peak import STEPS, FmaPeak
 from bench.harness import ROUNDS, compare
 from bench.nabla_tokens import tokens_alike_in_blocks
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask
+from k5kernels.attention import AttentionConfig
 from k5kernels.ops.nabla_mask import nabla_mask_reference
-from model.config import AttentionConfig
 from model.flow_matching import TIME_UNITS, condition_input
 from model.nano import CROSSDIT_WEIGHTS
 from model.weights import load_crossdit

@@ -19,12 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from k5kernels.attention import AttentionConfig
 from k5kernels.block_mask import BlockMask
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.planner import MODELS, Memory, memory_terms
 from k5kernels.token_layout import TokenLayout
 from model.conditioning import TextCondition
-from model.config import AttentionConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 

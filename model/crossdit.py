@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
+from k5kernels.attention import DENSE, AttentionConfig, nabla_attention
 from k5kernels.attention import attention as dense_attention
-from k5kernels.attention import nabla_attention
 from k5kernels.offload import offload_saved_tensors
 from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import qk_norm_rope
+from k5kernels.presets import CrossDiTConfig
 from k5kernels.token_layout import TokenLayout
 from model.conditioning import TextCondition
-from model.config import DENSE, AttentionConfig, CrossDiTConfig
 from model.rope import frequencies, text_rope, visual_rope
 
 LAYERNORM_EPS = 1e-5

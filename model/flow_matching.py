@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
-from model.config import DENSE, AttentionConfig
 
 TIME_UNITS = 1000.0
 

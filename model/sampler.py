@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
-from model.config import DENSE, AttentionConfig
 from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
 
 Velocity = Callable[[TextCondition, str, float], Tensor]  # of a condition, its branch and the time

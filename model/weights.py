@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from k5kernels.atomic import replacing
-from model.config import CrossDiTConfig
+from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 
 _FOLDER_FILE = "diffusion_pytorch_model.safetensors"

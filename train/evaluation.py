@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from k5kernels.attention import record_block_masks
+from k5kernels.attention import AttentionConfig, record_block_masks
 from k5kernels.block_mask import BlockMask
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.latents.video import to_frames
 from k5kernels.vae import HunyuanDecoder
 from model.conditioning import TextCondition
-from model.config import AttentionConfig
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.nano import NanoSettings

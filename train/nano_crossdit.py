@@ -17,12 +17,12 @@ import torch
 import typer
 from rich.progress import track
 
+from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.latents.shards import ShardWriter, read_shard
 from k5kernels.latents.video import to_model
 from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
-from model.config import DENSE, AttentionConfig
 from model.crossdit import CrossDiT
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, NanoSettings
 from model.presets import PRESETS

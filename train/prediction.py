@@ -11,8 +11,8 @@ from k5kernels.planner.extensions import Extensions
 from k5kernels.planner.search import NothingFitsError, search
 from k5kernels.planner.shapes import PATCH, TOKEN_PIXELS, ClipShape
 from k5kernels.planner.workload import Workload
+from k5kernels.presets import CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from model.config import CrossDiTConfig
 from model.crossdit import CrossDiT
 from train.trainer import TrainConfig
 
@@ -41,8 +41,7 @@ class Run:
     @property
     def shape(self) -> ModelShape:
         """The model as the formulas take it."""
-        c = self.model
-        return ModelShape(c.model_dim, c.time_dim, c.ff_dim, c.visual_blocks, c.head_dim)
+        return ModelShape.of(self.model)
 
 
 @dataclass(frozen=True)

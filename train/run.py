@@ -19,11 +19,12 @@ import torch
 import typer
 from rich.progress import track
 
+from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
+from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import complain, one_line_errors
-from model.config import DENSE, AttentionConfig, CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
-from model.config import DENSE, AttentionConfig
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from train.checkpoint import load_checkpoint, save_checkpoint

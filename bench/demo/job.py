@@ -13,12 +13,12 @@ from matplotlib.image import imsave
 
 from bench.demo.memory import measure
 from k5kernels.atomic import replacing
+from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache
 from k5kernels.latents.encode import MIN_FRAMES, encode_videos
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, read_video, to_frames, write_video
 from k5kernels.vae.weights import load_decoder, load_encoder
-from model.config import DENSE, AttentionConfig
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit

@@ -1,6 +1,16 @@
 """Attention of the visual tokens: dense through the engine a machine has, or NABLA's block-sparse (§5.4, §7.2)."""
 
+from k5kernels.attention.config import DENSE, AttentionConfig
 from k5kernels.attention.engines import ENGINES, EngineUnavailableError, attention, choose_engine
 from k5kernels.attention.nabla import nabla_attention, record_block_masks
 
-__all__ = ["ENGINES", "EngineUnavailableError", "attention", "choose_engine", "nabla_attention", "record_block_masks"]
+__all__ = [
+    "DENSE",
+    "ENGINES",
+    "AttentionConfig",
+    "EngineUnavailableError",
+    "attention",
+    "choose_engine",
+    "nabla_attention",
+    "record_block_masks",
+]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.presets import MODEL_SIZES, CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
 
 FRAMES_PER_SECOND = 24  # of the released models: 5 s are 121 frames (Table 5)
@@ -20,17 +21,18 @@ class ModelShape:
     blocks: int
     head_dim: int = 64
 
+    @classmethod
+    def of(cls, config: CrossDiTConfig) -> "ModelShape":
+        """The shape of a model of that config."""
+        return cls(config.model_dim, config.time_dim, config.ff_dim, config.visual_blocks, config.head_dim)
+
     @property
     def heads(self) -> int:
         """Heads of an attention."""
         return self.model_dim // self.head_dim
 
 
-MODELS: dict[str, ModelShape] = {
-    "image_lite": ModelShape(model_dim=2560, time_dim=512, ff_dim=10240, blocks=50, head_dim=128),
-    "video_lite": ModelShape(model_dim=1792, time_dim=512, ff_dim=7168, blocks=32, head_dim=64),
-    "video_pro": ModelShape(model_dim=4096, time_dim=1024, ff_dim=16384, blocks=60, head_dim=128),
-}
+MODELS: dict[str, ModelShape] = {name: ModelShape.of(config) for name, config in MODEL_SIZES.items()}
 
 
 def model_shape(name: str) -> ModelShape:

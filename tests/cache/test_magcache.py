@@ -1,8 +1,6 @@
 """MagCache: which steps run, what a skipped step gives, and what state survives."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.cache.magcache import compute_schedule, resample_ratios
+from k5kernels.presets import RELEASED
 
 THRESHOLD, MAX_SKIPS, RETENTION = 0.12, 2, 0.2
 ratio_lists = st.lists(st.floats(0.7, 1.3), min_size=0, max_size=60)
@@ -226,13 +225,9 @@ def test_released_distilled_list_has_no_unconditional_branch():
         cache.branch("uncond")
 
 
-RELEASED = Path(__file__).parents[2] / "model" / "released_presets.json"
-
-
 @pytest.mark.parametrize("preset", ["lite_t2v_5s_sft_sd", "lite_i2v_5s_sft_sd", "pro_t2v_10s_sft_hd"])
 def test_released_ratios_skip_over_a_third_of_the_passes(preset):
-    mag_ratios = json.loads(RELEASED.read_text())[preset]["mag_ratios"]
-    cache = MagCache.from_released(mag_ratios, steps=50)
+    cache = MagCache.from_released(RELEASED[preset].mag_ratios, steps=50)
     computed = sum(schedule.count(True) for schedule in cache.schedule.values())
     assert 40 <= computed <= 65
 

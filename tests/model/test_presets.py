@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from k5kernels import planner
+from k5kernels.presets import RELEASED
 from model import DENSE, AttentionConfig, CrossDiT
-from model.presets import PRESETS, RELEASED
+from model.presets import PRESETS
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -20,7 +20,7 @@ from k5kernels.planner.inference import (
     table5,
     table5_rates,
 )
-from model.presets import RELEASED
+from k5kernels.presets import RELEASED
 
 FLOOR = 0.15
 CLIP = ClipShape(512, 768, 121)

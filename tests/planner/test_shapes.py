@@ -5,16 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k5kernels.planner import MODELS, ClipShape, frames_for, model_shape
-from model.presets import PRESETS
 
 
-@pytest.mark.parametrize("name", ["image_lite", "video_lite", "video_pro"])
-def test_the_planner_and_the_model_agree_on_the_released_sizes(name):
-    shape, config = MODELS[name], PRESETS[name]
-    assert shape.model_dim == config.model_dim
-    assert shape.time_dim == config.time_dim
-    assert shape.ff_dim == config.ff_dim
-    assert shape.blocks == config.visual_blocks
+@pytest.mark.parametrize(
+    ("name", "model_dim", "time_dim", "ff_dim", "blocks", "heads"),
+    [
+        ("image_lite", 2560, 512, 10240, 50, 20),
+        ("video_lite", 1792, 512, 7168, 32, 28),
+        ("video_pro", 4096, 1024, 16384, 60, 32),
+    ],
+)
+def test_the_released_models_have_the_sizes_of_table_3(name, model_dim, time_dim, ff_dim, blocks, heads):
+    shape = MODELS[name]
+    assert (shape.model_dim, shape.time_dim, shape.ff_dim, shape.blocks) == (model_dim, time_dim, ff_dim, blocks)
+    assert shape.heads == heads
 
 
 def test_an_unknown_model_is_refused_with_the_known_ones():

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from k5kernels.attention import record_block_masks
+from k5kernels.attention import AttentionConfig, record_block_masks
 from k5kernels.vae.weights import load_decoder, load_encoder
-from model.config import AttentionConfig
 from model.flow_matching import condition_input, noisy_latent
 from model.nano import CROSSDIT_WEIGHTS, SETTINGS, VAE_WEIGHTS, load_settings
 from model.presets import PRESETS

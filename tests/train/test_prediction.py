@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from k5kernels.planner import H100, memory_terms, step_time_ms, step_time_terms
-from model.config import CrossDiTConfig
+from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from train.prediction import Run, nearest_layout, predicted_memory, predicted_ms, tokens

@@ -4,8 +4,9 @@ import pytest
 import torch
 from latent_samples import sample
 
+from k5kernels.attention import AttentionConfig
+from k5kernels.presets import CrossDiTConfig
 from model.conditioning import TextCondition
-from model.config import AttentionConfig, CrossDiTConfig
 from model.crossdit import CrossDiT
 from train import checkpoint
 from train.latents import LatentSet
