@@ -13,34 +13,30 @@ namespace {
 using namespace k5::binding;
 using torch::headeronly::MemoryFormat;
 
-// A per-sample [B, d] or per-token [B, S, d] modulation in float32, seen as [B, S, d].
-struct Modulation {
-  explicit Modulation(const Tensor& modulation)
-      : tensor(with_unit_stride(to_float(modulation))),
-        batch_stride(tensor.stride(0)),
-        sequence_stride(tensor.dim() == 3 ? tensor.stride(1) : 0) {}
-  const float* data() const { return k5::binding::data<float>(tensor); }
-  Tensor tensor;
-  int64_t batch_stride, sequence_stride;
-};
+// A modulation in float32 with unit stride along the width: [B * clips, d] or [B, S, d].
+Tensor modulation_rows(const Tensor& modulation) { return with_unit_stride(to_float(modulation)); }
 
-Tensor layernorm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
-  const Tensor dense = contiguous(x);
-  const Modulation shifts(shift), scales(scale);
+// How the kernels walk `rows`, a result of modulation_rows that must outlive it.
+k5::Modulation modulation_of(const Tensor& rows, int64_t clips) {
+  const int64_t stride = rows.stride(0);
+  if (rows.dim() == 3) return {data<float>(rows), stride, 0, rows.stride(1)};
+  return {data<float>(rows), clips * stride, stride, 0};
+}
+
+Tensor layernorm_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps,
+                          std::vector<int64_t> clip_starts) {
+  const int64_t clips = clip_starts.size() - 1;
+  const Tensor dense = contiguous(x), shift_rows = modulation_rows(shift), scale_rows = modulation_rows(scale);
   Tensor out = new_like(x);
   for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
     const k5::LayerNormModulate<T> op{
         data<T>(dense),
-        shifts.data(),
-        scales.data(),
+        modulation_of(shift_rows, clips),
+        modulation_of(scale_rows, clips),
         mutable_data<T>(out),
-        x.size(1),
+        {clip_starts.data(), x.size(1)},
         x.size(2),
-        shifts.batch_stride,
-        shifts.sequence_stride,
-        scales.batch_stride,
-        scales.sequence_stride,
         static_cast<float>(eps)};
     parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)), [&](int64_t first, int64_t end) {
       K5_DISPATCH(layernorm_modulate, op, first, end);
@@ -49,18 +45,21 @@ Tensor layernorm_modulate(const Tensor& x, const Tensor& shift, const Tensor& sc
   return out;
 }
 
-Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate) {
-  const Tensor dense_x = contiguous(x);
+Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate, std::vector<int64_t> clip_starts) {
+  const Tensor dense_x = contiguous(x), gate_rows = modulation_rows(gate);
   const Tensor dense_y = y.scalar_type() == ScalarType::BFloat16 ? contiguous(y) : dense_float(y);
-  const Modulation gates(gate);
   Tensor out = new_like(x);
   for_dtype("x", x, [&](auto x_element) {
     for_dtype("y", dense_y, [&](auto y_element) {
       using X = decltype(x_element);
       using Y = decltype(y_element);
       const k5::GatedResidual<X, Y> op{
-          data<X>(dense_x), data<Y>(dense_y),   gates.data(),         mutable_data<X>(out), x.size(1),
-          x.size(2),        gates.batch_stride, gates.sequence_stride};
+          data<X>(dense_x),
+          data<Y>(dense_y),
+          modulation_of(gate_rows, clip_starts.size() - 1),
+          mutable_data<X>(out),
+          {clip_starts.data(), x.size(1)},
+          x.size(2)};
       parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)), [&](int64_t first, int64_t end) {
         K5_DISPATCH(gated_residual, op, first, end);
       });

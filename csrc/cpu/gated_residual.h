@@ -1,24 +1,25 @@
-// x + gate * y, the gate one row a sample or one a token.
+// x + gate * y, the gate one row a clip or one a token.
 #pragma once
 
 #include <cstdint>
 
+#include "modulation.h"
 #include "vec.h"
 
 namespace k5 {
 
-// x, y and out are dense [batch, sequence, width]; gate is float32 with unit stride along the width and zero
-// sequence stride where one row serves a whole sample.
+// x, y and out are dense [batch, sequences.tokens, width].
 template <class X, class Y>
 struct GatedResidual {
   const X* x;
   const Y* y;
-  const float* gate;
+  Modulation gate;
   X* out;
-  int64_t sequence, width;
-  int64_t gate_batch_stride, gate_sequence_stride;
+  Sequences sequences;
+  int64_t width;
 };
 
+// A row is one token, numbered over the whole batch.
 namespace portable {
 template <class X, class Y>
 void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);

@@ -39,12 +39,11 @@ inline void statistics(const T* row, int64_t width, float eps, float& mean, floa
 template <class T>
 void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row) {
   const int64_t whole = op.width / kLanes * kLanes, rest = op.width - whole;
-  for (int64_t row = first_row; row < end_row; row++) {
-    const int64_t batch = row / op.sequence, token = row % op.sequence;
+  Place place = place_of(op.sequences, first_row);
+  for (int64_t row = first_row; row < end_row; row++, place = next(op.sequences, place)) {
     const T* x = op.x + row * op.width;
     T* out = op.out + row * op.width;
-    const float* shift = op.shift + batch * op.shift_batch_stride + token * op.shift_sequence_stride;
-    const float* scale = op.scale + batch * op.scale_batch_stride + token * op.scale_sequence_stride;
+    const float *shift = row_at(op.shift, place), *scale = row_at(op.scale, place);
     float mean, inverse_deviation;
     statistics(x, op.width, op.eps, mean, inverse_deviation);
     const auto modulated = [&](Vec8 value, Vec8 factor, Vec8 offset) {

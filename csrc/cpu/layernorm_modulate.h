@@ -3,24 +3,23 @@
 
 #include <cstdint>
 
+#include "modulation.h"
 #include "vec.h"
 
 namespace k5 {
 
-// x and out are dense [batch, sequence, width]; shift and scale are float32 with unit stride along the width
-// and zero sequence stride where one row serves a whole sample.
+// x and out are dense [batch, sequences.tokens, width].
 template <class T>
 struct LayerNormModulate {
   const T* x;
-  const float* shift;
-  const float* scale;
+  Modulation shift, scale;
   T* out;
-  int64_t sequence, width;
-  int64_t shift_batch_stride, shift_sequence_stride;
-  int64_t scale_batch_stride, scale_sequence_stride;
+  Sequences sequences;
+  int64_t width;
   float eps;
 };
 
+// A row is one token, numbered over the whole batch.
 namespace portable {
 template <class T>
 void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);

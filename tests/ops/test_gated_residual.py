@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from modulations import LENGTHS, PER, clip_starts_for, layout_for, layout_of, modulation_shape, per_token
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
@@ -9,26 +10,59 @@ from operator_checks import (
     outputs_and_gradients,
 )
 
+from k5kernels import TokenLayout
 from k5kernels.ops.gated_residual import gated_residual, gated_residual_reference
 
 DIFFERENTIABLE = (0, 1, 2)
 
 
-def inputs(B, S, d, per_token=False, dtype=torch.float32, device="cpu", y_dtype=None, gate_dtype=None):
+def inputs(B, lengths, d, per="sample", dtype=torch.float32, device="cpu", y_dtype=None, gate_dtype=None):
+    """x, y and gate for B sequences of clips of these lengths; one number stands for one clip."""
+    lengths = [lengths] if isinstance(lengths, int) else lengths
     random = torch.Generator().manual_seed(0)
-    x, y = torch.randn(B, S, d, generator=random), torch.randn(B, S, d, generator=random)
-    gate = torch.randn((B, S, d) if per_token else (B, d), generator=random)
+    x, y = (torch.randn(B, sum(lengths), d, generator=random) for _ in range(2))
+    gate = torch.randn(modulation_shape(per, B, lengths, d), generator=random)
     return x.to(device, dtype), y.to(device, y_dtype or dtype), gate.to(device, gate_dtype or dtype)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+def reference(x, y, gate, layout=None):
+    return gated_residual_reference(x, y, gate, [0, x.shape[1]] if layout is None else layout.clip_tokens)
+
+
+@pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(B=st.integers(1, 3), S=st.integers(1, 9), d=st.integers(1, 80))
-@example(B=1, S=1, d=1)
-@example(B=2, S=7, d=131)
-def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per_token, B, S, d):
-    arguments = inputs(B, S, d, per_token, dtype, device)
-    assert_accurate(gated_residual, gated_residual_reference, arguments, DIFFERENTIABLE)
+@given(B=st.integers(1, 3), lengths=LENGTHS, d=st.integers(1, 80))
+@example(B=1, lengths=[1], d=1)
+@example(B=2, lengths=[1, 1, 5], d=131)
+def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, lengths, d):
+    arguments = (*inputs(B, lengths, d, per, dtype, device), layout_for(per, lengths))
+    assert_accurate(gated_residual, reference, arguments, DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("per", ["sample", "clip"])
+def test_a_row_a_clip_or_sample_is_that_row_for_each_of_its_tokens(isa, device, per):
+    lengths = [3, 1, 4]
+    x, y, gate = inputs(2, lengths, 11, per, device=device)
+    expected = gated_residual(x, y, per_token(gate, per, 2, lengths))
+    torch.testing.assert_close(gated_residual(x, y, gate, layout_for(per, lengths)), expected, rtol=0, atol=0)
+
+
+def test_clip_by_clip_and_sample_by_sample_stand_the_rows_of_a_gate(isa, device):
+    x, y = torch.zeros(2, 3, 1, device=device), torch.ones(2, 3, 1, device=device)
+    gate = torch.tensor([[1.0], [2.0], [3.0], [4.0]], device=device)
+    out = gated_residual(x, y, gate, TokenLayout([(1, 1, 2), (1, 1, 1)]))
+    assert out[..., 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 3.0, 4.0]]
+
+
+def test_a_layout_of_one_clip_is_as_good_as_none(isa, device):
+    x, y, gate = inputs(3, 5, 9, device=device)
+    torch.testing.assert_close(gated_residual(x, y, gate, layout_of([5])), gated_residual(x, y, gate), rtol=0, atol=0)
+
+
+def test_a_gate_per_token_needs_no_layout_and_may_have_one(isa, device):
+    x, y, gate = inputs(2, [2, 3], 9, per="token", device=device)
+    expected = gated_residual(x, y, gate)
+    torch.testing.assert_close(gated_residual(x, y, gate, layout_of([2, 3])), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +79,7 @@ def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per_token, B, 
 def test_dtypes_may_differ_and_the_result_has_that_of_x(isa, device, dtype, y_dtype, gate_dtype):
     arguments = inputs(2, 3, 20, dtype=dtype, device=device, y_dtype=y_dtype, gate_dtype=gate_dtype)
     assert gated_residual(*arguments).dtype == dtype
-    assert_accurate(gated_residual, gated_residual_reference, arguments, DIFFERENTIABLE)
+    assert_accurate(gated_residual, reference, arguments, DIFFERENTIABLE)
 
 
 def test_each_element_is_x_plus_gate_times_y(isa, device):
@@ -69,17 +103,20 @@ def test_a_zero_gate_gives_x_back(isa, device):
     torch.testing.assert_close(gated_residual(x, y, torch.zeros_like(gate)), x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sizes", [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0, 0, 0)])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, sizes, per_token):
-    out, *grads = outputs_and_gradients(gated_residual, inputs(*sizes, per_token, device=device), DIFFERENTIABLE)
-    assert out.shape == sizes
+@pytest.mark.parametrize("sizes", [(0, [3], 8), (2, [0], 8), (2, [3], 0), (0, [0], 0), (0, [2, 1], 8), (2, [2, 1], 0)])
+@pytest.mark.parametrize("per", PER)
+def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, sizes, per):
+    B, lengths, d = sizes
+    layout = layout_for(per, lengths) if all(lengths) else None
+    arguments = (*inputs(*sizes, per, device=device), layout)
+    out, *grads = outputs_and_gradients(gated_residual, arguments, DIFFERENTIABLE)
+    assert out.shape == (B, sum(lengths), d)
     for grad in grads:
         assert not grad.any()
 
 
 def test_non_contiguous_inputs_give_the_same_bits(isa, device):
-    x, y, gate = inputs(2, 6, 10, per_token=True, device=device)
+    x, y, gate = inputs(2, 6, 10, per="token", device=device)
     expected = gated_residual(x, y, gate)
     strided = (
         x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -90,6 +127,14 @@ def test_non_contiguous_inputs_give_the_same_bits(isa, device):
     actual = gated_residual(*strided)
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_slice_of_all_modulations_of_a_block_gives_the_same_bits(isa, device):
+    x, y, gate = inputs(2, [2, 3], 8, per="clip", device=device)
+    part = torch.cat([gate, gate, gate], dim=-1).split(8, dim=-1)[1]
+    assert not part.is_contiguous()
+    layout = layout_of([2, 3])
+    torch.testing.assert_close(gated_residual(x, y, part, layout), gated_residual(x, y, gate, layout), rtol=0, atol=0)
 
 
 def test_expanded_gate_serves_the_whole_batch(isa, device):
@@ -108,30 +153,43 @@ def test_the_result_is_new_memory(isa, device):
 def test_nan_and_infinity_come_through(isa, device):
     x, y, gate = inputs(1, 2, 12, dtype=torch.bfloat16, device=device)
     x[0, 0, 5], x[0, 0, 9], x[0, 1, 3] = float("nan"), float("inf"), float("-inf")
-    torch.testing.assert_close(
-        gated_residual(x, y, gate), gated_residual_reference(x, y, gate), equal_nan=True, rtol=0.01, atol=0.01
+    torch.testing.assert_close(gated_residual(x, y, gate), reference(x, y, gate), equal_nan=True, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("per", PER)
+def test_gradients_are_the_derivatives(per):
+    arguments = inputs(2, [2, 1], 5, per, dtype=torch.float64)
+    torch.autograd.gradcheck(
+        lambda *tensors: gated_residual(*tensors, layout_for(per, [2, 1])),
+        [tensor.requires_grad_() for tensor in arguments],
     )
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_gradients_are_the_derivatives(per_token):
-    arguments = inputs(2, 3, 5, per_token, dtype=torch.float64)
-    torch.autograd.gradcheck(gated_residual, [tensor.requires_grad_() for tensor in arguments])
-
-
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_passes(isa, device, per_token, y_dtype):
-    x, y, gate = inputs(2, 3, 12, per_token, device=device, y_dtype=y_dtype)
+def test_opcheck_passes(isa, device, per, y_dtype):
+    x, y, gate = inputs(2, [1, 2], 12, per, device=device, y_dtype=y_dtype)
+    clip_starts = clip_starts_for(per, [1, 2])
     differentiable = [tensor.clone().requires_grad_() for tensor in (x, y, gate)]
-    torch.library.opcheck(torch.ops.k5.gated_residual, differentiable)
-    torch.library.opcheck(torch.ops.k5.gated_residual_backward, (torch.randn_like(x), y, gate))
+    torch.library.opcheck(torch.ops.k5.gated_residual, (*differentiable, clip_starts))
+    torch.library.opcheck(torch.ops.k5.gated_residual_backward, (torch.randn_like(x), y, gate, clip_starts))
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_one_compiled_graph_serves_all_sizes(device, per_token):
-    argument_sets = [inputs(*sizes, per_token, device=device) for sizes in ((2, 5, 16), (3, 7, 24))]
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_one_compiled_graph_serves_all_sizes(device, per):
+    argument_sets = [inputs(*sizes, per, device=device) for sizes in ((2, 5, 16), (3, 7, 24))]
     assert_compiled_equals_eager(gated_residual, argument_sets, DIFFERENTIABLE)
+
+
+def test_one_compiled_graph_serves_all_lengths_of_the_clips(device):
+    def add(x, y, gate, *lengths):
+        return gated_residual(x, y, gate, layout_of(lengths))
+
+    argument_sets = [
+        (*inputs(B, lengths, d, "clip", device=device), *lengths)
+        for B, lengths, d in ((2, [3, 5], 16), (3, [6, 4], 24))
+    ]
+    assert_compiled_equals_eager(add, argument_sets, DIFFERENTIABLE)
 
 
 def test_thread_count_changes_no_bit(isa, set_threads):
@@ -146,6 +204,8 @@ def test_thread_count_changes_no_bit(isa, set_threads):
         ({"y": torch.zeros(2, 1, 4)}, r"y: expected a floating \[2, 3, 4\] like x, got torch.float32 \[2, 1, 4\]"),
         ({"y": torch.zeros(2, 3, 4, dtype=torch.bool)}, r"y: .*got torch.bool"),
         ({"gate": torch.zeros(4)}, r"gate: expected a floating \[2, 4\] .* or \[2, 3, 4\] .*got torch.float32 \[4\]"),
+        ({"layout": layout_of([2, 1])}, r"gate: expected a floating \[4, 4\] .*2 clips.* got torch.float32 \[2, 4\]"),
+        ({"layout": layout_of([2, 2])}, r"layout: expected one of 3 tokens like x \[2, 3, 4\], got 4 tokens"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from modulations import LENGTHS, PER, clip_starts_for, layout_for, layout_of, modulation_shape, per_token
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
@@ -10,47 +11,80 @@ from operator_checks import (
 )
 from tolerances import assert_matches
 
+from k5kernels import TokenLayout
 from k5kernels.ops.layernorm_modulate import layernorm_modulate, layernorm_modulate_reference
 
 EPS = 1e-6
 DIFFERENTIABLE = (0, 1, 2)
 
 
-def inputs(B, S, d, per_token=False, dtype=torch.float32, device="cpu", modulation_dtype=None, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    shape = (B, S, d) if per_token else (B, d)
-    x = 3 * torch.randn(B, S, d, generator=random) + 1
+def inputs(B, lengths, d, per="sample", dtype=torch.float32, device="cpu", modulation_dtype=None):
+    """x, shift, scale and eps for B sequences of clips of these lengths; one number stands for one clip."""
+    lengths = [lengths] if isinstance(lengths, int) else lengths
+    random = torch.Generator().manual_seed(0)
+    shape = modulation_shape(per, B, lengths, d)
+    x = 3 * torch.randn(B, sum(lengths), d, generator=random) + 1
     shift, scale = torch.randn(shape, generator=random), torch.randn(shape, generator=random)
     modulation_dtype = modulation_dtype or dtype
     return x.to(device, dtype), shift.to(device, modulation_dtype), scale.to(device, modulation_dtype), EPS
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+def reference(x, shift, scale, eps, layout=None):
+    clip_starts = [0, x.shape[1]] if layout is None else layout.clip_tokens
+    return layernorm_modulate_reference(x, shift, scale, eps, clip_starts)
+
+
+@pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(B=st.integers(1, 3), S=st.integers(1, 9), d=st.integers(1, 80))
-@example(B=1, S=1, d=1)
-@example(B=2, S=7, d=131)
-@example(B=1, S=3, d=1792)
-def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per_token, B, S, d):
-    arguments = inputs(B, S, d, per_token, dtype, device)
-    assert_accurate(layernorm_modulate, layernorm_modulate_reference, arguments, DIFFERENTIABLE)
+@given(B=st.integers(1, 3), lengths=LENGTHS, d=st.integers(1, 80))
+@example(B=1, lengths=[1], d=1)
+@example(B=2, lengths=[1, 1, 5], d=131)
+@example(B=1, lengths=[2, 1], d=1792)
+def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, lengths, d):
+    arguments = (*inputs(B, lengths, d, per, dtype, device), layout_for(per, lengths))
+    assert_accurate(layernorm_modulate, reference, arguments, DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("per", ["sample", "clip"])
+def test_a_row_a_clip_or_sample_is_that_row_for_each_of_its_tokens(isa, device, per):
+    lengths = [3, 1, 4]
+    x, shift, scale, eps = inputs(2, lengths, 11, per, device=device)
+    expected = layernorm_modulate(x, *(per_token(rows, per, 2, lengths) for rows in (shift, scale)), eps)
+    actual = layernorm_modulate(x, shift, scale, eps, layout_for(per, lengths))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_clip_by_clip_and_sample_by_sample_stand_the_rows_of_a_modulation(isa, device):
+    x, scale = torch.ones(2, 3, 1, device=device), torch.zeros(4, 1, device=device)
+    shift = torch.tensor([[1.0], [2.0], [3.0], [4.0]], device=device)
+    out = layernorm_modulate(x, shift, scale, EPS, TokenLayout([(1, 1, 2), (1, 1, 1)]))
+    assert out[..., 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 3.0, 4.0]]
+
+
+def test_a_layout_of_one_clip_is_as_good_as_none(isa, device):
+    x, shift, scale, eps = inputs(3, 5, 9, device=device)
+    expected = layernorm_modulate(x, shift, scale, eps)
+    torch.testing.assert_close(layernorm_modulate(x, shift, scale, eps, layout_of([5])), expected, rtol=0, atol=0)
 
 
 def test_modulation_may_be_wider_than_x(isa, device):
     arguments = inputs(2, 3, 20, dtype=torch.bfloat16, device=device, modulation_dtype=torch.float32)
-    assert_accurate(layernorm_modulate, layernorm_modulate_reference, arguments, DIFFERENTIABLE)
+    assert_accurate(layernorm_modulate, reference, arguments, DIFFERENTIABLE)
 
 
-def test_one_modulation_may_be_per_sample_and_the_other_per_token(isa, device):
-    x, shift, _, _ = inputs(2, 3, 20, device=device)
-    scale = inputs(2, 3, 20, per_token=True, device=device)[2]
-    assert_accurate(layernorm_modulate, layernorm_modulate_reference, (x, shift, scale, EPS), DIFFERENTIABLE)
+@pytest.mark.parametrize("per", ["sample", "clip"])
+def test_one_modulation_may_have_a_row_a_token_and_the_other_not(isa, device, per):
+    x, shift, _, _ = inputs(2, [1, 2], 20, per, device=device)
+    scale = inputs(2, [1, 2], 20, per="token", device=device)[2]
+    layout = layout_for(per, [1, 2])
+    for arguments in ((x, shift, scale, EPS, layout), (x, scale, shift, EPS, layout)):
+        assert_accurate(layernorm_modulate, reference, arguments, DIFFERENTIABLE)
 
 
 def test_float16_and_float64_are_served_too(device):
     for dtype in (torch.float16, torch.float64):
         arguments = inputs(2, 3, 20, dtype=dtype, device=device)
-        assert_accurate(layernorm_modulate, layernorm_modulate_reference, arguments, DIFFERENTIABLE)
+        assert_accurate(layernorm_modulate, reference, arguments, DIFFERENTIABLE)
 
 
 def test_a_row_is_normalized_then_scaled_then_shifted(isa, device):
@@ -62,8 +96,7 @@ def test_a_row_is_normalized_then_scaled_then_shifted(isa, device):
 
 def test_a_large_mean_costs_no_precision(isa):
     x, shift, scale, _ = inputs(1, 4, 256)
-    arguments = (x + 1e4, shift, scale, EPS)
-    assert_accurate(layernorm_modulate, layernorm_modulate_reference, arguments, DIFFERENTIABLE)
+    assert_accurate(layernorm_modulate, reference, (x + 1e4, shift, scale, EPS), DIFFERENTIABLE)
 
 
 def test_samples_do_not_touch_each_other(isa):
@@ -74,17 +107,20 @@ def test_samples_do_not_touch_each_other(isa):
         torch.testing.assert_close(whole[b : b + 1], alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("sizes", [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0, 0, 0)])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, sizes, per_token):
-    out, *grads = outputs_and_gradients(layernorm_modulate, inputs(*sizes, per_token, device=device), DIFFERENTIABLE)
-    assert out.shape == sizes
+@pytest.mark.parametrize("sizes", [(0, [3], 8), (2, [0], 8), (2, [3], 0), (0, [0], 0), (0, [2, 1], 8), (2, [2, 1], 0)])
+@pytest.mark.parametrize("per", PER)
+def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, sizes, per):
+    B, lengths, d = sizes
+    layout = layout_for(per, lengths) if all(lengths) else None
+    arguments = (*inputs(*sizes, per, device=device), layout)
+    out, *grads = outputs_and_gradients(layernorm_modulate, arguments, DIFFERENTIABLE)
+    assert out.shape == (B, sum(lengths), d)
     for grad in grads:
         assert not grad.any()
 
 
 def test_non_contiguous_inputs_give_the_same_result(isa, device):
-    x, shift, scale, eps = inputs(2, 6, 10, per_token=True, device=device)
+    x, shift, scale, eps = inputs(2, 6, 10, per="token", device=device)
     expected = outputs_and_gradients(layernorm_modulate, (x, shift, scale, eps), DIFFERENTIABLE)
     strided = (
         x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -105,6 +141,15 @@ def test_expanded_modulation_serves_the_whole_batch(isa, device):
     torch.testing.assert_close(layernorm_modulate(x, *shared, eps), layernorm_modulate(x, *copied, eps), rtol=0, atol=0)
 
 
+def test_slices_of_all_modulations_of_a_block_give_the_same_bits(isa, device):
+    x, shift, scale, eps = inputs(2, [2, 3], 8, per="clip", device=device)
+    parts = torch.cat([shift, scale, shift], dim=-1).split(8, dim=-1)[:2]
+    assert not any(part.is_contiguous() for part in parts)
+    layout = layout_of([2, 3])
+    expected = layernorm_modulate(x, shift, scale, eps, layout)
+    torch.testing.assert_close(layernorm_modulate(x, *parts, eps, layout), expected, rtol=0, atol=0)
+
+
 def test_a_nan_stays_in_its_row(isa, device):
     x, shift, scale, eps = inputs(1, 3, 12, dtype=torch.bfloat16, device=device)
     x[0, 1, 5] = float("nan")
@@ -113,28 +158,41 @@ def test_a_nan_stays_in_its_row(isa, device):
     assert out[0, [0, 2]].isfinite().all()
 
 
-def test_gradients_are_the_derivatives():
-    arguments = inputs(2, 3, 5, dtype=torch.float64)[:3]
+@pytest.mark.parametrize("per", PER)
+def test_gradients_are_the_derivatives(per):
+    arguments = inputs(2, [2, 1], 5, per, dtype=torch.float64)[:3]
     torch.autograd.gradcheck(
-        lambda *tensors: layernorm_modulate(*tensors, EPS), [tensor.requires_grad_() for tensor in arguments]
+        lambda *tensors: layernorm_modulate(*tensors, EPS, layout_for(per, [2, 1])),
+        [tensor.requires_grad_() for tensor in arguments],
     )
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_passes(isa, device, per_token, dtype):
-    x, shift, scale, eps = inputs(2, 3, 12, per_token, dtype, device)
+def test_opcheck_passes(isa, device, per, dtype):
+    x, shift, scale, eps = inputs(2, [1, 2], 12, per, dtype, device)
+    clip_starts = clip_starts_for(per, [1, 2])
     differentiable = [tensor.clone().requires_grad_() for tensor in (x, shift, scale)]
-    torch.library.opcheck(torch.ops.k5.layernorm_modulate, (*differentiable, eps))
-    torch.library.opcheck(
-        torch.ops.k5.layernorm_modulate_backward, (torch.randn_like(x), x, scale, eps, list(shift.shape))
-    )
+    torch.library.opcheck(torch.ops.k5.layernorm_modulate, (*differentiable, eps, clip_starts))
+    backward = (torch.randn_like(x), x, scale, eps, list(shift.shape), clip_starts)
+    torch.library.opcheck(torch.ops.k5.layernorm_modulate_backward, backward)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_one_compiled_graph_serves_all_sizes(device, per_token):
-    argument_sets = [inputs(*sizes, per_token, device=device) for sizes in ((2, 5, 16), (3, 7, 24))]
+@pytest.mark.parametrize("per", ["sample", "token"])
+def test_one_compiled_graph_serves_all_sizes(device, per):
+    argument_sets = [inputs(*sizes, per, device=device) for sizes in ((2, 5, 16), (3, 7, 24))]
     assert_compiled_equals_eager(layernorm_modulate, argument_sets, DIFFERENTIABLE)
+
+
+def test_one_compiled_graph_serves_all_lengths_of_the_clips(device):
+    def modulate(x, shift, scale, eps, *lengths):
+        return layernorm_modulate(x, shift, scale, eps, layout_of(lengths))
+
+    argument_sets = [
+        (*inputs(B, lengths, d, "clip", device=device), *lengths)
+        for B, lengths, d in ((2, [3, 5], 16), (3, [6, 4], 24))
+    ]
+    assert_compiled_equals_eager(modulate, argument_sets, DIFFERENTIABLE)
 
 
 def test_thread_count_changes_no_bit(isa, set_threads):
@@ -149,6 +207,8 @@ def test_thread_count_changes_no_bit(isa, set_threads):
         ({"x": torch.zeros(2, 3, 4, dtype=torch.int64)}, r"x: .*got torch.int64"),
         ({"shift": torch.zeros(3, 4)}, r"shift: expected a floating \[2, 4\] .* or \[2, 3, 4\] .*got .*\[3, 4\]"),
         ({"scale": torch.zeros(2, 1, 4)}, r"scale: .*got torch.float32 \[2, 1, 4\]"),
+        ({"layout": layout_of([2, 1])}, r"shift: expected a floating \[4, 4\] .*2 clips.* got torch.float32 \[2, 4\]"),
+        ({"layout": layout_of([2, 2])}, r"layout: expected one of 3 tokens like x \[2, 3, 4\], got 4 tokens"),
         ({"scale": torch.zeros(2, 4, dtype=torch.int32)}, r"scale: .*got torch.int32"),
     ],
 )
