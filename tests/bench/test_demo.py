@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(invoke, tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied", str(tmp_path / "clip.mp4"))
 
     path = noise_video(tmp_path / "clip.mp4", 5, 256, 256)
-    monkeypatch.setattr("k5kernels.latents.video.av.open", denied)
+    monkeypatch.setattr("k5kernels.latents.video.read.av.open", denied)
     assert_one_clear_line(invoke(path), "clip.mp4", "Permission denied")
     assert_no_results(tmp_path / "out")
 
