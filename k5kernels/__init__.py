@@ -12,7 +12,6 @@ from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.groupnorm_silu import groupnorm_silu
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
-from k5kernels.ops.library import load_native
 from k5kernels.ops.nabla_mask import nabla_mask
 from k5kernels.ops.qk_norm_rope import qk_norm_rope
 from k5kernels.ops.sta_mask import sta_mask
@@ -39,6 +38,3 @@ __all__ = [
     "sta_mask",
     "vae",
 ]
-
-# Last: it finds a C++ kernel for each operator registered by the imports above.
-load_native()

@@ -1,7 +1,6 @@
 """What this machine can run: versions, CPU and GPUs, which kernel serves which operator, and attention engines."""
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -66,7 +65,7 @@ def machine() -> Machine:
         versions=versions | {name: _version(name) for name in PACKAGES},
         cpu=CPU(torch.get_num_threads(), _instruction_set(), torch.backends.cpu.get_cpu_capability()),
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        operators=[_operator(name, device) for name in library.operator_names() for device in DEVICES],
+        operators=[_operator(name, device) for name in sorted(library.OPERATORS) for device in DEVICES],
         engines=[_engine(name, device) for name in ENGINES if name != "auto"],
     )
 
@@ -83,29 +82,22 @@ def _instruction_set() -> str | None:
 
 
 def _operator(name: str, device: str) -> OperatorKernel:
-    kernel = library.kernel_for(name, device)
-    return OperatorKernel(name, device, kernel, _reason(name, kernel, device))
+    return OperatorKernel(name, device, library.kernel_for(name, device), _reason(name, device))
 
 
-def _reason(name: str, kernel: str, device: str) -> str:
-    if kernel == "C++":
-        instructions = _instruction_set()
-        if instructions == "avx512_bf16" and name not in BUILT_FOR_AVX512:
-            instructions = "avx2"
-        return f"{instructions}; {_names(library.dtypes_of(name, device))}, others run on the reference"
-    if kernel == "Triton":
-        return f"compiled when first launched; {_names(library.dtypes_of(name, device))}, others run on the reference"
-    if device == "cuda" and not library.HAS_TRITON:
-        return "no Triton kernel: triton is not installed"
-    if device == "cpu" and not library.NATIVE.exists():
-        return "installed without a C++ compiler"
-    return f"no {'C++' if device == 'cpu' else 'Triton'} kernel for it"
+def _reason(name: str, device: str) -> str:
+    operator = library.OPERATORS[name]
+    if device in operator.kernels:
+        build = _instruction_set_of(name) if device == "cpu" else "compiled when first launched"
+        return f"{build}; {operator.accepts[device]}; others run on the reference"
+    if device not in operator.accepts:
+        return f"it has no {library.LANGUAGES[device]} kernel"
+    return "installed without a C++ compiler" if device == "cpu" else "triton is not installed"
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    """ "float32, bfloat16 and float16" """
-    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{', '.join(others)} and {last}" if others else last
+def _instruction_set_of(name: str) -> str | None:
+    instructions = _instruction_set()
+    return "avx2" if instructions == "avx512_bf16" and name not in BUILT_FOR_AVX512 else instructions
 
 
 def _engine(name: str, device: str) -> AttentionEngine:

@@ -1,7 +1,7 @@
 """What `k5 info` tells of this machine."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_every_operator_is_listed_with_its_kernel_on_both_devices():
     listed = {(operator.name, operator.device): operator.kernel for operator in info.machine().operators}
     assert listed == {
         (name, device): library.kernel_for(name, device)
-        for name in library.operator_names()
+        for name in library.OPERATORS
         for device in ("cpu", "cuda")
     }
 
@@ -37,18 +37,31 @@ def test_a_native_kernel_says_for_which_dtypes_and_with_which_instructions(isa):
     assert reasons["layernorm_modulate", "cpu"].startswith("avx2" if isa == "avx512_bf16" else isa)
 
 
+@pytest.mark.skipif(not library.HAS_TRITON, reason="triton is not installed")
+def test_a_triton_kernel_says_for_which_dtypes_and_head_dims():
+    reasons = {(o.name, o.device): o.reason for o in info.machine().operators}
+    taken = "float32, bfloat16 and float16, head dim up to 128; others run on the reference"
+    assert reasons["block_sparse_attention", "cuda"].endswith(taken)
+
+
 def test_without_native_kernels_the_reason_is_the_missing_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "NATIVE", tmp_path / "_native.so")
-    monkeypatch.setattr(library, "kernel_for", lambda name, device: "reference")
+    written = {name for name, operator in library.OPERATORS.items() if "cpu" in operator.accepts}
+    monkeypatch.setattr(
+        library, "OPERATORS", {name: replace(operator, kernels={}) for name, operator in library.OPERATORS.items()}
+    )
     machine = info.machine()
     assert machine.cpu.instruction_set is None
-    assert {o.reason for o in machine.operators if o.device == "cpu"} == {"installed without a C++ compiler"}
+    on_cpu = [o for o in machine.operators if o.device == "cpu"]
+    assert {o.kernel for o in on_cpu} == {"reference"}
+    assert {o.reason for o in on_cpu if o.name in written} == {"installed without a C++ compiler"}
 
 
 def test_an_operator_without_a_kernel_for_a_device_says_so():
     for operator in info.machine().operators:
-        if operator.kernel == "reference" and library.NATIVE.exists():
-            assert operator.reason == f"no {'C++' if operator.device == 'cpu' else 'Triton'} kernel for it"
+        if operator.name == "qk_norm_rope_backward":
+            assert operator.kernel == "reference"
+            assert operator.reason == f"it has no {'C++' if operator.device == 'cpu' else 'Triton'} kernel"
 
 
 def test_versions_are_those_of_the_installed_packages():

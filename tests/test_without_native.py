@@ -15,8 +15,8 @@ with warnings.catch_warnings(record=True) as caught:
 print(sum("without a C++ compiler" in str(warning.message) for warning in caught))
 import torch
 from k5kernels.ops.layernorm_modulate import layernorm_modulate_reference
-from k5kernels.ops.library import kernel_for, operator_names
-print({kernel_for(name, "cpu") for name in operator_names()})
+from k5kernels.ops.library import OPERATORS, kernel_for
+print({kernel_for(name, "cpu") for name in OPERATORS})
 x, shift, scale = torch.randn(2, 5, 7), torch.randn(2, 7), torch.randn(2, 7)
 expected = layernorm_modulate_reference(x, shift, scale, 1e-5, [0, 5])
 print(torch.equal(k5.layernorm_modulate(x, shift, scale), expected))

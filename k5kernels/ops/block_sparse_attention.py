@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from k5kernels.block_mask import BlockMask, check_lists
-from k5kernels.ops.library import GPU_DTYPES, register
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.nabla_mask import check_tokens
 from k5kernels.token_layout import TokenLayout, block_tokens, from_blocks, to_blocks
 
 # Scores in work at a time: bounds the memory beyond inputs and outputs, and stays near the cache.
 CHUNK = 1 << 20
+# A tile of the Triton kernels holds whole heads; wider ones would not fit in registers.
+ACCEPTS = {"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES, largest_head_dim=128)}
 
 
 def block_sparse_attention(
@@ -212,18 +214,14 @@ def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
 
 
 register(
-    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor block_starts,"
-    " float scale) -> (Tensor, Tensor)",
     block_sparse_attention_reference,
     _fake,
     _backward,
     _setup_context,
-    triton_dtypes=GPU_DTYPES,
+    accepts=ACCEPTS,
 )
 register(
-    "block_sparse_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, Tensor offsets, Tensor indices, Tensor block_starts, float scale) -> (Tensor, Tensor, Tensor)",
     block_sparse_attention_backward_reference,
     _backward_fake,
-    triton_dtypes=GPU_DTYPES,
+    accepts=ACCEPTS,
 )

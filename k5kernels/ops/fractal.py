@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import GPU_DTYPES, register
+from k5kernels.ops.library import GPU_DTYPES, Accepts, register
 from k5kernels.token_layout import TokenLayout
 
 # What the kernels copy; other dtypes go by the reference.
 COPIED_DTYPES = (*GPU_DTYPES, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+ACCEPTS = {"cpu": Accepts(COPIED_DTYPES), "cuda": Accepts(COPIED_DTYPES)}
 
 
 def fractal_flatten(x: Tensor | Sequence[Tensor], layout: TokenLayout) -> Tensor:
@@ -95,20 +96,16 @@ def _unflatten_backward(ctx, grad: Tensor):
 
 
 register(
-    "fractal_flatten(Tensor x, SymInt patch) -> Tensor",
     fractal_flatten_reference,
     _flatten_fake,
     _flatten_backward,
     _flatten_setup_context,
-    cpu_dtypes=COPIED_DTYPES,
-    triton_dtypes=COPIED_DTYPES,
+    accepts=ACCEPTS,
 )
 register(
-    "fractal_unflatten(Tensor x, SymInt frames, SymInt height, SymInt width, SymInt patch) -> Tensor",
     fractal_unflatten_reference,
     _unflatten_fake,
     _unflatten_backward,
     _unflatten_setup_context,
-    cpu_dtypes=COPIED_DTYPES,
-    triton_dtypes=COPIED_DTYPES,
+    accepts=ACCEPTS,
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import register
+from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 from k5kernels.ops.modulation import check_modulation, clip_starts_of, map_clips, sum_to_modulation
 from k5kernels.token_layout import TokenLayout
 
@@ -74,14 +74,13 @@ def _backward(ctx, grad: Tensor):
 
 
 register(
-    "gated_residual(Tensor x, Tensor y, Tensor gate, SymInt[] clip_starts) -> Tensor",
     gated_residual_reference,
     _fake,
     _backward,
     _setup_context,
+    accepts={"cpu": Accepts(CPU_DTYPES)},
 )
 register(
-    "gated_residual_backward(Tensor grad, Tensor y, Tensor gate, SymInt[] clip_starts) -> (Tensor, Tensor)",
     gated_residual_backward_reference,
     _backward_fake,
 )

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import register
+from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -101,15 +101,13 @@ def _backward(ctx, grad: Tensor):
 
 
 register(
-    "groupnorm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> Tensor",
     groupnorm_silu_reference,
     _fake,
     _backward,
     _setup_context,
+    accepts={"cpu": Accepts(CPU_DTYPES)},
 )
 register(
-    "groupnorm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int groups, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
     groupnorm_silu_backward_reference,
     _backward_fake,
 )

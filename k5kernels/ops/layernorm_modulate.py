@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import register
+from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 from k5kernels.ops.modulation import check_modulation, clip_starts_of, map_clips, sum_to_modulation
 from k5kernels.token_layout import TokenLayout
 
@@ -101,15 +101,13 @@ def _backward(ctx, grad: Tensor):
 
 
 register(
-    "layernorm_modulate(Tensor x, Tensor shift, Tensor scale, float eps, SymInt[] clip_starts) -> Tensor",
     layernorm_modulate_reference,
     _fake,
     _backward,
     _setup_context,
+    accepts={"cpu": Accepts(CPU_DTYPES)},
 )
 register(
-    "layernorm_modulate_backward(Tensor grad, Tensor x, Tensor scale, float eps, SymInt[] shift_shape,"
-    " SymInt[] clip_starts) -> (Tensor, Tensor, Tensor)",
     layernorm_modulate_backward_reference,
     _backward_fake,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.block_mask import BlockMask, lists_to_dense, row_offsets
-from k5kernels.ops.library import GPU_DTYPES, register
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.sta_mask import sta_mask
 from k5kernels.token_layout import TokenLayout, to_blocks
 
@@ -131,9 +131,7 @@ def _fake(
 
 
 register(
-    "nabla_mask(Tensor q, Tensor k, Tensor block_starts, Tensor clip_block_starts, float thr, Tensor? sta_offsets,"
-    " Tensor? sta_indices) -> (Tensor, Tensor)",
     nabla_mask_reference,
     _fake,
-    triton_dtypes=GPU_DTYPES,
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES)},
 )

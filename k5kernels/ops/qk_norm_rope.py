@@ -10,7 +10,7 @@ Computed in float32 (float64 for float64) whatever the dtype of q and k, rounded
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import register
+from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 
 # What torch.nn.RMSNorm takes for float32 where none is given, as in the released models.
 EPS = torch.finfo(torch.float32).eps
@@ -135,16 +135,13 @@ def _backward(ctx, grad_q: Tensor, grad_k: Tensor):
 
 
 register(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps)"
-    " -> (Tensor, Tensor)",
     qk_norm_rope_reference,
     _fake,
     _backward,
     _setup_context,
+    accepts={"cpu": Accepts(CPU_DTYPES)},
 )
 register(
-    "qk_norm_rope_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
-    " Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     qk_norm_rope_backward_reference,
     _backward_fake,
 )

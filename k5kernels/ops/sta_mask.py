@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.block_mask import BlockMask, row_offsets
-from k5kernels.ops.library import register
+from k5kernels.ops.library import Accepts, register
 from k5kernels.token_layout import TokenLayout
 
 # Cells of the block mask looked at in one step: bounds the memory beyond the result.
@@ -54,9 +54,7 @@ def _fake(coordinates: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
 
 
 register(
-    "sta_mask(Tensor block_coordinates, SymInt[] window) -> (Tensor, Tensor)",
     sta_mask_reference,
     _fake,
-    cpu_dtypes=(torch.int64,),
-    triton_dtypes=(torch.int64,),
+    accepts={"cpu": Accepts((torch.int64,)), "cuda": Accepts((torch.int64,))},
 )

@@ -14,17 +14,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from k5kernels.ops.block_sparse_attention import (
-    block_sparse_attention_backward_reference,
-    block_sparse_attention_reference,
-)
 from k5kernels.triton.attention_backward import backward_keys_kernel, backward_queries_kernel, row_shift_kernel
 from k5kernels.triton.attention_forward import forward_kernel, forward_pairs_kernel
 from k5kernels.triton.block_mask import paired_lists, transposed_lists
 
 LARGEST_TILE = 64
 MOST_ROWS = 2 * LARGEST_TILE  # of a tile that two blocks share
-LARGEST_HEAD_DIM = 128  # above, the reference serves
 SHIFT_TOKENS = 16
 LOG2_E = math.log2(math.e)
 
@@ -51,8 +46,6 @@ def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, indices: Tensor, block_starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
-    if q.shape[-1] > LARGEST_HEAD_DIM:
-        return block_sparse_attention_reference(q, k, v, offsets, indices, block_starts, scale)
     B, h, S = q.shape[:3]
     blocks = block_starts.shape[0] - 1
     out, lse = q.new_empty(q.shape), q.new_empty(B, h, S, dtype=torch.float32)
@@ -92,10 +85,6 @@ def block_sparse_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
-    if q.shape[-1] > LARGEST_HEAD_DIM:
-        return block_sparse_attention_backward_reference(
-            grad_out, grad_lse, q, k, v, out, lse, offsets, indices, block_starts, scale
-        )
     B, h, S = q.shape[:3]
     blocks = block_starts.shape[0] - 1
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
