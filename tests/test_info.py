@@ -15,9 +15,7 @@ from k5kernels.ops import library
 def test_every_operator_is_listed_with_its_kernel_on_both_devices():
     listed = {(operator.name, operator.device): operator.kernel for operator in info.machine().operators}
     assert listed == {
-        (name, device): library.kernel_for(name, device)
-        for name in library.OPERATORS
-        for device in ("cpu", "cuda")
+        (name, device): library.kernel_for(name, device) for name in library.OPERATORS for device in ("cpu", "cuda")
     }
 
 

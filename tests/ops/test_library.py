@@ -60,9 +60,7 @@ def test_the_gpu_kernels_are_not_imported_with_the_library():
 @needs_native
 def test_operators_accept_calls_on_the_cpu_exactly_where_a_cplusplus_kernel_is_bound():
     bound = {
-        name
-        for name in library.OPERATORS
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"k5_cpu::{name}", "CPU")
+        name for name in library.OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"k5_cpu::{name}", "CPU")
     }
     assert "block_sparse_attention" in bound
     assert accepted_on("cpu") == bound
