@@ -1,6 +1,8 @@
-"""`k5 encode` and `k5 info`."""
+"""`k5` and `k5 encode`."""
 
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,6 +66,12 @@ def test_encode_keeps_the_good_videos_names_the_bad_one_and_exits_with_1(folder,
 def test_encode_refuses_what_it_cannot_use_in_one_line(folder, tmp_path, options, words):
     (tmp_path / "videos").mkdir()
     fails("encode " + options.format(folder=folder, out=tmp_path / "videos"), 1, *words)
+
+
+def test_the_package_runs_as_the_command_does():
+    module = subprocess.run([sys.executable, "-m", "k5kernels", "encode"], capture_output=True, text=True)
+    assert module.returncode == 2
+    assert module.stderr.startswith("Usage: k5 encode [OPTIONS]")
 
 
 @pytest.mark.parametrize("options", ["", "clip.mp4 --out out", "clip.mp4 --vae vae", "--vae vae --out out"])

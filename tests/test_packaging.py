@@ -53,7 +53,7 @@ def relative(folder: Path, *patterns: str) -> set[str]:
 def test_the_sdist_has_all_that_the_build_needs(sdist):
     assert all((sdist / name).is_file() for name in SOURCES)
     assert relative(sdist / "csrc", "*.*") == relative(ROOT / "csrc", "*.*")
-    assert relative(sdist / "k5kernels", "*.py") == relative(ROOT / "k5kernels", "*.py")
+    assert relative(sdist / "k5kernels", "*.py", "py.typed") == relative(ROOT / "k5kernels", "*.py", "py.typed")
 
 
 def test_the_sdist_has_no_tests(sdist):
@@ -66,5 +66,5 @@ def test_without_a_compiler_the_wheel_is_for_every_machine(wheel):
 
 def test_the_wheel_has_the_packages_code_and_data(wheel):
     names = {name.removeprefix("k5kernels/") for name in zipfile.ZipFile(wheel).namelist()}
-    assert relative(ROOT / "k5kernels", "*.py", "*.json", "*.csv") <= names
+    assert relative(ROOT / "k5kernels", "*.py", "py.typed", "*.json", "*.csv") <= names
     assert not any(name.endswith(".so") or name.startswith(("tests/", "model/", "train/", "bench/")) for name in names)
