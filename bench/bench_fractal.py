@@ -7,7 +7,7 @@ from k5kernels import TokenLayout, fractal_flatten, fractal_unflatten
 from k5kernels.ops.fractal import fractal_flatten_reference, fractal_unflatten_reference
 
 GRID, D = (4, 32, 48), 1792
-LAYOUT = TokenLayout(GRID)
+LAYOUT = TokenLayout((GRID,))
 
 
 def test_fractal_flatten(benchmark, dtype):

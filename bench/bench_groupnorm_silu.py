@@ -21,8 +21,8 @@ def in_float64(tensors):
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_groupnorm_silu(benchmark, dtype, memory_format):
-    arguments = inputs(dtype, memory_format)
-    exact = groupnorm_silu_reference(*in_float64(arguments), GROUPS, EPS)
+    x, weight, bias = inputs(dtype, memory_format)
+    exact = groupnorm_silu_reference(x.double(), weight.double(), bias.double(), GROUPS, EPS)
     # PyTorch's own channels-last kernel errs by some 6e-6 of the largest value in float32.
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-5) * exact.abs().max().item()
     compiled = torch.compile(groupnorm_silu_reference)
@@ -30,9 +30,9 @@ def test_groupnorm_silu(benchmark, dtype, memory_format):
         benchmark,
         f"x {list(SHAPE)}",
         {
-            "ours": lambda: groupnorm_silu(*arguments, GROUPS, EPS),
-            "eager": lambda: groupnorm_silu_reference(*arguments, GROUPS, EPS),
-            "torch.compile": lambda: compiled(*arguments, GROUPS, EPS),
+            "ours": lambda: groupnorm_silu(x, weight, bias, GROUPS, EPS),
+            "eager": lambda: groupnorm_silu_reference(x, weight, bias, GROUPS, EPS),
+            "torch.compile": lambda: compiled(x, weight, bias, GROUPS, EPS),
         },
         lambda out: torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance),
     )

@@ -4,10 +4,12 @@ A tenth of the blocks is kept unless a test says otherwise. Dense attention comp
 attention, so every variant returns its output together with what that output must be.
 """
 
+from collections.abc import Iterator
 from itertools import cycle
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,23 +26,23 @@ from model.weights import load_crossdit
 from train.clips import NAMES
 from train.nano_crossdit import held_out_scene
 
-LAYOUT = TokenLayout((4, 32, 32))
-LONG = TokenLayout((16, 32, 32))
+LAYOUT = TokenLayout(((4, 32, 32),))
+LONG = TokenLayout(((16, 32, 32),))
 BLOCK = 64
 DENSITY, THR = 0.1, 0.9
 SPREAD = 1.5  # of blocks, so that some matter and others not
 DENSE, FLEX = "dense SDPA", "compiled flex_attention"
 # How many times as fast as each variant the forward must be.
-FORWARD_FLOORS = {torch.float32: {DENSE: 10, FLEX: 1.8}, torch.bfloat16: {FLEX: 3}}
+FORWARD_FLOORS: dict[torch.dtype, dict[str, float]] = {torch.float32: {DENSE: 10, FLEX: 1.8}, torch.bfloat16: {FLEX: 3}}
 
 
 def random_tokens(layout, heads, dim, dtype=torch.float32):
     return [torch.randn(1, heads, layout.tokens, dim).to(dtype) for _ in range(3)]
 
 
-def placements(*tensors):
+def placements(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The tensors again and again, in turn at several places in memory: FlexAttention's speed depends on the place."""
-    return cycle([[x.clone() for x in tensors] for _ in range(ROUNDS)])
+    return cycle([(q.clone(), k.clone(), v.clone()) for _ in range(ROUNDS)])
 
 
 def random_mask(layout, heads, density=DENSITY):
@@ -77,7 +79,7 @@ def test_attention(benchmark, dtype, layout, dim):
     heads = 4 * LAYOUT.tokens * 128 // (layout.tokens * dim)
     q, k, v = random_tokens(layout, heads, dim, dtype)
     mask = random_mask(layout, heads)
-    wide = [x.double() for x in (q, k, v)]
+    wide = (q.double(), k.double(), v.double())
     sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
     flex, flex_mask = compiled_flex_attention(), mask.to_flex()
     ours_at, dense_at, flex_at = (placements(q, k, v) for _ in range(3))
@@ -176,7 +178,7 @@ def test_attention_forward_and_backward(benchmark, dtype, layout, dim):
 @pytest.mark.parametrize(("frames", "floor"), [(12, 4), (48, 12)], ids=["192 blocks", "768 blocks"])
 def test_mask(benchmark, frames, floor):
     """The reference is the construction by sort, cumulative sum and scatter."""
-    heads, layout = 24, TokenLayout((frames, 32, 32))
+    heads, layout = 24, TokenLayout(((frames, 32, 32),))
     q, k, _ = tokens_alike_in_blocks(layout, heads, 64, SPREAD)
     arguments = (q, k, layout.block_starts(), layout.clip_block_starts(), THR, None, None)
     expected = BlockMask(*nabla_mask_reference(*arguments), layout)
@@ -184,7 +186,8 @@ def test_mask(benchmark, frames, floor):
 
     def check_lists(lists):
         # Logits that differ in the last bit may swap two blocks at the threshold.
-        assert (BlockMask(*lists, layout).to_dense() != kept).float().mean() < 1e-5
+        offsets, indices = lists
+        assert (BlockMask(offsets, indices, layout).to_dense() != kept).float().mean() < 1e-5
 
     compare(
         benchmark,
@@ -201,7 +204,7 @@ def test_mask(benchmark, frames, floor):
 def compare_whole(benchmark, q, k, v, layout, thr):
     """Mask and attention together, beside dense attention."""
     mask = nabla_mask(q, k, layout, thr)
-    wide = [x.double() for x in (q, k, v)]
+    wide = (q.double(), k.double(), v.double())
     sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
     compare(
         benchmark,
@@ -215,7 +218,8 @@ def compare_whole(benchmark, q, k, v, layout, thr):
 
 
 def test_nabla_attention(benchmark):
-    compare_whole(benchmark, *tokens_alike_in_blocks(LAYOUT, 4, 64, SPREAD), LAYOUT, THR)
+    q, k, v = tokens_alike_in_blocks(LAYOUT, 4, 64, SPREAD)
+    compare_whole(benchmark, q, k, v, LAYOUT, THR)
 
 
 class Captured(TorchDispatchMode):
@@ -245,5 +249,6 @@ def tokens_of_nano(layout):
 
 
 def test_nabla_attention_on_tokens_of_nano(benchmark):
-    layout = TokenLayout((7, 16, 24))
-    compare_whole(benchmark, *tokens_of_nano(layout), layout, THR)
+    layout = TokenLayout(((7, 16, 24),))
+    q, k, v = tokens_of_nano(layout)
+    compare_whole(benchmark, q, k, v, layout, THR)

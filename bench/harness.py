@@ -96,11 +96,11 @@ def measure(
     """
     for variant in variants.values():
         check(variant())
-    calls = {variant: _calls_per_round(call) for variant, call in variants.items()}
-    samples: dict[str, list[float]] = {variant: [] for variant in variants}
+    calls = {label: _calls_per_round(call) for label, call in variants.items()}
+    samples: dict[str, list[float]] = {label: [] for label in variants}
     for _ in range(rounds):
-        for variant, call in variants.items():
-            samples[variant].append(1e3 * _seconds(call, calls[variant]) / calls[variant])
+        for label, call in variants.items():
+            samples[label].append(1e3 * _seconds(call, calls[label]) / calls[label])
     return Row(name, sizes, torch.get_num_threads(), samples, operations)
 
 

@@ -22,7 +22,7 @@ from k5kernels import BlockMask, TokenLayout, nabla_attention, nabla_mask
 from train.resident import peak_bytes, reuse_memory
 
 # Tokens of 512×768 pixels (32×48 a latent frame) up to ten seconds of video, 93,696 tokens; the first is a part of it.
-LAYOUTS = [TokenLayout((4, 16, 32))] + [TokenLayout((frames, 32, 48)) for frames in (4, 8, 16, 31, 61)]
+LAYOUTS = [TokenLayout(((4, 16, 32),))] + [TokenLayout(((frames, 32, 48),)) for frames in (4, 8, 16, 31, 61)]
 HEADS, DIM, DENSITY, SPREAD = 1, 64, 0.1, 1.0
 ROUNDS = 5
 CHECKED_TOKENS = 64

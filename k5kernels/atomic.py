@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Path to write to, `<path>.partial`: it replaces `path` when the block ends and is removed when it fails.
 
     A killed process leaves at most the `.partial` file, which the next one overwrites. An OSError that names no file,

@@ -98,8 +98,9 @@ class CrossDiT(nn.Module):
         tokens = self.visual_embeddings(patches.flatten(1, 3) if layout is None else fractal_flatten(patches, layout))
         tokens = blocks(tokens) if cache is None else cache(blocks, tokens)
         patches = self.out_layer(tokens, modulation)
-        patches = patches.unflatten(1, grid) if layout is None else fractal_unflatten(patches, layout)
-        return unpatchify(patches, self.config.patch_size)
+        cells = patches.unflatten(1, grid) if layout is None else fractal_unflatten(patches, layout)
+        assert isinstance(cells, Tensor)  # the layout is of one clip
+        return unpatchify(cells, self.config.patch_size)
 
     def _modulation(self, time: Tensor, pooled_text: Tensor) -> Tensor:
         """What all blocks are modulated by: [B, time_dim], float32."""

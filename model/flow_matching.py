@@ -8,10 +8,11 @@ Latents are channels last, [B, T, H, W, C], as CrossDiT takes them. The model is
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
+from model.crossdit import CrossDiT
 
 TIME_UNITS = 1000.0
 
@@ -56,14 +57,14 @@ def check_first_frame(first_frame: Tensor, shape: Sequence[int]) -> None:
         raise ValueError(f"first_frame: expected {expected}, got {list(first_frame.shape)}")
 
 
-def check_takes_condition(model: nn.Module) -> None:
+def check_takes_condition(model: CrossDiT) -> None:
     """Raises ValueError where the model has no channels for a first frame."""
     if not model.config.visual_cond:
         raise ValueError("first_frame: this model takes no condition (config.visual_cond is False); pass None")
 
 
 def flow_matching_loss(
-    model: nn.Module,
+    model: CrossDiT,
     latents: Tensor,
     text: TextCondition,
     generator: torch.Generator,
@@ -106,7 +107,7 @@ def _draw(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return time.to(latents.device), noise.to(latents.device)
 
 
-def _check_given(model: nn.Module, given: Tensor, latents: Tensor) -> None:
+def _check_given(model: CrossDiT, given: Tensor, latents: Tensor) -> None:
     if given.dtype != torch.bool or given.shape != latents.shape[:1]:
         raise ValueError(
             f"first_frame: expected bool [{latents.shape[0]}], one a sample, got {given.dtype} {list(given.shape)}"

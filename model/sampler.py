@@ -5,10 +5,11 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
+from model.crossdit import CrossDiT
 from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
 
 Velocity = Callable[[TextCondition, str, float], Tensor]  # of a condition, its branch and the time
@@ -31,7 +32,7 @@ def time_grid(steps: int, scheduler_scale: float | None = None) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: CrossDiT,
     text: TextCondition,
     negative: TextCondition | None,
     shape: tuple[int, int, int, int, int],
@@ -92,7 +93,7 @@ def _guided(
 
 
 def _check(
-    model: nn.Module,
+    model: CrossDiT,
     text: TextCondition,
     negative: TextCondition | None,
     shape: tuple[int, ...],

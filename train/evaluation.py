@@ -85,13 +85,14 @@ def generate(
         masks.append(mask)
         del masks[: -model.config.visual_blocks]
 
+    B, T, H, W, C = scene.latent.shape
     began = time.perf_counter()
     with record_block_masks(watch):
         result = sample(
             model,
             scene.text,
             scene.negative,
-            tuple(scene.latent.shape),
+            (B, T, H, W, C),
             first_frame=scene.latent[:, :1],
             steps=steps,
             guidance=nano.guidance,

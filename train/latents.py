@@ -10,6 +10,8 @@ from torch import Tensor
 
 from k5kernels.latents.shards import Sample, read_shard
 
+Grid = tuple[int, int, int]  # T, H, W of a latent
+
 
 def read_shards(folder: Path) -> Iterator[Sample]:
     """All samples of a folder's shards, in order."""
@@ -41,15 +43,16 @@ class LatentSet:
 
         Raises ValueError where there is no sample.
         """
-        self._grids: dict[tuple[int, ...], list[tuple[Tensor, str]]] = defaultdict(list)
+        self._grids: dict[Grid, list[tuple[Tensor, str]]] = defaultdict(list)
         for sample in samples:
             latent = channels_last(sample)
-            self._grids[tuple(latent.shape[:3])].append((latent, captions.get(Path(sample.meta["source"]).stem, "")))
+            T, H, W, _ = latent.shape
+            self._grids[T, H, W].append((latent, captions.get(Path(sample.meta["source"]).stem, "")))
         if not self._grids:
             raise ValueError("samples: expected at least one latent, got none; encode a video first (k5 encode)")
 
     @property
-    def grids(self) -> dict[tuple[int, ...], int]:
+    def grids(self) -> dict[Grid, int]:
         """Latent [T, H, W] -> how many samples have it."""
         return {grid: len(samples) for grid, samples in self._grids.items()}
 

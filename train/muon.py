@@ -33,7 +33,7 @@ class ConvMuon(Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: no caller passes one
         """One update of every parameter, each of two or more dimensions."""
         for group in self.param_groups:
             for parameter in group["params"]:

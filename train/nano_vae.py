@@ -11,7 +11,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -64,16 +64,16 @@ class VAE(nn.Module):
         Filters see the present only. With past frames in them from the start, each of the many causal layers would
         delay the video, and single frames, where past and present are the same, could not teach otherwise.
         """
-        for module in self.convolutions():
-            nn.init.kaiming_normal_(module.weight[:, :, -1], nonlinearity="linear")
-            nn.init.zeros_(module.weight[:, :, :-1])
-            nn.init.zeros_(module.bias)
+        for convolution in self.convolutions():
+            nn.init.kaiming_normal_(convolution.weight[:, :, -1], nonlinearity="linear")
+            nn.init.zeros_(convolution.weight[:, :, :-1])
+            nn.init.zeros_(convolution.get_parameter("bias"))
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 nn.init.zeros_(module.conv2.conv.weight)
             elif isinstance(module, FrameCausalAttention):
-                nn.init.zeros_(module.to_out[0].weight)
-        self.encoder.quant_conv.bias[NANO_VAE.latent_channels :] = INITIAL_LOG_VARIANCE
+                nn.init.zeros_(module.to_out.get_parameter("0.weight"))
+        self.encoder.quant_conv.get_parameter("bias")[NANO_VAE.latent_channels :] = INITIAL_LOG_VARIANCE
 
     def convolutions(self) -> list[nn.Conv3d]:
         """All convolutions; filters are [out, in, time, height, width], the present last in time."""
@@ -139,6 +139,7 @@ class VAETrainer:
         loss.backward()
         if self.done < IMAGE_SHARE * self.steps:
             for convolution in self.vae.convolutions():
+                assert convolution.weight.grad is not None
                 convolution.weight.grad[:, :, :-1] = 0
         schedule = learning_rate(self.done, self.steps, 1.0, WARMUP_STEPS, self.steps // 2)
         self.muon.param_groups[0]["lr"] = MUON_LEARNING_RATE * schedule
@@ -210,16 +211,21 @@ def main(
     for _ in track(range(trainer.done, steps), description="nano VAE"):
         loss = trainer.step()
         if trainer.done % every == 0 or trainer.done == steps:
-            row = {"step": trainer.done, "seconds": round(trainer.seconds), "loss": round(loss, 4)}
+            row: dict[str, Any] = {"step": trainer.done, "seconds": round(trainer.seconds), "loss": round(loss, 4)}
             row |= {"psnr_db": held_out_psnr(trainer.ema.encoder, trainer.ema.decoder, held_out)}
             with (out / "log.jsonl").open("a") as log:
                 print(json.dumps(row), file=log)
             trainer.save(out / "checkpoint.pt")
     weights = out / "vae.safetensors"
     export(trainer.ema, scaling_factor(trainer.ema, training[::2]), weights)
-    figures = {"script": "train/nano_vae.py", "seed": seed, "steps": steps, "seconds": round(trainer.seconds)}
+    figures: dict[str, Any] = {
+        "script": "train/nano_vae.py",
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(trainer.seconds),
+    }
     reached = held_out_psnr(load_encoder(weights), load_decoder(weights), held_out)
-    record(settings or out / "settings.json", {"vae": {**figures, "held_out_psnr_db": reached}})
+    record(settings or out / "settings.json", {"vae": figures | {"held_out_psnr_db": reached}})
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ class Job:
     caption: str
     encode_seconds: float = 0.0
     reconstruction_db: float = 0.0
-    training: Training | None = None
     samples: dict[str, Generation] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.training: Training
         self.nano = load_settings()
         self.text = MiniLMTextEncoder()
         self.model = load_crossdit(CROSSDIT_WEIGHTS)
@@ -168,9 +168,9 @@ class Job:
 
     def measure_memory(self, progress: Progress) -> None:
         """Peak memory of a training step on the scene's grid, plain and with activation checkpointing."""
-        grid = tuple(self.scene.latent.shape[1:4])
+        _, T, H, W, _ = self.scene.latent.shape
         for done, (name, flags) in enumerate((("all activations kept", ()), ("checkpointing", ("--checkpointing",)))):
-            self.memory[name] = measure(grid, *flags)
+            self.memory[name] = measure((T, H, W), *flags)
             progress(done + 1, 2)
 
     def _scene(self, sample: Sample) -> Scene:

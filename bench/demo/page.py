@@ -95,7 +95,7 @@ def mask_figure(job: Job, path: Path) -> Path:
     T, H, W = job.scene.latent.shape[1:4]
     sample = job.samples["NABLA"]
     mask = sample.last_masks[len(sample.last_masks) // 2]
-    return draw_block_masks(mask, TokenLayout((T, H // 2, W // 2)), sample.frames[::4], path)
+    return draw_block_masks(mask, TokenLayout(((T, H // 2, W // 2),)), sample.frames[::4], path)
 
 
 def write_page(job: Job) -> Path:

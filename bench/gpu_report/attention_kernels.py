@@ -62,7 +62,7 @@ def _token_strides(kernel: Any) -> tuple[str, ...]:
 def _attention(name: str, element: str, size: Size, generation: int, full: bool, described: bool) -> Variant:
     kernel, element_size, D = KERNELS[name], ELEMENT_SIZES[element], size.head_dim
     rows = attention.largest_tile(element_size, D)
-    constexprs = {"D": D, "WIDTH": D, "TILE": rows, "FULL": full, "TMA": described}
+    constexprs: dict[str, int | None] = {"D": D, "WIDTH": D, "TILE": rows, "FULL": full, "TMA": described}
     if name != "forward_pairs":
         constexprs["TILES"] = BLOCK // rows
     if name == "forward" and not attention.takes_pairs(element_size, D, generation):

@@ -117,7 +117,7 @@ def compile_variant(variant: Variant, arch: Arch) -> Resources:
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
-    registers = int(re.search(r"\bREG:(\d+)", usage)[1])
+    registers = int(re.findall(r"\bREG:(\d+)", usage)[0])
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in MMA_PATTERNS.items()}
     kind = max(counts, key=counts.__getitem__)
     warps, shared = _launched_warps(binary), binary.metadata.shared
