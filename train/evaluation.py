@@ -18,8 +18,8 @@ from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.nano import NanoSettings
 from model.sampler import sample
+from train.crossdit_stage import EncodeText
 from train.latents import LatentSet
-from train.trainer import EncodeText
 
 Progress = Callable[[int, int], None]
 PROBES = 8

@@ -29,10 +29,20 @@ def channels_last(sample: Sample) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """latents: float32 [B, T, H, W, 16], all of one grid. captions: B strings."""
+    """latents: float32 [B, T, H, W, 16], all of one grid. captions: B strings. samples: B names, for messages."""
 
     latents: Tensor
     captions: list[str]
+    samples: list[str]
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """latent: float32 [T, H, W, 16]. name: the sample's key and source, for messages."""
+
+    latent: Tensor
+    caption: str
+    name: str
 
 
 class LatentSet:
@@ -43,11 +53,12 @@ class LatentSet:
 
         Raises ValueError where there is no sample.
         """
-        self._grids: dict[Grid, list[tuple[Tensor, str]]] = defaultdict(list)
+        self._grids: dict[Grid, list[_Clip]] = defaultdict(list)
         for sample in samples:
-            latent = channels_last(sample)
+            latent, source = channels_last(sample), sample.meta["source"]
+            clip = _Clip(latent, captions.get(Path(source).stem, ""), f"{sample.key} of {source}")
             T, H, W, _ = latent.shape
-            self._grids[T, H, W].append((latent, captions.get(Path(sample.meta["source"]).stem, "")))
+            self._grids[T, H, W].append(clip)
         if not self._grids:
             raise ValueError("samples: expected at least one latent, got none; encode a video first (k5 encode)")
 
@@ -62,5 +73,5 @@ class LatentSet:
         weights = torch.tensor([float(len(self._grids[grid])) for grid in grids])
         samples = self._grids[grids[int(torch.multinomial(weights, 1, generator=generator))]]
         chosen = [samples[int(i)] for i in torch.randint(len(samples), (size,), generator=generator)]
-        latents = torch.stack([latent[:frames] for latent, _ in chosen])
-        return LatentBatch(latents, [caption for _, caption in chosen])
+        latents = torch.stack([clip.latent[:frames] for clip in chosen])
+        return LatentBatch(latents, [clip.caption for clip in chosen], [clip.name for clip in chosen])

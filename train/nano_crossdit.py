@@ -7,9 +7,7 @@ Short to long, as in pre-training: single frames, three latent frames, seven. Th
 out, and what the approximations cost is measured on a clip that starts there.
 """
 
-import json
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,22 +27,25 @@ from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import CAPTIONS, NAMES, load_clip, split
+from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.evaluation import Scene, generate, psnr
 from train.latents import LatentSet
+from train.log import Log
+from train.loop import LOG, Loop
 from train.nano_settings import record
-from train.run import run
-from train.trainer import TrainConfig, Trainer
+from train.run import WEIGHTS, save_averaged
+from train.schedule import Schedule
 
 WINDOW_STRIDE = 8
 STEPS = 50
 THRESHOLDS = (0.9, 0.7, 0.4)
 
 SAMPLING = NanoSettings(thr=0.7, sta=(1, 3, 3), guidance=2.0, scheduler_scale=3.0, mag_ratios={})
-STAGE = TrainConfig(steps=1, ema_decay=0.998, warmup_steps=100, scheduler_scale=SAMPLING.scheduler_scale, bf16=True)
+STAGE = FlowMatching(ema_decay=0.998, scheduler_scale=SAMPLING.scheduler_scale, bf16=True)
 STAGES = (
-    replace(STAGE, steps=250, batch=8, latent_frames=1, peak_learning_rate=1e-3),
-    replace(STAGE, steps=250, batch=2, latent_frames=3, peak_learning_rate=1e-3),
-    replace(STAGE, steps=450, batch=1, peak_learning_rate=7e-4, decay_steps=250),
+    (Schedule(steps=250, seed=0), replace(STAGE, batch=8, latent_frames=1, learning_rate=1e-3)),
+    (Schedule(steps=250, seed=1), replace(STAGE, batch=2, latent_frames=3, learning_rate=1e-3)),
+    (Schedule(steps=450, seed=2, decay_steps=250), replace(STAGE, batch=1, learning_rate=7e-4)),
 )
 
 
@@ -66,22 +67,22 @@ def train_stages(out: Path, shard: Path) -> CrossDiT:
     data, encoder = LatentSet(read_shard(shard), CAPTIONS), MiniLMTextEncoder()
     torch.manual_seed(0)
     model = CrossDiT(PRESETS["nano"])
-    for number, config in enumerate(STAGES):
-        trainer = Trainer(model, data, encoder.encode, replace(config, seed=number))
-        run(trainer, out / f"stage{number}", every=100, prediction={})
-    return load_crossdit(out / f"stage{len(STAGES) - 1}" / "crossdit.safetensors")
+    for number, (schedule, config) in enumerate(STAGES):
+        stage, folder = CrossDiTStage(model, data, encoder.encode, config), out / f"stage{number}"
+        Loop(stage, schedule).run(folder, every=100)
+        save_averaged(stage, folder)
+    return load_crossdit(folder / WEIGHTS)
 
 
 def stage_figures(out: Path) -> list[dict[str, Any]]:
     """Size, time and last mean loss of every stage, from its log."""
     figures = []
-    for number, config in enumerate(STAGES):
-        rows = [json.loads(line) for line in (out / f"stage{number}" / "log.jsonl").read_text().splitlines()]
-        steps = [row["step"] - before["step"] for before, row in pairwise([{"step": 0}, *rows])]
-        seconds = sum(count * row["step_ms"] / 1e3 for count, row in zip(steps, rows, strict=True))
+    for number, (schedule, config) in enumerate(STAGES):
+        log = Log(out / f"stage{number}" / LOG)
         sizes = {"latent_frames": config.latent_frames or latent_frames(CLIP_FRAMES)}
-        sizes |= {"batch": config.batch, "steps": config.steps}
-        figures.append(sizes | {"seconds": round(seconds), "last_mean_loss": rows[-1]["loss"]})
+        sizes |= {"batch": config.batch, "steps": schedule.steps}
+        last = log.rows()[-1]["loss"]
+        figures.append(sizes | {"seconds": round(log.seconds()), "last_mean_loss": last})
     return figures
 
 

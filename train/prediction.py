@@ -14,7 +14,7 @@ from k5kernels.planner.workload import Workload
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from model.crossdit import CrossDiT
-from train.trainer import TrainConfig
+from train.crossdit_stage import FlowMatching
 
 GIB = 2**30
 LOADED_BYTES = 0.07 * GIB  # by PyTorch with the first step, set to measured runs like the two below
@@ -33,7 +33,7 @@ class Run:
     """
 
     model: CrossDiTConfig
-    training: TrainConfig
+    training: FlowMatching
     grids: Mapping[Grid, int]
     checkpointing: bool
     density: float = 1.0

@@ -9,7 +9,6 @@ prints the prediction and trains nothing, `--profile` says for which machine.
 
 import json
 import os
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import track
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
@@ -29,12 +27,15 @@ from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit, read_crossdit_config, save_crossdit
+from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.latents import LatentSet, read_shards
+from train.loop import Loop
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
-from train.trainer import TrainConfig, Trainer
+from train.schedule import Schedule
 
 PROGRAM = "train.run"
+WEIGHTS = "crossdit.safetensors"
 TEXT_WIDTH = 384  # of MiniLM's tokens
 STA_WINDOW = (11, 3, 3)
 MLP_WIDENING = 4  # of the released models
@@ -87,30 +88,27 @@ def dry_run(planned: Run, profile: HardwareProfile) -> None:
         raise typer.Exit(1)
 
 
-def run(trainer: Trainer, out: Path, every: int, prediction: dict[str, Any]) -> None:
-    """Train to the end of the configuration, from the folder's checkpoint where there is one.
+def save_averaged(stage: CrossDiTStage, out: Path) -> None:
+    """Let the model take the averaged weights, and write them to the folder in float16."""
+    stage.average.copy_to(stage.model)
+    save_crossdit(out / WEIGHTS, stage.model, torch.float16)
 
-    prediction: goes into every row of the log, beside what was measured.
+
+def train(stage: CrossDiTStage, schedule: Schedule, out: Path, every: int, prediction: dict[str, Any]) -> None:
+    """Train to the end of the schedule and write the averaged weights.
+
+    prediction: goes into every row of the log, beside the memory and the density that were measured.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    trainer.resume(out / "checkpoint.pt")
-    losses: list[float] = []
     densities: list[float] = []
-    began = time.perf_counter()
+
+    def measure() -> dict[str, Any]:
+        density = round(fmean(densities or [1.0]), 4)
+        densities.clear()
+        return {"peak_bytes": peak_bytes(), "density": density, **prediction}
+
     with record_block_masks(lambda mask: densities.append(mask.density)):
-        for _ in track(range(trainer.done, trainer.config.steps), description="training"):
-            losses.append(trainer.step())
-            if trainer.done % every == 0 or trainer.done == trainer.config.steps:
-                milliseconds = (time.perf_counter() - began) * 1e3 / len(losses)
-                row = {"step": trainer.done, "loss": round(fmean(losses), 5), "step_ms": round(milliseconds, 1)}
-                row |= {"peak_bytes": peak_bytes(), "density": round(fmean(densities or [1.0]), 4), **prediction}
-                with (out / "log.jsonl").open("a") as log:
-                    print(json.dumps(row), file=log)
-                trainer.save(out / "checkpoint.pt")
-                losses, began = [], time.perf_counter()
-                densities.clear()
-    trainer.model.load_state_dict(trainer.ema, strict=False)
-    save_crossdit(out / "crossdit.safetensors", trainer.model, torch.float16)
+        Loop(stage, schedule).run(out, every, measure)
+    save_averaged(stage, out)
 
 
 def main(
@@ -149,17 +147,14 @@ def main(
     attention = DENSE
     if nabla_thr is not None:
         attention = AttentionConfig("nabla", nabla_thr, STA_WINDOW if nabla_window else None)
-    config = TrainConfig(
-        steps=steps,
+    schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
+    config = FlowMatching(
         batch=batch,
         latent_frames=latent_frames,
-        peak_learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
+        learning_rate=learning_rate,
         ema_decay=ema_decay,
         attention=attention,
         bf16=bf16,
-        seed=seed,
     )
     with one_line_errors(PROGRAM):
         hardware = H100 if profile is None else load_profile(profile)
@@ -178,7 +173,7 @@ def main(
         "profile": hardware.name,
     }
     model = build_model(sizes, init, checkpointing, seed)
-    run(Trainer(model, data, encode_text, config), out, every, prediction)
+    train(CrossDiTStage(model, data, encode_text, config), schedule, out, every, prediction)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ from k5kernels.vae.weights import load_decoder, load_encoder
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
+from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.evaluation import Generation, Scene, generate, probe_loss, psnr
 from train.latents import LatentSet, channels_last, read_shards
-from train.trainer import TrainConfig, Trainer
+from train.loop import Loop
+from train.schedule import Schedule
 
 TRAIN_STEPS = 60
 SAMPLE_STEPS = 50
@@ -115,22 +117,15 @@ class Job:
     def train(self, progress: Progress) -> None:
         """Fine-tune the shipped weights on the clip: NABLA attention, checkpointing, text- and image-to-video."""
         attention = self.paths["NABLA"][0]
-        config = TrainConfig(
-            steps=TRAIN_STEPS,
-            peak_learning_rate=2e-4,
-            warmup_steps=4,
-            decay_steps=TRAIN_STEPS // 2,
-            scheduler_scale=self.nano.scheduler_scale,
-            attention=attention,
-            seed=SEED,
-        )
+        config = FlowMatching(learning_rate=2e-4, scheduler_scale=self.nano.scheduler_scale, attention=attention)
+        schedule = Schedule(TRAIN_STEPS, warmup_steps=4, decay_steps=TRAIN_STEPS // 2, seed=SEED)
         self.model.gradient_checkpointing = True
-        trainer = Trainer(self.model, self.data, self.text.encode, config)
+        loop = Loop(CrossDiTStage(self.model, self.data, self.text.encode, config), schedule)
         before = probe_loss(self.model, self.data, self.text.encode, attention)
         losses = []
         began = time.perf_counter()
         for step in range(TRAIN_STEPS):
-            losses.append(trainer.step())
+            losses.append(loop.step())
             progress(step + 1, TRAIN_STEPS)
         seconds = time.perf_counter() - began
         after = probe_loss(self.model, self.data, self.text.encode, attention)

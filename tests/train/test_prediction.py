@@ -8,8 +8,8 @@ from k5kernels.planner import H100, memory_terms, step_time_ms, step_time_terms
 from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
+from train.crossdit_stage import FlowMatching
 from train.prediction import Run, nearest_layout, predicted_memory, predicted_ms, tokens
-from train.trainer import TrainConfig
 
 NANO = PRESETS["nano"]
 GRID, LONGER = (4, 32, 48), (8, 32, 48)
@@ -18,7 +18,7 @@ GRID, LONGER = (4, 32, 48), (8, 32, 48)
 def a_run(
     model: CrossDiTConfig = NANO, grids=None, checkpointing: bool = True, density: float = 1.0, **training
 ) -> Run:
-    return Run(model, TrainConfig(steps=1, **training), grids or {GRID: 1}, checkpointing, density)
+    return Run(model, FlowMatching(**training), grids or {GRID: 1}, checkpointing, density)
 
 
 def test_the_time_is_the_formulas():

@@ -1,0 +1,87 @@
+"""The stage that trains CrossDiT on latents: flow matching, AdamW, EMA (§6.3.2)."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from k5kernels.attention import DENSE, AttentionConfig
+from model.conditioning import TextCondition
+from model.crossdit import CrossDiT
+from model.flow_matching import flow_matching_loss
+from train.latents import LatentSet
+from train.stage import Loss, Stage
+
+EncodeText = Callable[[list[str]], TextCondition]
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Settings of the stage; the defaults that have a value in the report are the report's.
+
+    latent_frames: keep the first so many of each sample (None: all); 1 trains on images.
+    unconditional: share of captions replaced by the empty prompt.
+    image_to_video: share of samples whose first latent frame is given.
+    bf16: autocast to bfloat16; the result then depends on the processor's bf16 kernels in the last bits.
+    """
+
+    batch: int = 1
+    latent_frames: int | None = None
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999
+    unconditional: float = 0.1
+    image_to_video: float = 0.5
+    scheduler_scale: float = 1.0
+    attention: AttentionConfig = DENSE
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("unconditional", "image_to_video", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        if self.latent_frames is not None and self.latent_frames < 1:
+            raise ValueError(f"latent_frames: expected at least 1, or None for all, got {self.latent_frames}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+
+
+class CrossDiTStage(Stage):
+    """Flow matching on batches of a LatentSet; all of the model's parameters learn."""
+
+    model: CrossDiT
+
+    def __init__(self, model: CrossDiT, data: LatentSet, encode_text: EncodeText, config: FlowMatching) -> None:
+        self.data, self.encode_text, self.config = data, encode_text, config
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=config.weight_decay,
+        )
+        settings = {"stage": "crossdit", **asdict(config), "model": asdict(model.config)}
+        super().__init__(settings, model, {"adamw": optimizer}, config.ema_decay)
+
+    def loss(self, step: int, generator: torch.Generator) -> Loss:
+        """The loss of a batch, some samples without their caption, some with their first frame given."""
+        config = self.config
+        batch = self.data.draw(generator, config.batch, config.latent_frames)
+        dropped = torch.rand(config.batch, generator=generator) < config.unconditional
+        captions = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
+        given = torch.rand(config.batch, generator=generator) < config.image_to_video
+        if batch.latents.shape[1] == 1:
+            given = torch.zeros_like(given)  # a single frame that is given leaves nothing to learn
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            loss = flow_matching_loss(
+                self.model,
+                batch.latents,
+                self.encode_text(captions),
+                generator,
+                first_frame=given,
+                scheduler_scale=config.scheduler_scale,
+                attention=config.attention,
+            )
+        return Loss(loss, batch.samples)
