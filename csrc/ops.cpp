@@ -4,7 +4,8 @@
 
 #include "binding.h"
 #include "cpu/gated_residual.h"
-#include "cpu/groupnorm_silu.h"
+#include "cpu/groupnorm_silu_apply.h"
+#include "cpu/groupnorm_statistics.h"
 #include "cpu/layernorm_modulate.h"
 #include "cpu/qk_norm_rope.h"
 
@@ -100,7 +101,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const 
           norm_rope(k, dense_float(k_weight), dense_cos, dense_sin, eps)};
 }
 
-// The format of the result, by the rule in k5kernels/ops/groupnorm_silu.py.
+// The format of the result, by the rule in k5kernels/ops/groupnorm_statistics.py.
 MemoryFormat groupnorm_format(const Tensor& x) {
   const bool channels_innermost = !x.is_contiguous() && x.stride(1) == 1 && x.size(1) > 1;
   if (channels_innermost && x.dim() == 4) return MemoryFormat::ChannelsLast;
@@ -108,46 +109,119 @@ MemoryFormat groupnorm_format(const Tensor& x) {
   return MemoryFormat::Contiguous;
 }
 
+// The arguments of the kernels; x and out are dense in the format of the result.
 template <class T>
-void run_groupnorm_silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
+k5::GroupNormStatistics<T> statistics_of(const Tensor& x, double* mean, double* variance, int64_t groups) {
+  return {data<T>(x), mean, variance, x.size(1), x.numel() / (x.size(0) * x.size(1)), groups};
+}
+
+template <class T>
+k5::GroupNormSiLU<T> silu_of(const Tensor& x, const double* mean, const double* variance, const Tensor& weight,
+                             const Tensor& bias, Tensor& out, int64_t groups, double eps) {
+  return {data<T>(x),
+          mean,
+          variance,
+          data<float>(weight),
+          data<float>(bias),
+          mutable_data<T>(out),
+          x.size(1),
+          x.numel() / (x.size(0) * x.size(1)),
+          groups,
+          static_cast<float>(eps)};
+}
+
+template <class T>
+void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batch) {
   const int64_t chunks = batch * k5::chunks_of(op.positions);
-  std::vector<float> partial(2 * chunks * op.channels), moments(2 * batch * op.channels);
-  const int64_t chunk_grain = grain(k5::kChunkPositions * op.channels);
-  parallel_for(0, chunks, chunk_grain, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_partial, op, partial.data(), first, end);
+  std::vector<float> partial(2 * chunks * op.channels);
+  parallel_for(0, chunks, grain(k5::kChunkPositions * op.channels), [&](int64_t first, int64_t end) {
+    K5_DISPATCH(groupnorm_statistics_of_chunks, op, partial.data(), first, end);
   });
   parallel_for(0, batch, 1, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_moments, op, partial.data(), moments.data(), first, end);
-  });
-  parallel_for(0, chunks, chunk_grain, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_apply, op, moments.data(), first, end);
+    K5_DISPATCH(groupnorm_statistics_merge, op, partial.data(), first, end);
   });
 }
 
+template <class T>
+void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
+  std::vector<float> centres_slopes(2 * batch * op.channels);
+  parallel_for(0, batch, 1, [&](int64_t first, int64_t end) {
+    K5_DISPATCH(groupnorm_silu_slopes, op, centres_slopes.data(), first, end);
+  });
+  parallel_for(0, batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
+    K5_DISPATCH(groupnorm_silu_channels_last, op, centres_slopes.data(), first, end);
+  });
+}
+
+std::tuple<Tensor, Tensor> groupnorm_statistics(const Tensor& x, int64_t groups) {
+  const int64_t batch = x.size(0);
+  Tensor mean = torch::stable::new_empty(x, {batch, groups}, ScalarType::Double), variance = new_like(mean);
+  if (x.numel() == 0) {
+    std::fill_n(mutable_data<double>(mean), batch * groups, 0.0);
+    std::fill_n(mutable_data<double>(variance), batch * groups, 0.0);
+    return {mean, variance};
+  }
+  const MemoryFormat format = groupnorm_format(x);
+  const Tensor dense = contiguous(x, format);
+  for_dtype("x", x, [&](auto element) {
+    using T = decltype(element);
+    const auto op = statistics_of<T>(dense, mutable_data<double>(mean), mutable_data<double>(variance), groups);
+    if (format == MemoryFormat::Contiguous) {
+      parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
+        K5_DISPATCH(groupnorm_statistics_contiguous, op, first, end);
+      });
+    } else {
+      statistics_channels_last(op, batch);
+    }
+  });
+  return {mean, variance};
+}
+
+Tensor groupnorm_silu_apply(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& weight,
+                            const Tensor& bias, double eps) {
+  const MemoryFormat format = groupnorm_format(x);
+  const Tensor dense = contiguous(x, format), dense_weight = dense_float(weight), dense_bias = dense_float(bias);
+  const Tensor dense_mean = contiguous(mean), dense_variance = contiguous(variance);
+  Tensor out = torch::stable::empty_like(dense);
+  if (x.numel() == 0) return out;
+  const int64_t batch = x.size(0), groups = mean.size(1);
+  for_dtype("x", x, [&](auto element) {
+    using T = decltype(element);
+    const auto op = silu_of<T>(dense, data<double>(dense_mean), data<double>(dense_variance), dense_weight, dense_bias,
+                               out, groups, eps);
+    if (format == MemoryFormat::Contiguous) {
+      parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
+        K5_DISPATCH(groupnorm_silu_contiguous, op, first, end);
+      });
+    } else {
+      silu_channels_last(op, batch);
+    }
+  });
+  return out;
+}
+
+// The two above in one call; where x is contiguous, each group is normalized while its values are still in the cache.
 Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps) {
   const MemoryFormat format = groupnorm_format(x);
   const Tensor dense = contiguous(x, format), dense_weight = dense_float(weight), dense_bias = dense_float(bias);
   Tensor out = torch::stable::empty_like(dense);
   if (x.numel() == 0) return out;
-  const int64_t batch = x.size(0), channels = x.size(1);
+  const int64_t batch = x.size(0);
+  std::vector<double> mean(batch * groups), variance(batch * groups);
   for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
-    const k5::GroupNormSiLU<T> op{
-        data<T>(dense),
-        data<float>(dense_weight),
-        data<float>(dense_bias),
-        mutable_data<T>(out),
-        channels,
-        x.numel() / (batch * channels),
-        groups,
-        static_cast<float>(eps)};
+    const auto statistics = statistics_of<T>(dense, mean.data(), variance.data(), groups);
+    const auto silu = silu_of<T>(dense, mean.data(), variance.data(), dense_weight, dense_bias, out, groups, eps);
     if (format == MemoryFormat::Contiguous) {
-      const int64_t group_size = x.numel() / (batch * groups);
-      parallel_for(0, batch * groups, grain(group_size), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_silu_contiguous, op, first, end);
+      parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
+        for (int64_t group = first; group < end; group++) {
+          K5_DISPATCH(groupnorm_statistics_contiguous, statistics, group, group + 1);
+          K5_DISPATCH(groupnorm_silu_contiguous, silu, group, group + 1);
+        }
       });
     } else {
-      run_groupnorm_silu_channels_last(op, batch);
+      statistics_channels_last(statistics, batch);
+      silu_channels_last(silu, batch);
     }
   });
   return out;
@@ -175,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CPU, m) {
   m.impl("gated_residual", TORCH_BOX(&gated_residual));
   m.impl("groupnorm_silu", TORCH_BOX(&groupnorm_silu));
+  m.impl("groupnorm_silu_apply", TORCH_BOX(&groupnorm_silu_apply));
+  m.impl("groupnorm_statistics", TORCH_BOX(&groupnorm_statistics));
   m.impl("layernorm_modulate", TORCH_BOX(&layernorm_modulate));
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope));
 }

@@ -10,7 +10,11 @@ from operator_checks import (
 )
 from tolerances import assert_matches
 
-from k5kernels.ops.groupnorm_silu import groupnorm_silu, groupnorm_silu_reference
+from k5kernels.ops.groupnorm_silu import (
+    groupnorm_silu,
+    groupnorm_silu_backward_reference,
+    groupnorm_silu_reference,
+)
 
 EPS = 1e-6
 DIFFERENTIABLE = (0, 1, 2)
@@ -128,6 +132,15 @@ def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, shape):
     assert out.shape == shape
     for grad in grads:
         assert not grad.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 4), (2, 8, 0, 4), (2, 0, 3, 4), (2, 0)])
+def test_the_reference_serves_empty_sizes_on_every_device(device, shape):
+    x, weight, bias, *rest = inputs(shape, 4, device=device)
+    assert groupnorm_silu_reference(x, weight, bias, *rest).shape == shape
+    grad_x, grad_weight, grad_bias = groupnorm_silu_backward_reference(x, x, weight, bias, *rest)
+    assert grad_x.shape == shape
+    assert grad_weight.tolist() == grad_bias.tolist() == [0.0] * shape[1]
 
 
 def test_gradients_are_the_derivatives():

@@ -1,0 +1,130 @@
+"""Mean and variance of each group of channels: the first of GroupNorm's two passes over x (§7.1).
+
+    mean     = mean(x)                       over a group's channels and all positions
+    variance = mean((x - mean(x))²)
+
+They can be taken chunk by chunk, of frames or of tiles, and merged: merged statistics differ from those of the whole
+by rounding alone (relative 3e-7 in float32), whatever the chunks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class GroupStatistics(NamedTuple):
+    """Of x [B, C, ...] in G groups. count: values in a group. mean, variance: [B, G], float64."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    def merge(self, other: "GroupStatistics") -> "GroupStatistics":
+        """The statistics of both chunks together; a chunk without values changes nothing."""
+        count = self.count + other.count
+        if count == 0:
+            return self
+        share = other.count / count
+        distance = other.mean - self.mean
+        mean = self.mean + share * distance
+        variance = self.variance + share * (other.variance - self.variance) + share * (1 - share) * distance.square()
+        return GroupStatistics(count, mean, variance)
+
+
+def groupnorm_statistics(x: Tensor, groups: int) -> GroupStatistics:
+    """The mean and variance that `groupnorm_silu` normalizes x by; both are 0 where x has no values.
+
+    x: [B, C, ...], any floating dtype. groups: divides C. Computed in float32 or better, merged in float64.
+
+    Raises ValueError where a shape or dtype does not fit. The C++ kernel gives the same bits for any number of threads.
+    Saved for the backward: x itself, no copy; with C channels 2 * C bytes a position in bf16, 4 * C in float32.
+    """
+    check_groups(x, groups)
+    count = (x.shape[1] // groups) * math.prod(x.shape[2:])
+    return GroupStatistics(count, *torch.ops.k5.groupnorm_statistics(x, groups))
+
+
+def groupnorm_statistics_reference(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The definition, in plain PyTorch: mean and variance."""
+    if x.numel() == 0:
+        zeros = x.new_zeros((x.shape[0], groups), dtype=torch.float64)
+        return zeros, zeros.clone()
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=tuple(range(2, grouped.ndim)), correction=0)
+    return mean.double(), variance.double()
+
+
+def groupnorm_statistics_backward_reference(
+    grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor
+) -> Tensor:
+    """The gradient of x, in its dtype."""
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=memory_format_like(x))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    count = x[0].numel() // mean.shape[1]
+    offset, slope = grad_mean / count, 2 * grad_variance / count
+    centred = x.to(wide) - per_channel(mean, x).to(wide)
+    grad_x = per_channel(offset, x).to(wide) + per_channel(slope, x).to(wide) * centred
+    return grad_x.to(x.dtype).contiguous(memory_format=memory_format_like(x))
+
+
+def check_channels_second(x: Tensor) -> None:
+    """Raise ValueError where x is no floating [B, C, ...]."""
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x: expected a floating [B, C, ...], got {x.dtype} {list(x.shape)}")
+
+
+def check_groups(x: Tensor, groups: int) -> None:
+    """Raise ValueError where x is no floating [B, C, ...] or `groups` does not divide C."""
+    check_channels_second(x)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels of x, got {groups}")
+
+
+def per_channel(per_group: Tensor, x: Tensor) -> Tensor:
+    """[B, G] repeated for the channels of each group, with dimensions that broadcast against x [B, C, ...]."""
+    channels = per_group.repeat_interleave(x.shape[1] // per_group.shape[1], dim=1)
+    return channels[(...,) + (None,) * (x.ndim - 2)]
+
+
+def memory_format_like(x: Tensor) -> torch.memory_format:
+    """The format of results: channels last where x [B, C, (T,) H, W] has channels innermost, else contiguous."""
+    channels_innermost = not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
+    return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_innermost else torch.contiguous_format
+
+
+def _fake(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], groups)
+    return x.new_empty(shape, dtype=torch.float64), x.new_empty(shape, dtype=torch.float64)
+
+
+def _backward_fake(grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format_like(x))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _backward(ctx, grad_mean: Tensor, grad_variance: Tensor):
+    x, mean = ctx.saved_tensors
+    return torch.ops.k5.groupnorm_statistics_backward(grad_mean, grad_variance, x, mean), None
+
+
+register(
+    groupnorm_statistics_reference,
+    _fake,
+    _backward,
+    _setup_context,
+    accepts={"cpu": Accepts(CPU_DTYPES)},
+)
+register(
+    groupnorm_statistics_backward_reference,
+    _backward_fake,
+)
