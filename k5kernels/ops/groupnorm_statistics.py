@@ -19,22 +19,22 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class GroupStatistics(NamedTuple):
-    """Of x [B, C, ...] in G groups. count: values in a group. mean, variance: [B, G], float64."""
+    """Of x [B, C, ...] in G groups. size: values in a group. mean, variance: [B, G], float64."""
 
-    count: int
+    size: int
     mean: Tensor
     variance: Tensor
 
     def merge(self, other: "GroupStatistics") -> "GroupStatistics":
         """The statistics of both chunks together; a chunk without values changes nothing."""
-        count = self.count + other.count
-        if count == 0:
+        size = self.size + other.size
+        if size == 0:
             return self
-        share = other.count / count
+        share = other.size / size
         distance = other.mean - self.mean
         mean = self.mean + share * distance
         variance = self.variance + share * (other.variance - self.variance) + share * (1 - share) * distance.square()
-        return GroupStatistics(count, mean, variance)
+        return GroupStatistics(size, mean, variance)
 
 
 def groupnorm_statistics(x: Tensor, groups: int) -> GroupStatistics:
@@ -46,8 +46,8 @@ def groupnorm_statistics(x: Tensor, groups: int) -> GroupStatistics:
     Saved for the backward: x itself, no copy; with C channels 2 * C bytes a position in bf16, 4 * C in float32.
     """
     check_groups(x, groups)
-    count = (x.shape[1] // groups) * math.prod(x.shape[2:])
-    return GroupStatistics(count, *torch.ops.k5.groupnorm_statistics(x, groups))
+    size = (x.shape[1] // groups) * math.prod(x.shape[2:])
+    return GroupStatistics(size, *torch.ops.k5.groupnorm_statistics(x, groups))
 
 
 def groupnorm_statistics_reference(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -67,8 +67,8 @@ def groupnorm_statistics_backward_reference(
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_like(x))
     wide = torch.promote_types(x.dtype, torch.float32)
-    count = x[0].numel() // mean.shape[1]
-    offset, slope = grad_mean / count, 2 * grad_variance / count
+    size = x[0].numel() // mean.shape[1]
+    offset, slope = grad_mean / size, 2 * grad_variance / size
     centred = x.to(wide) - per_channel(mean, x).to(wide)
     grad_x = per_channel(offset, x).to(wide) + per_channel(slope, x).to(wide) * centred
     return grad_x.to(x.dtype).contiguous(memory_format=memory_format_like(x))

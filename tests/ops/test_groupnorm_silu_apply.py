@@ -185,7 +185,10 @@ def statistics_of(*shape, variance=None, dtype=torch.float64):
         ({"statistics": statistics_of(2, 3)}, r"statistics.mean: .* divisor of the 8 channels of x, got .*\[2, 3\]"),
         ({"statistics": statistics_of(1, 4)}, r"statistics.mean: expected torch.float64 \[2, groups\].*got .*\[1, 4\]"),
         ({"statistics": statistics_of(2, 4, dtype=torch.float32)}, r"statistics.mean: .*got torch.float32"),
-        ({"statistics": statistics_of(2, 4, variance=(2, 2))}, r"statistics.variance: expected \[2, 4\] .*got \[2, 2\]"),
+        (
+            {"statistics": statistics_of(2, 4, variance=(2, 2))},
+            r"statistics.variance: expected \[2, 4\] .*got \[2, 2\]",
+        ),
         ({"weight": torch.zeros(4)}, r"weight: expected a floating \[8\], got torch.float32 \[4\]"),
         ({"bias": torch.zeros(8, dtype=torch.int64)}, r"bias: .*got torch.int64"),
     ],

@@ -83,7 +83,7 @@ def test_gradients_err_about_as_little_as_eager_pytorch(isa, device, dtype, chan
 def test_two_values_have_their_middle_and_the_square_of_half_their_distance(isa, device):
     x = torch.tensor([[[1.0, 3.0], [5.0, 11.0]]], device=device)
     statistics = groupnorm_statistics(x, 2)
-    assert statistics.count == 2
+    assert statistics.size == 2
     assert statistics.mean.tolist() == [[2.0, 8.0]]
     assert statistics.variance.tolist() == [[1.0, 9.0]]
 
@@ -96,7 +96,7 @@ def test_statistics_of_chunks_of_frames_merge_to_those_of_the_whole(isa, device,
     x = x + torch.arange(11, device=device, dtype=dtype)[:, None, None]  # chunks that differ
     whole = groupnorm_statistics(x, 4)
     merged = reduce(GroupStatistics.merge, [groupnorm_statistics(chunk, 4) for chunk in x.split(chunks, dim=2)])
-    assert merged.count == whole.count == 2 * 11 * 9 * 13
+    assert merged.size == whole.size == 2 * 11 * 9 * 13
     assert relative_error(merged, whole) < CHUNKED[dtype]
     assert relative_error(merged, groupnorm_statistics(x.double(), 4)) < CHUNKED[dtype]
 
@@ -111,12 +111,12 @@ def test_a_large_mean_costs_no_precision_in_chunks_either(isa, channels_last):
 def test_a_chunk_without_values_changes_nothing(isa, device):
     x = activation(2, 8, 3, 4, 5, device=device)
     whole, nothing = groupnorm_statistics(x, 4), groupnorm_statistics(x[:, :, :0], 4)
-    assert nothing.count == 0
+    assert nothing.size == 0
     for merged in (whole.merge(nothing), nothing.merge(whole)):
-        assert merged.count == whole.count
+        assert merged.size == whole.size
         torch.testing.assert_close(merged.mean, whole.mean, rtol=0, atol=0)
         torch.testing.assert_close(merged.variance, whole.variance, rtol=0, atol=0)
-    assert nothing.merge(nothing).count == 0
+    assert nothing.merge(nothing).size == 0
 
 
 def test_gradients_flow_through_merged_chunks():
