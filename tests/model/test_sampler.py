@@ -1,5 +1,6 @@
 """The sampler: its time grid, guidance, a given first frame, repeatability and caching."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from k5kernels.cache import MagCache, MagCalibration
 from model.conditioning import TextCondition
-from model.sampler import sample, time_grid
+from model.sampler import sample, sampling_steps, time_grid
 
 SHAPE = (2, 3, 4, 6, 16)
 FIRST_FRAME = torch.randn(2, 1, 4, 6, 16, generator=torch.Generator().manual_seed(9))
@@ -182,16 +183,67 @@ def test_calibration_samples_as_without_it_and_yields_ratios_of_both_branches():
     assert {branch: len(measured) for branch, measured in calibration.ratios.items()} == {"cond": 5, "uncond": 5}
 
 
+class Learned(Velocity):
+    """The velocity is weight * latent: one Euler step multiplies the latent by 1 + (next_time - time) * weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, time, text, **_):
+        self.calls.append(time[0].item())
+        return x[..., :16] * self.weight
+
+
 def test_no_graph_is_kept():
-    class Learned(Velocity):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(16))
-
-        def forward(self, x, time, text, **_):
-            return x[..., :16] * self.weight
-
     assert not sample(Learned(), TEXT, None, SHAPE, steps=2, guidance=1).requires_grad
+
+
+def test_the_steps_lead_from_the_noise_to_the_sample():
+    arguments = {"steps": 5, "scheduler_scale": 3.0, "first_frame": FIRST_FRAME, "seed": 2}
+    steps = list(sampling_steps(Velocity(), TEXT, NEGATIVE, SHAPE, **arguments))
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    grid = time_grid(5, 3.0).tolist()
+    assert [(step.time, step.next_time) for step in steps] == list(pairwise(grid))
+    for step, following in pairwise(steps):
+        assert torch.equal(step.next_latent, following.latent)
+    for step in steps:
+        moved = step.latent + (step.next_time - step.time) * step.velocity
+        assert torch.equal(step.next_latent[:, 1:], moved[:, 1:])
+    with torch.no_grad():
+        assert torch.equal(steps[-1].next_latent, sample(Velocity(), TEXT, NEGATIVE, SHAPE, **arguments))
+
+
+def test_a_step_is_computed_when_it_is_asked_for():
+    model = Learned()
+    run = sampling_steps(model, TEXT, None, SHAPE, steps=4, guidance=1)
+    assert model.calls == []
+    next(run)
+    assert model.calls == [1000]
+
+
+def test_the_last_steps_alone_can_be_trained_through():
+    """Of n factors 1 + dt * w, the last two have a gradient: d/dw sum(x_n) = sum(x_n) * 2 dt / (1 + dt * w)."""
+    model, steps = Learned(), 5
+    run = sampling_steps(model, TEXT, None, SHAPE, steps=steps, guidance=1)
+    with torch.no_grad():
+        for _ in range(steps - 2):
+            assert not next(run).next_latent.requires_grad
+    last = list(run)[-1]
+    last.next_latent.sum().backward()
+    dt = -1 / steps
+    expected = last.next_latent.detach().sum() * 2 * dt / (1 + dt * 0.5)
+    torch.testing.assert_close(model.weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_first_frame_stops_no_gradient_of_the_other_frames():
+    model = Learned()
+    for step in sampling_steps(model, TEXT, None, SHAPE, steps=2, guidance=1, first_frame=FIRST_FRAME):
+        last = step
+    (gradient,) = torch.autograd.grad(last.next_latent[:, :1].sum(), model.weight, retain_graph=True)
+    assert gradient == 0
+    (gradient,) = torch.autograd.grad(last.next_latent[:, 1:].sum(), model.weight)
+    assert gradient != 0
 
 
 @pytest.mark.parametrize(
@@ -209,3 +261,5 @@ def test_wrong_input_is_refused_in_words(change, message):
     arguments = {"model": Velocity(), "text": TEXT, "negative": NEGATIVE, "shape": SHAPE, **change}
     with pytest.raises(ValueError, match=message):
         sample(**arguments)
+    with pytest.raises(ValueError, match=message):
+        sampling_steps(**arguments)  # before the first step is asked for
