@@ -12,13 +12,14 @@ from bench.planner_memory import GPUS, errors, predicted, track
 from k5kernels.planner import MODELS, ClipShape
 from k5kernels.planner.calibration import held_out_errors
 from k5kernels.planner.candidates import Problem
-from k5kernels.planner.extensions import Extensions, layout_memory
+from k5kernels.planner.cluster_layout import ClusterLayout
+from k5kernels.planner.extensions import Extensions
 from k5kernels.planner.inference import leave_one_out, mean_errors
-from k5kernels.planner.layout import Layout
+from k5kernels.planner.memory import layout_memory
 from k5kernels.planner.search import GIB, search
 from k5kernels.planner.stages import stage
-from k5kernels.planner.sweep import Point, PointResult, points, sweep
 from k5kernels.planner.workload import Workload
+from train.sweep import Point, PointResult, points, sweep
 
 CLIP_5S = (31, 32, 48)  # tokens of 5 s at 512 × 768
 TOKEN_SIDE = 16  # pixels
@@ -64,7 +65,9 @@ def layout_bytes(name: str, offload: bool) -> float:
     T, H, W = CLIP_5S
     clip = ClipShape(TOKEN_SIDE * H, TOKEN_SIDE * W, 4 * T - 3)
     workload = Workload(MODELS[name], ((clip, 1.0),), GPUS)
-    return float(layout_memory(workload, Layout(shards=GPUS, offload=offload), Extensions(buffers=True)).total_bytes)
+    return float(
+        layout_memory(workload, ClusterLayout(shards=GPUS, offload=offload), Extensions(buffers=True)).total_bytes
+    )
 
 
 def test_memory_of_real_runs():

@@ -1,13 +1,15 @@
 """What the planner says of a run of this trainer, before it runs and beside what is measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from k5kernels.planner import HardwareProfile, ModelShape, memory_terms, step_time_terms
+from k5kernels.planner import HardwareProfile, Memory, ModelShape, step_time_terms
 from k5kernels.planner.candidates import Problem
+from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.planner.extensions import Extensions
+from k5kernels.planner.memory import training_memory
 from k5kernels.planner.search import NothingFitsError, search
 from k5kernels.planner.shapes import PATCH, TOKEN_PIXELS, ClipShape
 from k5kernels.planner.workload import Workload
@@ -44,37 +46,6 @@ class Run:
         return ModelShape.of(self.model)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a process with the whole model, beside what it holds before there is a model.
-
-    loaded: code that PyTorch loads with the first step. states: float32 weights, both moments and the running average.
-    gradients: float32. block_inputs: kept for recomputation. block_activations: what one block keeps, or all blocks
-    without checkpointing (both as the report counts them, §7.3.2). backward: gradients inside a block, largest at its
-    MLP. allocator: what glibc keeps between tensors of different sizes instead of giving it back, by a rule fitted to
-    measured runs; giving all back would make a step half as long again. Activations are of the largest grid; float32
-    unless the run is bf16.
-    """
-
-    loaded: float
-    states: float
-    gradients: float
-    block_inputs: float
-    block_activations: float
-    backward: float
-    allocator: float
-
-    @property
-    def total(self) -> float:
-        """The peak: block by block, the backward frees inputs and fills gradients, so that the larger of both counts.
-
-        The report's formula leaves out what one block keeps where the gradients are larger: over 64 shards they are
-        not, here they often are.
-        """
-        held = max(self.gradients, self.block_inputs)
-        return self.loaded + self.states + held + self.block_activations + self.backward + self.allocator
-
-
 def tokens(run: Run, grid: Grid) -> int:
     """Visual tokens of one sample of the grid, cut to the run's latent frames."""
     frames = min(grid[0], run.training.latent_frames or grid[0])
@@ -91,26 +62,33 @@ def predicted_ms(run: Run, profile: HardwareProfile) -> float:
     return total / sum(run.grids.values())
 
 
-def predicted_memory(run: Run) -> Memory:
-    """Memory of a step, see `Memory`."""
-    shape, c = run.shape, run.model
-    weights = _parameters(c)
+def predicted_memory(run: Run) -> Memory[float]:
+    """Memory of a step of this process, beside what the process holds before there is a model.
+
+    The planner's terms (`k5kernels.planner.memory`), but for all of the model's weights, and in float32 unless the
+    run is bf16; activations are of the largest grid. Two terms are this trainer's own:
+
+    accumulated_gradients_bytes: block by block the backward frees block inputs and fills gradients, so that what one
+    block keeps is there beside the gradients. The report's formula leaves that out: over 64 shards gradients are
+    smaller than activations, here they often are not.
+    reserve_bytes: code that PyTorch loads with the first step, and what glibc keeps between tensors of different
+    sizes instead of giving it back, by a rule fitted to measured runs. (Giving all back would make a step take half
+    as long again.)
+    """
     largest = run.training.batch * max(tokens(run, grid) for grid in run.grids)
-    terms = memory_terms(
-        shape.model_dim, shape.time_dim, shape.ff_dim, shape.blocks, largest, gpus=1, offload=not run.checkpointing
+    terms = training_memory(
+        run.shape,
+        largest,
+        ClusterLayout(checkpointing=run.checkpointing),
+        Extensions(ema=True, buffers=True),
+        weights=_parameters(run.model),
+        value_bytes=2 if run.training.bf16 else 4,
     )
-    width = 1 if run.training.bf16 else 2  # the formula's activations are bfloat16
-    gradients = 4.0 * weights
-    of_blocks = width * terms.block_activations_bytes * (1 if run.checkpointing else shape.blocks)
-    backward = 2.0 * width * largest * (2 * c.model_dim + c.ff_dim)
-    return Memory(
-        loaded=LOADED_BYTES,
-        states=16.0 * weights,
-        gradients=gradients,
-        block_inputs=width * terms.block_inputs_bytes,
-        block_activations=of_blocks,
-        backward=backward,
-        allocator=KEPT_OF_ACTIVATIONS * (of_blocks + backward) + KEPT_OF_GRADIENTS * gradients,
+    of_a_block = terms.block_activations_bytes + terms.backward_bytes
+    return replace(
+        terms,
+        accumulated_gradients_bytes=min(of_a_block, max(0.0, terms.gradients_bytes - terms.block_inputs_bytes)),
+        reserve_bytes=LOADED_BYTES + KEPT_OF_ACTIVATIONS * of_a_block + KEPT_OF_GRADIENTS * terms.gradients_bytes,
     )
 
 

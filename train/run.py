@@ -21,6 +21,7 @@ from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
+from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import complain, one_line_errors
 from model.crossdit import CrossDiT
@@ -77,12 +78,12 @@ def dry_run(planned: Run, profile: HardwareProfile) -> None:
     """Print what the planner says of the run. Raises typer.Exit(1), after one line on stderr, where it cannot fit."""
     memory = predicted_memory(planned)
     typer.echo(f"on {profile.name}: a step takes {predicted_ms(planned, profile):,.1f} ms")
-    terms = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.2f}" for name, size in asdict(memory).items())
-    typer.echo(f"memory {memory.total / GIB:,.2f} of {profile.memory_bytes / GIB:,.2f} GiB: {terms}")
-    if memory.total > profile.memory_bytes:
+    terms = ", ".join(f"{term_words(name)} {size / GIB:,.2f}" for name, size in asdict(memory).items() if size)
+    typer.echo(f"memory {memory.total_bytes / GIB:,.2f} of {profile.memory_bytes / GIB:,.2f} GiB: {terms}")
+    if memory.total_bytes > profile.memory_bytes:
         complain(
-            f"does not fit: {memory.total / GIB:,.2f} GiB, expected at most {profile.memory_bytes / GIB:,.2f} GiB of "
-            f"{profile.name}; {nearest_layout(planned, profile)}",
+            f"does not fit: {memory.total_bytes / GIB:,.2f} GiB, expected at most "
+            f"{profile.memory_bytes / GIB:,.2f} GiB of {profile.name}; {nearest_layout(planned, profile)}",
             PROGRAM,
         )
         raise typer.Exit(1)
@@ -168,7 +169,7 @@ def main(
     base = resident_bytes()
     prediction = {
         "predicted_ms": float(f"{predicted_ms(planned, hardware):.4g}"),
-        "predicted_bytes": round(base + predicted_memory(planned).total),
+        "predicted_bytes": round(base + predicted_memory(planned).total_bytes),
         "base_bytes": base,
         "profile": hardware.name,
     }

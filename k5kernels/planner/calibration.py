@@ -8,13 +8,14 @@ that short steps count as much as long ones.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
 from k5kernels.planner.checks import positive_integer, positive_number, share
+from k5kernels.planner.csv_rows import write_rows
 from k5kernels.planner.least_squares import relative_fit
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import TOKEN_PIXELS
@@ -104,6 +105,11 @@ def read_steps(path: str | Path) -> list[MeasuredStep]:
         if missing := [name for name in COLUMNS if name not in (rows.fieldnames or [])]:
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}")
         return [_step(row, f"{path}:{rows.line_num}") for row in rows]
+
+
+def write_steps(path: str | Path, steps: Sequence[MeasuredStep]) -> None:
+    """The steps as a CSV that `read_steps` reads. Raises OSError where it cannot be written."""
+    write_rows(path, [asdict(step) for step in steps])
 
 
 def _step(row: dict[str, str], place: str) -> MeasuredStep:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from k5kernels.planner.checks import positive_integer, positive_number, share
+from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
 from k5kernels.planner.extensions import FULL, Extensions
-from k5kernels.planner.layout import Layout
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.workload import Workload
 
@@ -78,8 +78,8 @@ def _round_numbers(largest: int) -> list[int]:
     return sorted({n for power in powers for n in (power, 3 * power) if n <= largest})
 
 
-def candidates(problem: Problem) -> Layout:
-    """All combinations of the axes as one layout of arrays. Accumulation is what comes nearest to the batch.
+def candidates(problem: Problem) -> ClusterLayouts:
+    """All combinations of the axes. Accumulation is what comes nearest to the batch.
 
     Raises ValueError where they are more than MOST_CANDIDATES.
     """
@@ -92,26 +92,33 @@ def candidates(problem: Problem) -> Layout:
         raise ValueError(f"gpus: {count:,} layouts, expected at most {MOST_CANDIDATES:,}; hold some axes fixed")
     pair, *rest = (grid.ravel() for grid in np.meshgrid(pairs, *(values[name] for name in AXES[2:]), indexing="ij"))
     fields = {"shards": shards[pair], "replicas": replicas[pair]} | dict(zip(AXES[2:], rest, strict=True))
-    return with_nearest_accumulation(problem, Layout(**fields))
+    layouts = ClusterLayouts(**fields, accumulation=np.ones(len(pair), np.int64))
+    return replace(layouts, accumulation=_nearest_accumulation(problem, layouts))
 
 
-def with_nearest_accumulation(problem: Problem, layout: Layout) -> Layout:
+def with_nearest_accumulation(problem: Problem, layout: ClusterLayout) -> ClusterLayout:
     """The layout with the accumulation whose batch comes nearest to the workload's."""
-    a_round = layout.micro_batch * np.maximum(1, layout.groups)
-    accumulation = np.maximum(1, np.rint(problem.workload.batch / a_round)).astype(np.int64)
-    return replace(layout, accumulation=accumulation if accumulation.ndim else int(accumulation))
+    return replace(layout, accumulation=int(_nearest_accumulation(problem, layout)))
+
+
+def _nearest_accumulation(problem: Problem, layout: AnyLayout) -> NDArray[np.int64]:
+    clips = layout.micro_batch * np.maximum(1, layout.groups)  # of one forward of all groups
+    return np.maximum(1, np.rint(problem.workload.batch / clips)).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Why a layout cannot be. broken: on numbers or arrays. words: for one layout, with its figures."""
+    """Why a layout is impossible.
+
+    broken: a bool for one layout, an array [n] for n of them. words: for one layout, with its figures.
+    """
 
     name: str
-    broken: Callable[[Problem, Layout], Any]
-    words: Callable[[Problem, Layout], str]
+    broken: Callable[[Problem, AnyLayout], Any]
+    words: Callable[[Problem, ClusterLayout], str]
 
 
-def _batch_is_off(problem: Problem, layout: Layout) -> Any:
+def _batch_is_off(problem: Problem, layout: AnyLayout) -> Any:
     wanted = problem.workload.batch
     return np.abs(layout.batch - wanted) > problem.batch_tolerance * wanted
 
@@ -169,6 +176,6 @@ RULES = (
 DOES_NOT_FIT = "does not fit in memory"
 
 
-def broken_rule(problem: Problem, layout: Layout) -> str | None:
+def broken_rule(problem: Problem, layout: ClusterLayout) -> str | None:
     """In words, the first rule that one layout breaks; None where it keeps to all."""
     return next((rule.words(problem, layout) for rule in RULES if rule.broken(problem, layout)), None)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from k5kernels.planner.candidates import with_nearest_accumulation
-from k5kernels.planner.layout import Layout
+from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.planner.search import (
     DOES_NOT_FIT_WORDS,
     GIB,
@@ -16,6 +16,7 @@ from k5kernels.planner.search import (
     search,
     why_not,
 )
+from k5kernels.planner.values import term_words
 
 REPORT_SHARDS, REPORT_SEQUENCE_PARALLEL = 64, 8  # §6.1.3
 SMALLEST_CHANGE = 5e-4  # what prints as 0.0% is not told
@@ -37,7 +38,7 @@ class Alternative:
     """
 
     name: str
-    layout: Layout
+    layout: ClusterLayout
     plan: Plan | None
     verdict: str
 
@@ -71,7 +72,7 @@ def alternatives(result: SearchResult) -> list[Alternative]:
     return found
 
 
-def _choices(result: SearchResult) -> list[tuple[str, Layout, dict[str, list[Any]]]]:
+def _choices(result: SearchResult) -> list[tuple[str, ClusterLayout, dict[str, list[Any]]]]:
     """(name, the best layout with that one change, the axes held) of every choice that the best did not make."""
     best, node = result.best.layout, result.problem.profile.gpus_per_node
     choices: list[tuple[str, dict[str, list[Any]]]] = [
@@ -96,7 +97,7 @@ def _choices(result: SearchResult) -> list[tuple[str, Layout, dict[str, list[Any
     ]
 
 
-def _refusal(result: SearchResult, layout: Layout) -> str:
+def _refusal(result: SearchResult, layout: ClusterLayout) -> str:
     """Why a layout cannot be, or the term of its memory that grew most over the best's."""
     reason = why_not(result.problem, layout)
     if reason is None or not reason.startswith(DOES_NOT_FIT_WORDS):
@@ -104,7 +105,7 @@ def _refusal(result: SearchResult, layout: Layout) -> str:
     memory, best = evaluate(result.problem, layout).memory, result.best.memory
     name = max((term.name for term in fields(memory)), key=lambda term: getattr(memory, term) - getattr(best, term))
     total, limit = memory.total_bytes / GIB, result.problem.memory_bytes / GIB
-    words, now, before = name.removesuffix("_bytes").replace("_", " "), getattr(memory, name), getattr(best, name)
+    words, now, before = term_words(name), getattr(memory, name), getattr(best, name)
     grown = f"{words} {now / GIB:.1f} GiB instead of {before / GIB:.1f}"
     return f"{DOES_NOT_FIT_WORDS}: {total:.1f} of {limit:.1f} GiB, {grown}"
 

@@ -23,11 +23,10 @@ from importlib.resources import files
 
 import numpy as np
 
+from k5kernels.planner import text_encoder
 from k5kernels.planner.checks import positive_integer
 from k5kernels.planner.density import nabla_density
-from k5kernels.planner.extensions import TEXT_STORED_BYTES
 from k5kernels.planner.least_squares import relative_fit
-from k5kernels.planner.memory import parameters
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape
 
@@ -59,8 +58,7 @@ class Generation:
     @property
     def weights_bytes(self) -> float:
         """Of the CrossDiT in bfloat16."""
-        m = self.model
-        return 2.0 * parameters(m.model_dim, m.time_dim, m.ff_dim, m.blocks)
+        return 2.0 * self.model.parameters
 
     @property
     def work(self) -> tuple[float, float, float, float]:
@@ -70,7 +68,7 @@ class Generation:
         linear = passes * 2 * L * (6 * d**2 + 2 * m.ff_dim * d) * S
         attention = passes * 4 * L * S**2 * d * nabla_density(self.nabla_thr)
         pixels = self.clip.height * self.clip.width * self.clip.frames
-        return linear, attention, float(pixels), (TEXT_STORED_BYTES + self.weights_bytes) * self.offload
+        return linear, attention, float(pixels), (text_encoder.STORED_BYTES + self.weights_bytes) * self.offload
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,10 @@ def generation_memory(generation: Generation, rates: InferenceRates | None = Non
     rates = rates or table5_rates()
     values = generation.clip.tokens * generation.model.model_dim
     return GenerationMemory(
-        text_bytes=TEXT_STORED_BYTES,
+        text_bytes=text_encoder.STORED_BYTES,
         blocks_bytes=generation.weights_bytes + rates.activation_bytes * values + rates.base_bytes,
         decode_bytes=rates.decode_bytes if generation.clip.frames > 1 else 0.0,
-        resident_bytes=0.0 if generation.offload else min(TEXT_STORED_BYTES, generation.weights_bytes),
+        resident_bytes=0.0 if generation.offload else min(text_encoder.STORED_BYTES, generation.weights_bytes),
     )
 
 
@@ -186,7 +184,7 @@ def fit(rows: tuple[MeasuredGeneration, ...]) -> InferenceRates:
 
 def _fit_memory(rows: tuple[MeasuredGeneration, ...]) -> tuple[float, float, float]:
     """(bytes a token and channel, base, decoding). The blocks decide where their weights outweigh the text encoder."""
-    heavy = [row for row in rows if row.generation.weights_bytes > TEXT_STORED_BYTES]
+    heavy = [row for row in rows if row.generation.weights_bytes > text_encoder.STORED_BYTES]
     light = [row for row in rows if row not in heavy and row.generation.clip.frames > 1]
     values = np.array([[row.generation.clip.tokens * row.generation.model.model_dim, 1.0] for row in heavy])
     beyond = np.array([row.memory_bytes - row.generation.weights_bytes for row in heavy])

@@ -1,71 +1,173 @@
-"""Memory of a training step on each GPU (§7.3.2).
+"""Memory of a training step on each GPU: the report's formula (§7.3.2) and terms of their own beside it.
 
     memory = 12 · P/N + max(4 · P/N, 2 · S · (L·d·o + 18·d + 2·d_f))        P = L · (9·d_t·d + 8·d² + 2·d_f·d)
 
 P: parameters of the CrossDiT blocks. N: GPUs that share the states. S: tokens on the GPU. d, d_t, d_f: dims of the
 model, the time embedding and the MLP. o: 0 where activations are offloaded, else 1. The report gives neither unit
 nor names of the terms; bytes, float32 states and bfloat16 activations are the reading that fits.
+
+The other terms are zero in the plain formula. On a layout N is the number of shards, and S the tokens of a micro-batch
+over the GPUs that share it:
+
+* No checkpointing: every block keeps what the formula counts for one, and no block input is kept beside.
+* Accumulation: gradients of earlier micro-batches stay beside the activations. In one process without shards those of
+  the blocks that are done do so too.
+* EMA: one more float32 copy (§6.3.2). Moments of the optimizer in bfloat16: 4·P/N bytes less.
+* Gathered blocks: bfloat16 weights of two blocks, the one that runs and the one on its way, and as much again for a
+  block's gradients until they are reduced: 8·P/L bytes.
+* Backward: gradients inside a block, largest at its MLP: 2·d + d_f values a token.
+* Offload buffers: two block inputs, the one on its way and the one in use.
+* Text encoder (`text_encoder.py`), over at most 32 shards (§6.1.3).
+* Reserve: what the allocator and the driver keep.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
+from k5kernels.planner import text_encoder
 from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
+from k5kernels.planner.extensions import PLAIN, Extensions
+from k5kernels.planner.profile import H100, HardwareProfile
+from k5kernels.planner.shapes import ModelShape, parameters
+from k5kernels.planner.values import Values, plain
+from k5kernels.planner.workload import Workload
+
+BFLOAT16_BYTES = 2
+
+
+NOT_IN_THE_REPORT: Any = 0.0  # what a term is where it is left out
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Terms of the memory of one GPU, in bytes.
+class Memory(Generic[Values]):
+    """Terms of the memory of one GPU, or of a process that trains alone, in bytes. The first four are the report's.
 
     states_bytes: float32 weights and both Adam moments. gradients_bytes: float32 gradients.
-    block_inputs_bytes: the bfloat16 input of every block, kept for recomputation; 0 with offload.
-    block_activations_bytes: what one block keeps while its backward runs.
+    block_inputs_bytes: the input of every block, kept for recomputation; 0 with offload.
+    block_activations_bytes: what one block keeps while its backward runs, or what all keep without checkpointing.
+    accumulated_gradients_bytes: gradients that are there beside the activations. The other terms: see the module.
     Gradients and activations do not peak together: the larger of the two counts.
     """
 
-    states_bytes: float = field(metadata={"formula": "12 · P/N"})
-    gradients_bytes: float = field(metadata={"formula": "4 · P/N"})
-    block_inputs_bytes: float = field(metadata={"formula": "2 · S · L · d · o"})
-    block_activations_bytes: float = field(metadata={"formula": "2 · S · (18·d + 2·d_f)"})
+    states_bytes: Values = field(metadata={"formula": "12 · P/N"})
+    gradients_bytes: Values = field(metadata={"formula": "4 · P/N"})
+    block_inputs_bytes: Values = field(metadata={"formula": "2 · S · L · d · o, with checkpointing"})
+    block_activations_bytes: Values = field(metadata={"formula": "2 · S · (18·d + 2·d_f), · L without checkpointing"})
+    accumulated_gradients_bytes: Values = field(
+        default=NOT_IN_THE_REPORT, metadata={"formula": "the smaller of gradients and activations, with accumulation"}
+    )
+    ema_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "4 · P/N"})
+    optimizer_dtype_bytes: Values = field(
+        default=NOT_IN_THE_REPORT, metadata={"formula": "−4 · P/N with bfloat16 moments"}
+    )
+    gathered_blocks_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "8 · P/L, with shards"})
+    backward_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · S · (2·d + d_f)"})
+    offload_buffers_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · 2 · S · d"})
+    text_encoder_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · 8.29e9 / min(32, GPUs)"})
+    reserve_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "the profile's share of all above"})
 
     @property
-    def activations_bytes(self) -> float:
-        """Inputs of all blocks and activations of one."""
-        return self.block_inputs_bytes + self.block_activations_bytes
+    def activations_bytes(self) -> Values:
+        """Inputs and activations of the blocks, the inputs on their way to or from the host, and their gradients."""
+        kept = self.block_inputs_bytes + self.block_activations_bytes
+        return kept + self.offload_buffers_bytes + self.backward_bytes
 
     @property
-    def total_bytes(self) -> float:
-        """The memory of one GPU, in bytes."""
-        return self.states_bytes + max(self.gradients_bytes, self.activations_bytes)
+    def used_bytes(self) -> Values:
+        """Everything but the reserve."""
+        report: Any = self.states_bytes + np.maximum(self.gradients_bytes, self.activations_bytes)
+        added = self.accumulated_gradients_bytes + self.ema_bytes + self.optimizer_dtype_bytes
+        return plain(report + added + self.gathered_blocks_bytes + self.text_encoder_bytes)
+
+    @property
+    def total_bytes(self) -> Values:
+        """The peak."""
+        return self.used_bytes + self.reserve_bytes
 
 
-def parameters(model_dim: int, time_dim: int, ff_dim: int, blocks: int) -> int:
-    """P: parameters of the CrossDiT blocks. Raises ValueError where an argument is not a positive integer."""
-    d = positive_integer("model_dim", model_dim)
-    modulation = 9 * positive_integer("time_dim", time_dim) * d
-    mlp = 2 * positive_integer("ff_dim", ff_dim) * d
-    return positive_integer("blocks", blocks) * (modulation + 8 * d**2 + mlp)
+REPORT_TERMS = ("states_bytes", "gradients_bytes", "block_inputs_bytes", "block_activations_bytes")
+
+
+def training_memory(
+    model: ModelShape,
+    tokens: Any,
+    layout: AnyLayout,
+    extensions: Extensions = PLAIN,
+    weights: int | None = None,
+    value_bytes: int = BFLOAT16_BYTES,
+) -> Memory[Any]:
+    """Every term but the reserve.
+
+    tokens: S on the GPU, all clips of a micro-batch; a number or an array as the layout's fields are. weights:
+    parameters that are trained, P where None. value_bytes: of one activation.
+    """
+    p, f = weights or model.parameters, layout.shards
+    d, d_f, L, values = model.model_dim, model.ff_dim, model.blocks, value_bytes * np.asarray(tokens, np.float64)
+    checkpointing, offload = np.asarray(layout.checkpointing, bool), np.asarray(layout.offload, bool)
+    gradients = 4 * p / f
+    one_input = values * d
+    inputs = np.where(offload | ~checkpointing, 0.0, one_input * L)
+    one_block = values * (18 * d + 2 * d_f)
+    activations = np.where(checkpointing, one_block, one_block * L)
+    buffers = float(extensions.buffers)
+    moving = np.where(offload, buffers * min(2, L) * one_input, 0.0)
+    backward = buffers * values * (2 * d + d_f)
+    both = np.minimum(gradients, inputs + activations + moving + backward)
+    encoder = text_encoder.STORED_BYTES / np.minimum(text_encoder.SHARDS, layout.gpus)
+    terms = {
+        "states_bytes": 12 * p / f,
+        "gradients_bytes": gradients,
+        "block_inputs_bytes": inputs,
+        "block_activations_bytes": activations,
+        "accumulated_gradients_bytes": np.where(layout.accumulation > 1, both, 0.0),
+        "ema_bytes": 4 * p / f * extensions.ema,
+        "optimizer_dtype_bytes": 0.0 - 4 * p / f * (extensions.optimizer_dtype == "bfloat16"),
+        "gathered_blocks_bytes": np.where(f > 1, buffers * 8 * p / L, 0.0),
+        "backward_bytes": backward,
+        "offload_buffers_bytes": moving,
+        "text_encoder_bytes": encoder * extensions.text_encoder,
+        "reserve_bytes": 0.0,
+    }
+    return Memory(**{name: plain(value) for name, value in terms.items()})
+
+
+@overload
+def layout_memory(
+    workload: Workload, layout: ClusterLayout, extensions: Extensions = ..., profile: HardwareProfile = ...
+) -> Memory[float]: ...
+@overload
+def layout_memory(
+    workload: Workload, layout: ClusterLayouts, extensions: Extensions = ..., profile: HardwareProfile = ...
+) -> Memory[NDArray[np.float64]]: ...
+def layout_memory(
+    workload: Workload, layout: AnyLayout, extensions: Extensions = PLAIN, profile: HardwareProfile = H100
+) -> Memory[Any]:
+    """Terms of the memory of one GPU for the largest clip: numbers for one layout, arrays [n] for n of them."""
+    tokens = layout.micro_batch * workload.largest_tokens / layout.sequence_parallel
+    terms = training_memory(workload.model, tokens, layout, extensions)
+    return replace(terms, reserve_bytes=terms.used_bytes * profile.memory_reserve * extensions.reserve)
 
 
 def memory_terms(
     model_dim: int, time_dim: int, ff_dim: int, blocks: int, tokens: float, gpus: int, offload: bool
-) -> Memory:
-    """Terms of the memory of one GPU.
+) -> Memory[float]:
+    """The report's terms of the memory of one GPU; all others are 0.
 
     model_dim, time_dim, ff_dim, blocks: the model. tokens: S, all visual tokens on the GPU. gpus: N, over which
     the states are sharded. offload: activations go to host memory.
     Raises ValueError where a number is not positive, one other than tokens is not an integer, or offload is not
     True or False.
     """
-    p = parameters(model_dim, time_dim, ff_dim, blocks)
-    s, n = positive_number("tokens", tokens), positive_integer("gpus", gpus)
+    parameters(model_dim, time_dim, ff_dim, blocks)  # refuses numbers that no model has
+    held, shards = positive_number("tokens", tokens), positive_integer("gpus", gpus)
     if not isinstance(offload, bool):
         raise ValueError(f"offload: expected True or False, got {offload!r}")
-    return Memory(
-        states_bytes=12 * p / n,
-        gradients_bytes=4 * p / n,
-        block_inputs_bytes=0.0 if offload else float(2 * s * blocks * model_dim),
-        block_activations_bytes=float(2 * s * (18 * model_dim + 2 * ff_dim)),
-    )
+    model = ModelShape(model_dim, time_dim, ff_dim, blocks)
+    return training_memory(model, held, ClusterLayout(shards=shards, offload=offload))
 
 
 def memory_bytes(

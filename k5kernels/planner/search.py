@@ -1,15 +1,17 @@
 """The best layout for a workload: every candidate is computed, what cannot be is dropped, the rest is ranked."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from k5kernels.planner.candidates import AXES, DOES_NOT_FIT, RULES, Problem, broken_rule, candidates
-from k5kernels.planner.extensions import LayoutMemory, LayoutStepTime, layout_memory, layout_step_time
-from k5kernels.planner.layout import Layout
+from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
+from k5kernels.planner.layout_step import LayoutStepTime, layout_step_time
+from k5kernels.planner.memory import Memory, layout_memory
 from k5kernels.planner.stages import MS_PER_HOUR
+from k5kernels.planner.values import term_words
 
 GIB = 2**30
 GOALS = ("gpu-hours", "wall-time", "gpus")
@@ -25,9 +27,9 @@ class NothingFitsError(ValueError):
 class Plan:
     """A layout and what it takes. gpu_hours and wall_hours are for all clips of the workload, batch × steps."""
 
-    layout: Layout
-    step: LayoutStepTime
-    memory: LayoutMemory
+    layout: ClusterLayout
+    step: LayoutStepTime[float]
+    memory: Memory[float]
     gpu_hours: float
     wall_hours: float
 
@@ -58,15 +60,15 @@ class SearchResult:
         return self.candidates - sum(self.dropped.values())
 
 
-def evaluate(problem: Problem, layout: Layout) -> Plan:
+def evaluate(problem: Problem, layout: ClusterLayout) -> Plan:
     """What one layout takes, whether it fits or not."""
-    step = _as_floats(layout_step_time(problem.workload, layout, problem.extensions, problem.profile))
-    memory = _as_floats(layout_memory(problem.workload, layout, problem.extensions, problem.profile))
+    step = layout_step_time(problem.workload, layout, problem.extensions, problem.profile)
+    memory = layout_memory(problem.workload, layout, problem.extensions, problem.profile)
     wall = float(_wall_hours(problem, layout, step.total_ms))
-    return Plan(layout, step, memory, gpu_hours=wall * int(layout.gpus), wall_hours=wall)
+    return Plan(layout, step, memory, gpu_hours=wall * layout.gpus, wall_hours=wall)
 
 
-def why_not(problem: Problem, layout: Layout) -> str | None:
+def why_not(problem: Problem, layout: ClusterLayout) -> str | None:
     """In words, why the layout cannot be or does not fit; None where it can."""
     if (words := broken_rule(problem, layout)) is not None:
         return f"cannot be: {words}"
@@ -78,10 +80,10 @@ def why_not(problem: Problem, layout: Layout) -> str | None:
     return None
 
 
-def largest_term(memory: LayoutMemory) -> tuple[str, float]:
+def largest_term(memory: Memory[float]) -> tuple[str, float]:
     """(name in words, bytes) of the largest term."""
     name = max((field.name for field in fields(memory)), key=lambda field: getattr(memory, field))
-    return name.removesuffix("_bytes").replace("_", " "), getattr(memory, name)
+    return term_words(name), getattr(memory, name)
 
 
 def search(problem: Problem, goal: str = "gpu-hours", keep: int = 10) -> SearchResult:
@@ -97,27 +99,27 @@ def search(problem: Problem, goal: str = "gpu-hours", keep: int = 10) -> SearchR
         raise ValueError(f"keep: expected an integer from 1, got {keep!r}")
     layouts = candidates(problem)
     allowed, dropped = _apply_rules(problem, layouts)
-    layouts = _select(layouts, allowed)
+    layouts = layouts.select(allowed)
     memory = layout_memory(problem.workload, layouts, problem.extensions, problem.profile).total_bytes
     fits = memory <= problem.memory_bytes
     dropped[DOES_NOT_FIT] = int(np.count_nonzero(~fits))
     if not fits.any():
         raise NothingFitsError(_nothing_fits(problem, layouts, memory, dropped))
-    layouts, memory = _select(layouts, fits), memory[fits]
+    layouts, memory = layouts.select(fits), memory[fits]
     step = layout_step_time(problem.workload, layouts, problem.extensions, problem.profile).total_ms
     wall = _wall_hours(problem, layouts, step)
     gpu_hours = wall * layouts.gpus
     order = _order(goal, gpu_hours, wall, layouts.gpus, memory)
 
     def plans(indices: NDArray) -> tuple[Plan, ...]:
-        return tuple(evaluate(problem, _one(layouts, index)) for index in indices)
+        return tuple(evaluate(problem, layouts[index]) for index in indices)
 
     return SearchResult(problem, goal, plans(order[:keep]), plans(_front(gpu_hours, wall)), len(allowed), dropped)
 
 
-def _apply_rules(problem: Problem, layouts: Layout) -> tuple[NDArray, dict[str, int]]:
+def _apply_rules(problem: Problem, layouts: ClusterLayouts) -> tuple[NDArray, dict[str, int]]:
     """(mask of the layouts that no rule drops, how many each rule was the first to drop)."""
-    allowed = np.ones(np.shape(layouts.shards), dtype=bool)
+    allowed = np.ones(len(layouts), dtype=bool)
     dropped = {}
     for rule in RULES:
         broken = rule.broken(problem, layouts) & allowed
@@ -126,7 +128,7 @@ def _apply_rules(problem: Problem, layouts: Layout) -> tuple[NDArray, dict[str, 
     return allowed, dropped
 
 
-def _wall_hours(problem: Problem, layout: Layout, step_ms: Any) -> Any:
+def _wall_hours(problem: Problem, layout: AnyLayout, step_ms: Any) -> Any:
     """Hours for batch × steps clips, however many clips the layout takes a step."""
     clips = problem.workload.batch * problem.workload.steps
     return step_ms * (clips / layout.batch) / MS_PER_HOUR
@@ -153,24 +155,12 @@ def _front(gpu_hours: NDArray, wall: NDArray) -> NDArray:
     return order[hours[order] < fewest_before]
 
 
-def _select(layouts: Layout, chosen: NDArray) -> Layout:
-    return replace(layouts, **{field.name: getattr(layouts, field.name)[chosen] for field in fields(layouts)})
-
-
-def _one(layouts: Layout, index: int) -> Layout:
-    return Layout(**{field.name: getattr(layouts, field.name)[index].item() for field in fields(layouts)})
-
-
-def _as_floats(terms: Any) -> Any:
-    return replace(terms, **{field.name: float(getattr(terms, field.name)) for field in fields(terms)})
-
-
-def _nothing_fits(problem: Problem, layouts: Layout, memory: NDArray, dropped: dict[str, int]) -> str:
+def _nothing_fits(problem: Problem, layouts: ClusterLayouts, memory: NDArray, dropped: dict[str, int]) -> str:
     counts = ", ".join(f"{name}: {count:,}" for name, count in dropped.items() if count)
     if not memory.size:
         fixed = f" (fixed: {', '.join(name for name in AXES if name in problem.fixed)})" if problem.fixed else ""
         return f"no layout is possible on {problem.gpus} GPUs{fixed}; dropped: {counts}"
-    least = _one(layouts, int(memory.argmin()))
+    least = layouts[int(memory.argmin())]
     return (
         f"no layout is possible on {problem.gpus} GPUs; nearest: {least}, {why_not(problem, least)}; dropped: {counts}"
     )

@@ -31,6 +31,22 @@ class ModelShape:
         """Heads of an attention."""
         return self.model_dim // self.head_dim
 
+    @property
+    def parameters(self) -> int:
+        """P: parameters of the CrossDiT blocks."""
+        return parameters(self.model_dim, self.time_dim, self.ff_dim, self.blocks)
+
+
+def parameters(model_dim: int, time_dim: int, ff_dim: int, blocks: int) -> int:
+    """P = L · (9·d_t·d + 8·d² + 2·d_f·d): parameters of the CrossDiT blocks (§7.3.2).
+
+    Raises ValueError where an argument is not a positive integer.
+    """
+    d = positive_integer("model_dim", model_dim)
+    modulation = 9 * positive_integer("time_dim", time_dim) * d
+    mlp = 2 * positive_integer("ff_dim", ff_dim) * d
+    return positive_integer("blocks", blocks) * (modulation + 8 * d**2 + mlp)
+
 
 MODELS: dict[str, ModelShape] = {name: ModelShape.of(config) for name, config in MODEL_SIZES.items()}
 

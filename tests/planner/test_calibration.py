@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k5kernels.planner import H100, ClipShape, step_time_ms
-from k5kernels.planner import sweep as sweep_module
-from k5kernels.planner.calibration import MeasuredStep, fit, held_out_errors, predict_ms, read_steps
-from k5kernels.planner.sweep import Point, points, sweep
+from k5kernels.planner.calibration import MeasuredStep, fit, held_out_errors, predict_ms, read_steps, write_steps
 
 MEASURED = Path(__file__).parents[2] / "bench" / "data" / "planner_sweep.csv"
 MEAN_FLOOR, WORST_FLOOR = 0.12, 0.30
@@ -92,6 +90,12 @@ def test_a_missing_column_is_named(tmp_path):
         read_steps(path)
 
 
+def test_steps_come_back_from_their_file(tmp_path):
+    steps = synthetic(1.0, 2.0, 3.0)
+    write_steps(tmp_path / "steps.csv", steps)
+    assert read_steps(tmp_path / "steps.csv") == steps
+
+
 def test_the_sweep_measured_with_the_trainer_is_predicted_from_any_third_of_it():
     steps = read_steps(MEASURED)
     assert len(steps) >= 24
@@ -100,25 +104,3 @@ def test_the_sweep_measured_with_the_trainer_is_predicted_from_any_third_of_it()
         assert errors.steps == len(steps) * 2 // 3
         assert errors.mean <= MEAN_FLOOR
         assert errors.worst <= WORST_FLOOR
-
-
-def test_the_sweep_varies_width_tokens_depth_batch_and_attention():
-    chosen = points()
-    assert len(set(chosen)) == len(chosen) >= 24
-    for field in ("model_dim", "tokens", "blocks", "batch", "nabla_thr"):
-        assert len({getattr(point, field) for point in chosen}) >= 2
-
-
-def test_a_sweep_runs_the_trainer(monkeypatch):
-    monkeypatch.setattr(sweep_module, "STEPS", 2)
-    (dense, nabla) = sweep([Point(64, 1, 1, 1, None), Point(64, 1, 1, 2, 0.3)])
-    assert dense.step.tokens == 256
-    assert dense.step.density == 1 > nabla.step.density
-    assert dense.step.step_ms > 0
-    assert dense.peak_bytes > dense.base_bytes
-
-
-def test_a_sweep_away_from_the_trainer_says_where_to_go(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="repository's root"):
-        sweep(points())

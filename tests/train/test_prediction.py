@@ -9,7 +9,7 @@ from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from train.crossdit_stage import FlowMatching
-from train.prediction import Run, nearest_layout, predicted_memory, predicted_ms, tokens
+from train.prediction import LOADED_BYTES, Run, nearest_layout, predicted_memory, predicted_ms, tokens
 
 NANO = PRESETS["nano"]
 GRID, LONGER = (4, 32, 48), (8, 32, 48)
@@ -44,40 +44,44 @@ def test_latent_frames_cut_the_sample():
 def test_activations_are_the_formulas_in_float32():
     terms = memory_terms(192, 48, 448, 8, 2 * 8 * 16 * 24, gpus=1, offload=False)
     memory = predicted_memory(a_run(grids={GRID: 9, LONGER: 1}, batch=2))
-    assert memory.block_inputs == 2 * terms.block_inputs_bytes
-    assert memory.block_activations == 2 * terms.block_activations_bytes
+    assert memory.block_inputs_bytes == 2 * terms.block_inputs_bytes
+    assert memory.block_activations_bytes == 2 * terms.block_activations_bytes
 
 
 def test_states_and_gradients_are_of_all_the_models_weights():
     weights = sum(parameter.numel() for parameter in CrossDiT(NANO).parameters())
     memory = predicted_memory(a_run())
-    assert memory.states == 16 * weights
-    assert memory.gradients == 4 * weights
+    assert memory.states_bytes + memory.ema_bytes == 16 * weights
+    assert memory.gradients_bytes == 4 * weights
 
 
 def test_of_gradients_and_block_inputs_the_larger_counts():
     for frames in (1, 400):
         memory = predicted_memory(a_run(grids={(frames, 32, 48): 1}))
-        both = memory.gradients + memory.block_inputs
-        assert sum(asdict(memory).values()) - memory.total == min(memory.gradients, memory.block_inputs) < both / 2
+        held = max(memory.gradients_bytes, memory.block_inputs_bytes)
+        of_a_block = memory.block_activations_bytes + memory.backward_bytes
+        rest = memory.states_bytes + memory.ema_bytes + memory.reserve_bytes
+        assert memory.total_bytes == pytest.approx(held + of_a_block + rest, rel=1e-15)
 
 
 def test_bf16_halves_activations_and_no_states():
     wide, narrow = asdict(predicted_memory(a_run())), asdict(predicted_memory(a_run(bf16=True)))
-    halved = {name for name in wide if narrow[name] == wide[name] / 2}
-    assert halved == {"block_inputs", "block_activations", "backward"}
-    assert all(narrow[name] == wide[name] for name in wide.keys() - halved - {"allocator"})
+    halved = {name for name in wide if 0 < narrow[name] == wide[name] / 2}
+    assert halved >= {"block_inputs_bytes", "block_activations_bytes", "backward_bytes"}
+    states = {"states_bytes", "gradients_bytes", "ema_bytes"}
+    assert all(narrow[name] == wide[name] > 0 for name in states)
 
 
 def test_the_allocator_keeps_shares_of_what_comes_and_goes():
     memory = predicted_memory(a_run())
-    assert memory.allocator == 1.5 * (memory.block_activations + memory.backward) + 2 * memory.gradients
+    of_a_block = memory.block_activations_bytes + memory.backward_bytes
+    assert memory.reserve_bytes == LOADED_BYTES + 1.5 * of_a_block + 2 * memory.gradients_bytes
 
 
 def test_without_checkpointing_every_block_keeps_what_one_keeps():
     kept = predicted_memory(a_run(checkpointing=False))
-    assert kept.block_inputs == 0
-    assert kept.block_activations == 8 * predicted_memory(a_run()).block_activations
+    assert kept.block_inputs_bytes == 0
+    assert kept.block_activations_bytes == 8 * predicted_memory(a_run()).block_activations_bytes
 
 
 def test_the_nearest_layout_of_a_run_too_large_for_one_gpu_has_several():

@@ -1,6 +1,5 @@
 """How the commands of `k5 plan` answer: terms of a formula as a table, figures as JSON and CSV."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,8 +8,9 @@ from typing import Any
 
 import typer
 
-from k5kernels.atomic import replacing
+from k5kernels.planner.csv_rows import write_rows
 from k5kernels.planner.search import GIB
+from k5kernels.planner.values import term_words
 from k5kernels.terminal import console, table
 
 SCHEMA = "k5.plan/1"
@@ -28,10 +28,18 @@ MS, GIBIBYTES = Unit("ms"), Unit("GiB", GIB)
 
 
 def print_terms(
-    command: str, title: str, inputs: Mapping[str, Any], terms: Any, unit: Unit, as_json: bool, csv_path: Path | None
+    command: str,
+    title: str,
+    inputs: Mapping[str, Any],
+    terms: Any,
+    unit: Unit,
+    as_json: bool,
+    csv_path: Path | None,
+    only: Sequence[str] | None = None,
 ) -> None:
-    """The terms of a formula and their totals: all public properties that hold a number."""
-    values = {field.name: float(getattr(terms, field.name)) for field in fields(terms)}
+    """The terms of a formula, those named or all, and their totals: all public properties that hold a number."""
+    names = [field.name for field in fields(terms)] if only is None else only
+    values = {name: float(getattr(terms, name)) for name in names}
     totals = {
         name: float(getattr(terms, name)) for name, kind in vars(type(terms)).items() if isinstance(kind, property)
     }
@@ -40,19 +48,20 @@ def print_terms(
         print_json(command, inputs, {"terms": values, **totals})
         return
     total = totals["total_ms" if unit is MS else "total_bytes"]
-    console().print(table(title, ["term", "formula", unit.name], term_rows(terms, total, unit), inputs))
+    console().print(table(title, ["term", "formula", unit.name], term_rows(terms, total, unit, names), inputs))
 
 
-def term_rows(terms: Any, total: float, unit: Unit) -> list[list[str]]:
-    """A term's name in words, without its unit, its formula and its value; then the total."""
+def term_rows(terms: Any, total: float, unit: Unit, names: Sequence[str] | None = None) -> list[list[str]]:
+    """A term's name in words, without its unit, its formula and its value, of those named or all; then the total."""
     digits = 1 if unit.size == 1 else 2
     rows = [
         [
-            " ".join(term.name.split("_")[:-1]),
+            term_words(term.name),
             term.metadata["formula"],
             f"{getattr(terms, term.name) / unit.size:,.{digits}f}",
         ]
         for term in fields(terms)
+        if names is None or term.name in names
     ]
     return [*rows, ["total", "", f"{total / unit.size:,.{digits}f}"]]
 
@@ -63,10 +72,6 @@ def print_json(command: str, inputs: Mapping[str, Any], more: Mapping[str, Any])
 
 
 def write_csv(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows with a header, where a path was given; the file is whole or not there."""
-    if path is None:
-        return
-    with replacing(path) as partial, partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    """The rows as CSV where a path was given."""
+    if path is not None:
+        write_rows(path, rows)

@@ -1,17 +1,23 @@
 """`k5 plan calibrate`."""
 
+import subprocess
+import sys
 from dataclasses import asdict
+from importlib.machinery import PathFinder
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from k5kernels.planner.calibration import MeasuredStep, fit, held_out_errors, predict_ms, read_steps
 from k5kernels.planner.cli import options
 from k5kernels.planner.cli.answer import print_json, write_csv
 from k5kernels.planner.profile import H100, HardwareProfile, save_profile
+from k5kernels.planner.this_machine import this_machine
 from k5kernels.terminal import console, table
+
+SWEEP = "train.sweep"
 
 
 def calibrate(
@@ -32,7 +38,7 @@ def calibrate(
     """Fit the step formula's coefficients to measured steps, and say how far it is off on steps it did not see."""
     if (steps is None) != sweep:
         raise typer.BadParameter("give either --steps FILE or --sweep")
-    measured, base = _measure() if steps is None else (read_steps(steps), H100)
+    measured, base = (_sweep(), this_machine()) if steps is None else (read_steps(steps), H100)
     profile = fit(measured, name or (base.name if steps is None else steps.stem), base)
     held_out = held_out_errors(measured)
     rows = [{**asdict(step), "fitted_ms": predict_ms(step, profile)} for step in measured]
@@ -59,15 +65,30 @@ def calibrate(
         )
 
 
-def _measure() -> tuple[list[MeasuredStep], HardwareProfile]:
-    """(steps of this machine, its profile but for the coefficients)."""
-    from k5kernels.planner.sweep import points, sweep, this_machine
+def _sweep() -> list[MeasuredStep]:
+    """Steps of this machine, measured by the trainer: a program of the repository, which the library does not import.
 
-    terminal, chosen = console(stderr=True), points()
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
-        bar = bars.add_task("measuring", total=len(chosen))
-        results = sweep(chosen, lambda result: bars.advance(bar))
-    return [result.step for result in results], this_machine()
+    Raises ValueError where the trainer is not there, typer.Exit where it failed and has said why.
+    """
+    if not _trainer_is_here():
+        raise ValueError(
+            "--sweep: expected the trainer (train/sweep.py), which is in the repository and not in the installed "
+            "package: run from the root of a clone, or measure steps yourself and give --steps FILE"
+        )
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "steps.csv"
+        if subprocess.run([sys.executable, "-m", SWEEP, "--csv", path]).returncode:
+            raise typer.Exit(1)
+        return read_steps(path)
+
+
+def _trainer_is_here() -> bool:
+    """Whether `python -m train.sweep` would find it: in the working directory or on the path."""
+    package, _, module = SWEEP.partition(".")
+    found = PathFinder.find_spec(package, [str(Path.cwd()), *sys.path])
+    return any(
+        (Path(folder) / f"{module}.py").exists() for folder in (found and found.submodule_search_locations) or ()
+    )
 
 
 def _cells(step: MeasuredStep, profile: HardwareProfile) -> list[str]:

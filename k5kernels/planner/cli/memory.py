@@ -10,10 +10,10 @@ import typer
 from k5kernels.planner import plots
 from k5kernels.planner.cli import options
 from k5kernels.planner.cli.answer import GIBIBYTES, print_terms
-from k5kernels.planner.extensions import layout_memory
-from k5kernels.planner.layout import Layout
-from k5kernels.planner.memory import memory_terms, parameters
+from k5kernels.planner.cluster_layout import ClusterLayout
+from k5kernels.planner.memory import REPORT_TERMS, layout_memory, memory_terms
 from k5kernels.planner.search import GIB
+from k5kernels.planner.shapes import parameters
 
 PLOTTED_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -58,12 +58,12 @@ def memory(
             _draw(
                 plot, title, gpus, PLOTTED_GPUS, lambda n, off: memory_terms(**model, tokens=held, gpus=n, offload=off)
             )
-        print_terms("memory", title, inputs, terms, GIBIBYTES, as_json, csv_path)
+        print_terms("memory", title, inputs, terms, GIBIBYTES, as_json, csv_path, REPORT_TERMS)
         return
     if tokens is not None or gpus != 1:
         raise typer.BadParameter("--tokens, --gpus: a layout has a clip and --shards × --replicas GPUs instead")
     hardware = options.hardware(profile)
-    layout = Layout(shards, replicas, sp, batch, accumulation, checkpointing, offload)
+    layout = ClusterLayout(shards, replicas, sp, batch, accumulation, checkpointing, offload)
     numbers = {"model_dim": model_dim, "time_dim": time_dim, "ff_dim": ff_dim, "blocks": blocks}
     clip = options.clip_shape(resolution, frames, seconds)
     problem = options.layout_problem(preset, numbers, clip, layout, hardware, None, optimizer_dtype)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from k5kernels.planner.candidates import Problem, broken_rule
+from k5kernels.planner.cluster_layout import ClusterLayout, checked
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.extensions import FULL, OPTIMIZER_DTYPES
-from k5kernels.planner.layout import Layout, checked
 from k5kernels.planner.profile import H100, HardwareProfile, load_profile
 from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape, frames_for, model_shape
 from k5kernels.planner.workload import Workload
@@ -97,7 +97,7 @@ def layout_problem(
     preset: str | None,
     numbers: dict[str, int | None],
     clip: ClipShape,
-    layout: Layout,
+    layout: ClusterLayout,
     profile: HardwareProfile,
     nabla_thr: float | None = None,
     optimizer_dtype: str = "float32",
@@ -121,7 +121,7 @@ def layout_problem(
     return problem
 
 
-def layout_inputs(problem: Problem, layout: Layout) -> dict[str, Any]:
+def layout_inputs(problem: Problem, layout: ClusterLayout) -> dict[str, Any]:
     """What an answer on a layout was computed from."""
     workload, clip = problem.workload, problem.workload.clips[0][0]
     return {

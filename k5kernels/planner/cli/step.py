@@ -10,8 +10,8 @@ import typer
 from k5kernels.planner import plots
 from k5kernels.planner.cli import options
 from k5kernels.planner.cli.answer import MS, print_terms
-from k5kernels.planner.extensions import LayoutStepTime, layout_step_time
-from k5kernels.planner.layout import Layout
+from k5kernels.planner.cluster_layout import ClusterLayout
+from k5kernels.planner.layout_step import LayoutStepTime, layout_step_time
 from k5kernels.planner.shapes import TOKEN_PIXELS, ClipShape
 from k5kernels.planner.step import StepTime, step_time_terms
 
@@ -69,7 +69,7 @@ def step(
         return
     if pixels is not None:
         raise typer.BadParameter("--pixels: a layout needs the clip: give --resolution and --frames or --seconds")
-    layout = Layout(shards, replicas, sp, batch, accumulation, checkpointing, offload)
+    layout = ClusterLayout(shards, replicas, sp, batch, accumulation, checkpointing, offload)
     numbers = {"model_dim": model_dim, "time_dim": time_dim, "ff_dim": ff_dim, "blocks": blocks}
     clip = options.clip_shape(resolution, frames, seconds)
     problem = options.layout_problem(preset, numbers, clip, layout, hardware, nabla_thr)

@@ -1,8 +1,11 @@
-"""Steps of the repository's trainer, measured on this machine: one subprocess a point."""
+"""Steps of the trainer, measured on this machine: one subprocess a point.
+
+    python -m train.sweep --csv steps.csv
+
+Writes the CSV that `k5 plan calibrate --steps` takes; `k5 plan calibrate --sweep` runs this command.
+"""
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -11,15 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from rich.progress import Progress
 
 from k5kernels.latents.shards import LATENT_CHANNELS, ShardWriter
-from k5kernels.planner.calibration import MeasuredStep
-from k5kernels.planner.profile import HardwareProfile
+from k5kernels.planner.calibration import MeasuredStep, write_steps
 from k5kernels.planner.shapes import PATCH
+from k5kernels.terminal import console, one_line_errors
 
-TRAINER = Path("train") / "run.py"
+ROOT = Path(__file__).parents[1]  # where the trainer is a module
 SIDE = 16  # tokens along the height and the width of a frame: four blocks of NABLA
 WIDTHS = (128, 192, 256)
 FRAMES = (4, 6, 8, 10)
@@ -67,28 +73,14 @@ def points() -> list[Point]:
 def sweep(chosen: list[Point], done: Callable[[PointResult], None] = lambda result: None) -> list[PointResult]:
     """Run every point; `done` is called after each.
 
-    Raises FileNotFoundError where the working directory is not the repository's root, RuntimeError with the trainer's
-    last words where it fails.
+    Raises ValueError with the trainer's last words where it fails.
     """
-    if not TRAINER.exists():
-        raise FileNotFoundError(f"{TRAINER}: not here; the sweep runs the trainer: call it from the repository's root")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for number, point in enumerate(chosen):
             results.append(_measure(point, Path(folder) / str(number)))
             done(results[-1])
     return results
-
-
-def this_machine() -> HardwareProfile:
-    """The H100's profile with this machine's name and memory, for the coefficients to be fitted."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    threads = torch.get_num_threads()
-    name = f"{names[0] if names else platform.machine()}, {threads} threads"
-    return HardwareProfile(name, memory_bytes=memory, gpus_per_node=1)
 
 
 def _measure(point: Point, folder: Path) -> PointResult:
@@ -99,9 +91,9 @@ def _measure(point: Point, folder: Path) -> PointResult:
     if point.nabla_thr is not None:
         # The window would keep every block of so small a clip.
         command += ["--nabla-thr", point.nabla_thr, "--no-nabla-window"]
-    ran = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    ran = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
     if ran.returncode:
-        raise RuntimeError(f"the trainer failed at {point}: {ran.stderr.strip()[-500:]}")
+        raise ValueError(f"the trainer failed at {point}: {ran.stderr.strip()[-500:]}")
     rows = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     step_ms = statistics.median(row["step_ms"] for row in rows[1:])
     sizes = (point.model_dim, point.tokens, point.blocks, point.batch)
@@ -120,3 +112,17 @@ def _write_latent(frames: int, path: Path) -> None:
     meta = {"frames": 4 * frames - 3, "height": 8 * side, "width": 8 * side, "rate": "24", "source": "noise"}
     with ShardWriter(path) as shard:
         shard.write("noise", latent, meta | {"first_frame": 0})
+
+
+@one_line_errors("train.sweep")
+def main(csv: Annotated[Path, typer.Option(help="file for the measured steps")]) -> None:
+    """Measure 24 runs of the trainer: a few minutes."""
+    terminal, chosen = console(stderr=True), points()
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
+        bar = bars.add_task("measuring", total=len(chosen))
+        results = sweep(chosen, lambda result: bars.advance(bar))
+    write_steps(csv, [result.step for result in results])
+
+
+if __name__ == "__main__":
+    typer.run(main)

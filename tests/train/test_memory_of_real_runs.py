@@ -3,7 +3,7 @@
 import pytest
 
 from bench.bench_planner import RESIDENT
-from k5kernels.planner.sweep import Point, sweep
+from train.sweep import Point, sweep
 
 FLOOR = 0.15
 # The larger ones take about half a minute each.
