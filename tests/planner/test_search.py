@@ -150,7 +150,9 @@ LARGER = {
 
 @pytest.mark.parametrize("what", LARGER)
 @given(POWERS, st.integers(0, 20), st.booleans(), st.booleans(), st.sampled_from([PLAIN, FULL]))
-def test_more_work_takes_more_computation_and_no_less_time_or_memory(what, shards, groups, offload, checkpointing, extensions):
+def test_more_work_takes_more_computation_and_no_less_time_or_memory(
+    what, shards, groups, offload, checkpointing, extensions
+):
     model, clip = MODELS["video_lite"], ClipShape(256, 384, 1 + 4 * groups)
     layout = ClusterLayout(shards=shards, offload=offload and checkpointing, checkpointing=checkpointing)
     before, after = (
