@@ -1,13 +1,16 @@
 """Small latent samples for the training tests."""
 
+from fractions import Fraction
+
 import torch
 
+from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 
 
 def sample(source: str, grid: tuple[int, int, int], first_frame: int = 0) -> Sample:
     """A latent filled with its first frame's number."""
     T, H, W = grid
-    meta = {"frames": 4 * T - 3, "height": 8 * H, "width": 8 * W, "rate": "25", "source": source}
+    record = ClipRecord(4 * T - 3, 8 * H, 8 * W, Fraction(25), source, first_frame)
     latent = torch.full((16, *grid), float(first_frame), dtype=torch.float16)
-    return Sample(f"{source[0]}-{first_frame}", latent, meta | {"first_frame": first_frame})
+    return Sample(f"{source[0]}-{first_frame}", latent, record)

@@ -33,7 +33,7 @@ def test_encode_writes_the_clips_of_a_video_into_a_shard(folder, tmp_path):
     assert result.exit_code == 0, result.output
     (sample,) = read_shard(tmp_path / "out" / "00000.tar")
     assert sample.latent.shape == (16, 2, 32, 32)
-    assert sample.meta["source"] == f"{folder}/clip.mp4"
+    assert sample.record.source == f"{folder}/clip.mp4"
     assert "1 clips in 1 shards" in result.stdout
 
 

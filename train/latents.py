@@ -55,7 +55,7 @@ class LatentSet:
         """
         self._grids: dict[Grid, list[_Clip]] = defaultdict(list)
         for sample in samples:
-            latent, source = channels_last(sample), sample.meta["source"]
+            latent, source = channels_last(sample), sample.record.source
             clip = _Clip(latent, captions.get(Path(source).stem, ""), f"{sample.key} of {source}")
             T, H, W, _ = latent.shape
             self._grids[T, H, W].append(clip)

@@ -8,6 +8,7 @@ out, and what the approximations cost is measured on a clip that starts there.
 """
 
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ from rich.progress import track
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache, MagCalibration
-from k5kernels.latents.shards import ShardWriter, read_shard
+from k5kernels.latents.record import ClipRecord
+from k5kernels.latents.shards import Sample, ShardWriter, read_shard
 from k5kernels.latents.video import to_model
 from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
@@ -58,8 +60,9 @@ def encode_clips(path: Path) -> None:
             starts = range(0, frames.shape[0] - CLIP_FRAMES + 1, WINDOW_STRIDE)
             for start in track(starts, description=f"encode {name}"):
                 latent = encoder(to_model(frames[start : start + CLIP_FRAMES]))[0]
-                meta = {"frames": CLIP_FRAMES, "height": frames.shape[1], "width": frames.shape[2], "rate": "25"}
-                shard.write(f"{name}-{start:04d}", latent, meta | {"source": f"{name}.mp4", "first_frame": start})
+                height, width = frames.shape[1:3]
+                record = ClipRecord(CLIP_FRAMES, height, width, Fraction(25), f"{name}.mp4", first_frame=start)
+                shard.write(Sample(f"{name}-{start:04d}", latent, record))
 
 
 def train_stages(out: Path, shard: Path) -> CrossDiT:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import cycle, product
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +21,8 @@ import torch
 import typer
 from rich.progress import Progress
 
-from k5kernels.latents.shards import LATENT_CHANNELS, ShardWriter
+from k5kernels.latents.record import ClipRecord
+from k5kernels.latents.shards import LATENT_CHANNELS, Sample, ShardWriter
 from k5kernels.planner.calibration import MeasuredStep, write_steps
 from k5kernels.planner.shapes import PATCH
 from k5kernels.terminal import console, one_line_errors
@@ -109,9 +111,9 @@ def _write_latent(frames: int, path: Path) -> None:
     """A shard of one clip of noise."""
     side = SIDE * PATCH
     latent = torch.randn(LATENT_CHANNELS, frames, side, side, generator=torch.Generator().manual_seed(0)).half()
-    meta = {"frames": 4 * frames - 3, "height": 8 * side, "width": 8 * side, "rate": "24", "source": "noise"}
+    record = ClipRecord(4 * frames - 3, 8 * side, 8 * side, Fraction(24), "noise", first_frame=0)
     with ShardWriter(path) as shard:
-        shard.write("noise", latent, meta | {"first_frame": 0})
+        shard.write(Sample("noise", latent, record))
 
 
 @one_line_errors("train.sweep")

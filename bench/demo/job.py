@@ -17,7 +17,15 @@ from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache
 from k5kernels.latents.encode import MIN_FRAMES, encode_videos
 from k5kernels.latents.shards import Sample
-from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, read_video, to_frames, write_video
+from k5kernels.latents.video import (
+    VideoError,
+    decode,
+    nearest_bucket,
+    probe,
+    read_video,
+    to_frames,
+    write_video,
+)
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder
@@ -32,6 +40,7 @@ TRAIN_STEPS = 60
 SAMPLE_STEPS = 50
 MAX_CLIPS = 8  # of a long video: more would take time and memory, and change little in 60 steps
 SEED = 0
+STILL_RATE = Fraction(24)  # of a picture shown as a video
 PLAIN = "full attention"
 LATENTS = "latents"
 FILES = ("samples.mp4", "samples.png", "loss.png", "block_masks.png", "magcache.png", "results.json", "report.html")
@@ -107,8 +116,8 @@ class Job:
             raise VideoError(next(iter(summary.failures.values())))
         progress(1, 1)  # the last frames of a video may be too few for a clip
         samples = list(read_shards(self.out / LATENTS))
-        chosen = max(range(len(samples)), key=lambda i: (samples[i].meta["frames"], i))
-        self.sample_meta = samples[chosen].meta
+        chosen = max(range(len(samples)), key=lambda i: (samples[i].record.frames, i))
+        self.sample_record = samples[chosen].record
         self.scene = self._scene(samples[chosen])
         # A video of one clip is trained on and sampled from; otherwise the scene stays unseen.
         others = samples[:chosen] + samples[chosen + 1 :] or samples
@@ -148,16 +157,15 @@ class Job:
 
     def write_video(self) -> None:
         """Source, reconstruction and the samples side by side, as MP4 and one frame as PNG."""
-        meta = self.sample_meta
-        frames = decode(self.video, meta["height"], meta["width"])
-        first = meta["first_frame"]
-        self.source = torch.stack(list(islice(frames, first, first + meta["frames"])))
+        record = self.sample_record
+        frames = decode(self.video, record.height, record.width)
+        self.source = torch.stack(list(islice(frames, record.first_frame, record.first_frame + record.frames)))
         with torch.inference_mode():
             self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3)))
         self.reconstruction_db = psnr(self.reconstruction, self.source)
         videos = [self.source, self.reconstruction, *(sample.frames for sample in self.samples.values())]
         row = torch.cat(videos, dim=2)
-        write_video(self.out / "samples.mp4", row, Fraction(meta["rate"]))
+        write_video(self.out / "samples.mp4", row, record.rate or STILL_RATE)
         with replacing(self.out / "samples.png") as partial:
             imsave(partial, row[len(row) // 2].numpy(), format="png")
 

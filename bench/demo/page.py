@@ -108,7 +108,7 @@ def write_page(job: Job) -> Path:
     with replacing(job.out / "results.json") as partial:
         partial.write_text(json.dumps({"machine": setting()} | results, indent=1) + "\n")
     page = job.out / "report.html"
-    height, width = job.sample_meta["height"], job.sample_meta["width"]
+    height, width = job.sample_record.height, job.sample_record.width
     write_report(
         page,
         f"k5kernels on {job.video.name}",

@@ -18,6 +18,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, ShardWriter, write_whole
 from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, to_model
 from k5kernels.vae import HunyuanEncoder, latent_frames
@@ -190,7 +191,7 @@ class _ShardFolder:
         index = len(manifest.shards)
         with ShardWriter(f"{self.out}/{index:05d}.tar") as shard:
             for sample in samples:
-                shard.write(*sample)
+                shard.write(sample)
         manifest.shards.append(self.files.size(f"{self.root}/{index:05d}.tar"))
         self.save(manifest)
 
@@ -256,8 +257,8 @@ def _encode_clips(
         count = len(clip) - (len(clip) - 1) % TEMPORAL_STRIDE
         if start >= first * clip_frames:
             latent = _encode(torch.stack(clip[:count]), encoder)
-            meta = {"frames": count, "height": height, "width": width, "rate": str(info.rate)}
-            yield Sample(f"{name}-{start:08d}", latent, meta | {"source": path, "first_frame": start})
+            record = ClipRecord(count, height, width, info.rate, source=path, first_frame=start)
+            yield Sample(f"{name}-{start:08d}", latent, record)
         start += count
         if progress is not None:
             progress(path, start, info.frames)

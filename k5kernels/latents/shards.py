@@ -1,19 +1,18 @@
 """Latent shards: tars of encoded clips, readable as a WebDataset (§6.1).
 
-A sample `key` is two members, `key.safetensors` (one tensor, `latent` [16, T, h, w], float16 or bfloat16) and
-`key.json` (the clip's meta, see `Sample`). Paths are local or any URL that fsspec opens (s3://…, memory://…).
-The same samples give the same bytes.
+A sample `key` is two members, `key.safetensors` (a tensor `latent` [16, T, h, w], float16 or bfloat16, and what
+further tensors the sample has) and `key.json` (the clip's record, see `k5kernels.latents.record`). Paths are local or
+any URL that fsspec opens (s3://…, memory://…). The same samples give the same bytes.
 """
 
 import io
-import json
 import re
 import tarfile
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
 import torch
@@ -25,29 +24,34 @@ from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from k5kernels.atomic import replacing
+from k5kernels.latents.record import ClipRecord, from_json, to_json
 from k5kernels.vae.config import SPATIAL_STRIDE, VAEConfig, latent_frames
 
+LATENT = "latent"
 LATENT_CHANNELS = VAEConfig().latent_channels
 DTYPES = (torch.float16, torch.bfloat16)
+FURTHER_DTYPES = (*DTYPES, torch.float32, torch.uint8, torch.int32, torch.int64, torch.bool)
 # A dot would end the key for WebDataset, and tar headers hold 100 bytes of name.
 KEY = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]{0,79}")
-META_TYPES = {"frames": int, "height": int, "width": int, "rate": str, "source": str, "first_frame": int}
+TENSOR_NAME = re.compile(r"[a-z][a-z0-9_]{0,79}")
 
 
 class ShardError(ValueError):
     """A shard or a sample that is not as this module writes them; the message names it."""
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """An encoded clip.
 
-    key: unique in its shard. latent: [16, T, h, w], float16 or bfloat16. meta: `frames`, `height`, `width` of the
-    clip [pixels], `rate` [frames/s, a fraction as text: "30000/1001"], `source` (the file), `first_frame` in it.
+    key: unique in its shard. latent: [16, T, h, w], float16 or bfloat16. record: what is known of the clip.
+    tensors: what else belongs to it, by name: a text embedding, its mask. Any shape, finite, of FURTHER_DTYPES.
     """
 
     key: str
     latent: Tensor
-    meta: dict[str, Any]
+    record: ClipRecord
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ShardWriter:
@@ -62,19 +66,23 @@ class ShardWriter:
         self._bytes = io.BytesIO()
         self._tar = webdataset.TarWriter(self._bytes, encoder=False, mtime=0)
 
-    def write(self, key: str, latent: Tensor, meta: dict[str, Any]) -> None:
+    def write(self, sample: Sample) -> None:
         """Add a sample; a float32 latent is stored as float16. Raises ShardError where it is not as in `Sample`."""
-        if latent.dtype == torch.float32:
-            latent = latent.to(torch.float16)
-        sample = Sample(key, latent.detach().cpu().contiguous(), meta)
-        _check(sample, str(self.path))
-        if not sample.latent.isfinite().all():
-            raise ShardError(f"{self.path}: {key}: expected finite latents, got inf or nan")
-        if key in self.keys:
-            raise ShardError(f"{self.path}: {key}: expected keys that occur once, got this one twice")
-        self.keys.add(key)
-        text = json.dumps(meta, sort_keys=True).encode()
-        self._tar.write({"__key__": key, "json": text, "safetensors": save({"latent": sample.latent})})
+        latent = sample.latent.to(torch.float16) if sample.latent.dtype == torch.float32 else sample.latent
+        tensors = {LATENT: latent, **sample.tensors}
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        where = f"{self.path}: {sample.key}"
+        _check(sample.key, stored, sample.record, where)
+        if LATENT in sample.tensors:
+            raise ShardError(f"{where}: expected further tensors of other names, got {LATENT}")
+        if sample.key in self.keys:
+            raise ShardError(f"{where}: expected keys that occur once, got this one twice")
+        try:
+            text = to_json(sample.record)
+        except ValueError as error:
+            raise ShardError(f"{where}: {error}") from error
+        self.keys.add(sample.key)
+        self._tar.write({"__key__": sample.key, "json": text.encode(), "safetensors": save(stored)})
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -93,12 +101,19 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
     Raises FileNotFoundError where there is no such file, ShardError where it is not a whole tar or a sample is not
     as `ShardWriter` writes it.
     """
+    seen: set[str] = set()
     with fsspec.open(str(path), "rb") as file:
         members = tar_file_expander([{"url": str(path), "stream": file}])
         try:
             for stored in group_by_keys(members):
-                yield _decode(stored, str(path))
-        except (tarfile.TarError, EOFError) as error:
+                sample = _decode(stored, str(path))
+                if sample.key in seen:
+                    raise ShardError(f"{path}: {sample.key}: expected keys that occur once, found this one twice")
+                seen.add(sample.key)
+                yield sample
+        except ShardError:
+            raise
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise ShardError(f"{path}: expected a whole tar, got one that cannot be read ({error.args[0]})") from error
 
 
@@ -114,51 +129,38 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 def _decode(stored: dict[str, Any], path: str) -> Sample:
     key = stored["__key__"]
+    where = f"{path}: {key}"
     for member in ("safetensors", "json"):
         if member not in stored:
-            raise ShardError(f"{path}: {key}: expected a member {key}.{member}, found none")
+            raise ShardError(f"{where}: expected a member {key}.{member}, found none")
     try:
-        tensors, meta = load(stored["safetensors"]), json.loads(stored["json"])
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{path}: {key}: expected safetensors and JSON ({error})") from error
-    if set(tensors) != {"latent"}:
-        raise ShardError(f"{path}: {key}: expected one tensor, latent, got {sorted(tensors)}")
-    sample = Sample(key, tensors["latent"], meta)
-    _check(sample, path)
-    return sample
-
-
-def _check(sample: Sample, path: str) -> None:
-    where = f"{path}: {sample.key}"
-    if not KEY.fullmatch(sample.key):
-        raise ShardError(f"{where}: expected a key of up to 80 letters, digits, - and _")
-    _check_meta(sample.meta, where)
-    latent, meta = sample.latent, sample.meta
+        tensors = load(stored["safetensors"])
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ShardError(f"{where}: expected safetensors ({error})") from error
     try:
-        frames = latent_frames(meta["frames"])
+        record = from_json(stored["json"])
     except ValueError as error:
         raise ShardError(f"{where}: {error}") from error
-    sides = (meta["height"] // SPATIAL_STRIDE, meta["width"] // SPATIAL_STRIDE)
-    expected = [LATENT_CHANNELS, frames, *sides]
+    _check(key, tensors, record, where)
+    return Sample(key, tensors.pop(LATENT), record, tensors)
+
+
+def _check(key: str, tensors: Mapping[str, Tensor], record: ClipRecord, where: str) -> None:
+    """What the writer and the reader ask of a sample."""
+    if not KEY.fullmatch(key):
+        raise ShardError(f"{where}: expected a key of up to 80 letters, digits, - and _")
+    if LATENT not in tensors or not all(TENSOR_NAME.fullmatch(name) for name in tensors):
+        names = "latent and others named in lower case, digits and _"
+        raise ShardError(f"{where}: expected tensors {names}, got {sorted(tensors)}")
+    latent, sides = tensors[LATENT], (record.height // SPATIAL_STRIDE, record.width // SPATIAL_STRIDE)
+    expected = [LATENT_CHANNELS, latent_frames(record.frames), *sides]
     if list(latent.shape) != expected or latent.dtype not in DTYPES:
         raise ShardError(
-            f"{where}: expected a latent {expected} (from its meta) in float16 or bfloat16, "
+            f"{where}: expected a latent {expected} (from its record) in float16 or bfloat16, "
             f"got {list(latent.shape)} in {latent.dtype}"
         )
-
-
-def _check_meta(meta: Any, where: str) -> None:
-    if not isinstance(meta, dict) or set(meta) != set(META_TYPES):
-        got = sorted(meta) if isinstance(meta, dict) else type(meta).__name__
-        raise ShardError(f"{where}: expected meta with the keys {sorted(META_TYPES)}, got {got}")
-    for name, kind in META_TYPES.items():
-        if type(meta[name]) is not kind:
-            raise ShardError(f"{where}: meta {name}: expected {kind.__name__}, got {meta[name]!r}")
-    if min(meta["height"], meta["width"]) < SPATIAL_STRIDE or meta["first_frame"] < 0:
-        raise ShardError(f"{where}: meta: expected positive sides and first_frame >= 0, got {meta}")
-    try:
-        positive = Fraction(meta["rate"]) > 0
-    except (ValueError, ZeroDivisionError):
-        positive = False
-    if not positive:
-        raise ShardError(f"{where}: meta rate: expected a positive fraction as text, got {meta['rate']!r}")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FURTHER_DTYPES:
+            raise ShardError(f"{where}: expected {name} in one of {list(FURTHER_DTYPES)}, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ShardError(f"{where}: expected a finite {name}, got inf or nan")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from k5kernels.latents.encode import EncodeSummary, encode_video, encode_videos, find_videos
+from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, read_shard
 from k5kernels.latents.video import VideoError, decode, read_video, to_model, write_video
 from k5kernels.vae import HunyuanEncoder, VAEConfig
@@ -82,7 +83,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def starts(out: Path) -> list[tuple[str, int]]:
-    return [(Path(s.meta["source"]).stem, s.meta["first_frame"]) for shard in shards(out) for s in shard]
+    return [(Path(s.record.source).stem, s.record.first_frame) for shard in shards(out) for s in shard]
 
 
 WHOLE = [("a", 0), ("a", 5), ("b", 0), ("c", 0), ("c", 5), ("c", 10)]
@@ -96,8 +97,8 @@ def test_video_is_cut_in_clips_and_a_tail_of_1_plus_4n_frames(
     tmp_path: Path, encoder: CountingEncoder, frames: int, clips: list[int]
 ) -> None:
     samples = encode_video(make_video(tmp_path / "v.mp4", frames), encoder, clip_frames=9)
-    assert [sample.meta["frames"] for sample in samples] == clips
-    assert [sample.meta["first_frame"] for sample in samples] == [sum(clips[:i]) for i in range(len(clips))]
+    assert [sample.record.frames for sample in samples] == clips
+    assert [sample.record.first_frame for sample in samples] == [sum(clips[:i]) for i in range(len(clips))]
     assert [sample.latent.shape[1] for sample in samples] == [1 + (count - 1) // 4 for count in clips]
 
 
@@ -111,14 +112,13 @@ def test_real_frames_give_the_encoders_latents(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = [encoder(to_model(frames[first : first + 5]))[0].half() for first in (0, 5)]
     assert all(torch.equal(sample.latent, latent) for sample, latent in zip(samples, expected, strict=True))
-    described = {"frames": 5, "height": 256, "width": 256, "rate": "30000/1001", "source": str(path), "first_frame": 5}
-    assert samples[1].meta == described
+    assert samples[1].record == ClipRecord(5, 256, 256, Fraction(30000, 1001), str(path), first_frame=5)
 
 
 def test_nearest_bucket_is_taken(tmp_path: Path, encoder: CountingEncoder) -> None:
     write_video(tmp_path / "v.mp4", torch.zeros(5, 128, 224, 3, dtype=torch.uint8), Fraction(25))
     (sample,) = encode_video(tmp_path / "v.mp4", encoder)
-    assert (sample.meta["height"], sample.meta["width"], list(sample.latent.shape)) == (256, 384, [16, 2, 32, 48])
+    assert (sample.record.height, sample.record.width, list(sample.latent.shape)) == (256, 384, [16, 2, 32, 48])
 
 
 def test_latents_can_be_trained_on(tmp_path: Path, encoder: CountingEncoder) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,31 +14,26 @@ import torch
 import webdataset
 from safetensors.torch import save
 
+from k5kernels.latents.record import ClipRecord, from_json, to_json
 from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard, write_whole
 
+RECORD = ClipRecord(5, 32, 48, Fraction(30000, 1001), "a b.mp4", first_frame=0)
 
-def sample(number: int = 0, dtype: torch.dtype = torch.float16, **meta: Any) -> Sample:
+
+def sample(number: int = 0, dtype: torch.dtype = torch.float16, **fields: Any) -> Sample:
     latent = torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(number)).to(dtype)
-    described = {
-        "frames": 5,
-        "height": 32,
-        "width": 48,
-        "rate": "30000/1001",
-        "source": "a b.mp4",
-        "first_frame": number,
-    }
-    return Sample(f"clip-{number:04d}", latent, described | meta)
+    return Sample(f"clip-{number:04d}", latent, replace(RECORD, first_frame=number, **fields))
 
 
 def write(path: str | Path, *samples: Sample) -> None:
     with ShardWriter(path) as shard:
         for one in samples:
-            shard.write(*one)
+            shard.write(one)
 
 
 def write_twice(shard: ShardWriter, one: Sample) -> None:
-    shard.write(*one)
-    shard.write(*one)
+    shard.write(one)
+    shard.write(one)
 
 
 def write_members(path: Path, members: dict[str, bytes]) -> None:
@@ -49,15 +45,17 @@ def write_members(path: Path, members: dict[str, bytes]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-def members(one: Sample, **meta: Any) -> dict[str, bytes]:
-    text = json.dumps({**one.meta, **meta}).encode()
+def members(one: Sample, **fields: Any) -> dict[str, bytes]:
+    text = json.dumps(json.loads(to_json(one.record)) | fields).encode()
     return {f"{one.key}.json": text, f"{one.key}.safetensors": save({"latent": one.latent})}
 
 
 def assert_same(actual: Sample, expected: Sample) -> None:
-    assert (actual.key, actual.meta) == (expected.key, expected.meta)
+    assert (actual.key, actual.record) == (expected.key, expected.record)
     assert actual.latent.dtype == expected.latent.dtype
     assert torch.equal(actual.latent, expected.latent)
+    assert set(actual.tensors) == set(expected.tensors)
+    assert all(torch.equal(actual.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -92,14 +90,13 @@ def test_webdataset_reads_it(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", sample(0), sample(1))
     stored = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
     assert [one["__key__"] for one in stored] == ["clip-0000", "clip-0001"]
-    assert json.loads(stored[0]["json"]) == sample().meta
+    assert from_json(stored[0]["json"]) == sample().record
 
 
 def test_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.tar", sample(0), sample(1))
     monkeypatch.setattr("time.time", lambda: 2e9)
-    other = sample(1)
-    write(tmp_path / "b.tar", sample(0), other._replace(meta=dict(reversed(other.meta.items()))))
+    write(tmp_path / "b.tar", sample(0), sample(1))
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
 
 
@@ -132,21 +129,20 @@ def test_full_disk_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (sample()._replace(key="a.b"), "a.b: expected a key of up to 80"),
-        (sample()._replace(key=""), "expected a key of up to 80"),
+        (replace(sample(), key="a.b"), "a.b: expected a key of up to 80"),
+        (replace(sample(), key=""), "expected a key of up to 80"),
         (
-            sample()._replace(latent=torch.zeros(16, 1, 4, 6)),
+            replace(sample(), latent=torch.zeros(16, 1, 4, 6)),
             r"expected a latent \[16, 2, 4, 6\] .* got \[16, 1, 4, 6\]",
         ),
         (sample(dtype=torch.float64), "in float16 or bfloat16, got .* torch.float64"),
-        (sample()._replace(latent=torch.full((16, 2, 4, 6), 1e6)), "clip-0000: expected finite latents"),
-        (sample(frames=4), r"expected 1 \+ a multiple of 4, got 4"),
-        (sample(height="32"), "meta height: expected int, got '32'"),
-        (sample(rate="fast"), "meta rate: expected a positive fraction as text, got 'fast'"),
-        (sample(rate="1/0"), "meta rate: expected a positive fraction"),
-        (sample(width=0), "expected positive sides"),
-        (sample(first_frame=-1), "first_frame >= 0"),
-        (sample(prompt="a rabbit"), "expected meta with the keys"),
+        (replace(sample(), latent=torch.full((16, 2, 4, 6), 1e6)), "clip-0000: expected a finite latent"),
+        (sample(extra={"prompt": torch}), "clip-0000: extra: expected JSON values"),
+        (sample(extra={"score": float("nan")}), "clip-0000: extra: expected JSON values"),
+        (replace(sample(), tensors={"text": torch.full((2,), torch.nan)}), "clip-0000: expected a finite text"),
+        (replace(sample(), tensors={"text": torch.zeros(2).double()}), "clip-0000: expected text in one of .*float64"),
+        (replace(sample(), tensors={"latent": sample().latent}), "expected further tensors of other names"),
+        (replace(sample(), tensors={"Text.1": torch.zeros(2)}), "expected tensors latent and others named in lower"),
     ],
 )
 def test_writer_refuses_what_the_reader_would(tmp_path: Path, wrong: Sample, message: str) -> None:
@@ -185,12 +181,13 @@ def test_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     [
         ({"clip-0001.json": None}, "clip-0001: expected a member clip-0001.json, found none"),
         ({"clip-0001.safetensors": None}, "clip-0001: expected a member clip-0001.safetensors"),
-        ({"clip-0001.json": b"{"}, "clip-0001: expected safetensors and JSON"),
-        ({"clip-0001.json": b"[]"}, "clip-0001: expected meta with the keys .* got list"),
-        ({"clip-0001.safetensors": b"12345678"}, "clip-0001: expected safetensors and JSON"),
+        ({"clip-0001.json": b"{"}, "clip-0001: expected JSON"),
+        ({"clip-0001.json": b"[]"}, "clip-0001: expected a JSON object, got list"),
+        ({"clip-0001.safetensors": b"12345678"}, "clip-0001: expected safetensors"),
+        (members(replace(sample(1), latent=sample(1).latent * torch.nan)), "clip-0001: expected a finite latent"),
         (
             {"clip-0001.safetensors": save({"x": torch.zeros(1)})},
-            r"clip-0001: expected one tensor, latent, got \['x'\]",
+            r"clip-0001: expected tensors latent and others .* got \['x'\]",
         ),
         (members(sample(1), width=56), r"clip-0001: expected a latent \[16, 2, 4, 7\]"),
     ],
@@ -204,7 +201,28 @@ def test_reader_names_the_wrong_sample(tmp_path: Path, change: dict[str, bytes |
         next(samples)
 
 
-def test_rate_is_exact(tmp_path: Path) -> None:
-    write(tmp_path / "a.tar", sample())
+def test_reader_refuses_a_key_that_comes_back(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for one in (sample(0), sample(1), sample(0)):
+            for name, data in members(one).items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ShardError, match=r"a\.tar: clip-0000: expected keys that occur once"):
+        list(read_shard(tmp_path / "a.tar"))
+
+
+def test_further_tensors_travel_with_the_latent(tmp_path: Path) -> None:
+    tensors = {"text_embedding": torch.randn(7, 12).bfloat16(), "text_mask": torch.ones(7, dtype=torch.bool)}
+    write(tmp_path / "a.tar", replace(sample(), tensors=tensors), sample(1))
+    described, plain = read_shard(tmp_path / "a.tar")
+    assert_same(described, replace(sample(), tensors=tensors))
+    assert_same(plain, sample(1))
+
+
+def test_shard_from_before_versions_is_read(tmp_path: Path) -> None:
+    old = {"frames": 5, "height": 32, "width": 48, "rate": "30000/1001", "source": "a b.mp4", "first_frame": 3}
+    latent = save({"latent": sample(3).latent})
+    write_members(tmp_path / "a.tar", {"clip-0003.json": json.dumps(old).encode(), "clip-0003.safetensors": latent})
     (actual,) = read_shard(tmp_path / "a.tar")
-    assert Fraction(actual.meta["rate"]) == Fraction(30000, 1001)
+    assert_same(actual, sample(3))

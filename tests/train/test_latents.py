@@ -39,8 +39,8 @@ def test_shards_are_read_in_order(tmp_path):
     for shard in range(2):
         with ShardWriter(tmp_path / f"{shard:05d}.tar") as writer:
             for i in range(2):
-                writer.write(*sample("a.mp4", (1, 2, 2), 2 * shard + i))
-    first_frames = [read.meta["first_frame"] for read in read_shards(tmp_path)]
+                writer.write(sample("a.mp4", (1, 2, 2), 2 * shard + i))
+    first_frames = [read.record.first_frame for read in read_shards(tmp_path)]
     assert all(a < b for a, b in pairwise(first_frames))
     assert len(first_frames) == 4
 
