@@ -10,7 +10,13 @@ of x, of chunks merged (groupnorm_statistics.py), or of another resolution.
 import torch
 from torch import Tensor
 
-from k5kernels.ops.groupnorm_statistics import GroupStatistics, check_channels_second, memory_format_like, per_channel
+from k5kernels.ops.groupnorm_statistics import (
+    GroupStatistics,
+    check_channels_second,
+    memory_format_like,
+    normalize,
+    per_channel,
+)
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 
 EPS = 1e-6
@@ -41,7 +47,7 @@ def groupnorm_silu_apply_reference(
     x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
     """The definition, in plain PyTorch."""
-    normalized, _ = _normalize(x, mean, variance, eps)
+    normalized = normalize(x, mean, variance, eps)
     weight, bias = _affine(weight, bias, x)
     out = torch.nn.functional.silu(normalized * weight + bias)
     return out.to(x.dtype).contiguous(memory_format=memory_format_like(x))
@@ -51,7 +57,7 @@ def groupnorm_silu_apply_backward_reference(
     grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (in x's dtype), mean, variance (float64), weight and bias (in float32 or better)."""
-    normalized, inverse_deviation = _normalize(x, mean, variance, eps)
+    normalized, inverse_deviation = normalize(x, mean, variance, eps), torch.rsqrt(variance + eps)
     weight, bias = _affine(weight, bias, x)
     grad = grad.to(normalized.dtype).contiguous(memory_format=memory_format_like(x))
     grad_affine = torch.ops.aten.silu_backward(grad, normalized * weight + bias)
@@ -91,14 +97,6 @@ def _check_statistics(x: Tensor, statistics: GroupStatistics) -> None:
             f"statistics.variance: expected {list(statistics.mean.shape)} like statistics.mean, "
             f"got {list(statistics.variance.shape)}"
         )
-
-
-def _normalize(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x less its mean over its deviation, in float32 or better, and 1 / deviation: [B, G] in float64."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    inverse_deviation = torch.rsqrt(variance + eps)
-    normalized = (x.to(wide) - per_channel(mean, x).to(wide)) * per_channel(inverse_deviation, x).to(wide)
-    return normalized, inverse_deviation
 
 
 def _affine(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,13 @@ def per_channel(per_group: Tensor, x: Tensor) -> Tensor:
     return channels[(...,) + (None,) * (x.ndim - 2)]
 
 
+def normalize(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """x [B, C, ...] less the mean [B, G] of its group, over the deviation; in float32 or better."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    inverse_deviation = torch.rsqrt(variance + eps)
+    return (x.to(wide) - per_channel(mean, x).to(wide)) * per_channel(inverse_deviation, x).to(wide)
+
+
 def memory_format_like(x: Tensor) -> torch.memory_format:
     """The format of results: channels last where x [B, C, (T,) H, W] has channels innermost, else contiguous."""
     channels_innermost = not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1

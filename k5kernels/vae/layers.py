@@ -3,6 +3,11 @@
 Shapes: x is [B, C, T, H, W], best in `torch.channels_last_3d`, which CPU convolutions need to be fast.
 Convolutions and attention never look into the future: a convolution pads time with copies of the first frame,
 attention is causal in frames. GroupNorm does: its statistics are taken over all frames of the clip.
+
+`forward` takes a whole clip. `forward_chunk` takes the next frames of one: it is given the statistics of the whole
+clip where it normalizes, and `before`, what it returned as `after` for the chunk before, None for the first. The
+outputs of the chunks, joined, are those of `forward` on the whole clip. Chunks may have any number of frames, the
+first at least one; where a stride in time leaves a chunk without output, that output has no frames.
 """
 
 from itertools import pairwise
@@ -11,33 +16,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k5kernels.ops.groupnorm_silu import groupnorm_silu
-
-EPS = 1e-6
+from k5kernels.ops.groupnorm_silu import EPS, groupnorm_silu
+from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
+from k5kernels.ops.groupnorm_statistics import GroupStatistics, normalize
 
 
 class CausalConv3d(nn.Module):
-    """Convolution with a cubic kernel; edges repeat in space, the first frame repeats before time 0."""
+    """Convolution with a cubic kernel; edges repeat in space, the first frame repeats before time 0.
+
+    Raises ValueError where the kernel is smaller than the stride in time: chunks would have to skip frames.
+    """
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)
     ) -> None:
         super().__init__()
-        side = kernel // 2
-        self.padding = (side, side, side, side, kernel - 1, 0)
+        if kernel < stride[0]:
+            raise ValueError(f"kernel: expected at least the stride in time, {stride[0]}, got {kernel}")
+        self.kernel, self.stride = kernel, stride
         self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
-            x = F.pad(x, self.padding, mode="replicate")
-        return self.conv(x)
+        return self._convolve(self._pad(x, self.kernel - 1))
+
+    def forward_chunk(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Output and `after`: the frames of x, and of `before`, that the next output needs; fewer than the kernel's.
+
+        Raises ValueError where `before` does not fit x, or the first chunk has no frame.
+        """
+        if before is None:
+            if x.shape[2] == 0:
+                raise ValueError("x: expected at least one frame in the first chunk, got none")
+            before = x[:, :, :1].expand(-1, -1, self.kernel - 1, -1, -1)
+        B, C, _, H, W = x.shape
+        if before.ndim != 5 or (*before.shape[:2], *before.shape[3:]) != (B, C, H, W) or before.dtype != x.dtype:
+            raise ValueError(f"before: expected {x.dtype} {[B, C, 'T', H, W]}, got {before.dtype} {list(before.shape)}")
+        frames = torch.cat([before, x], dim=2)
+        out = self._convolve(self._pad(frames, 0))
+        after = frames[:, :, out.shape[2] * self.stride[0] :].clone()  # a view would keep all frames in memory
+        return out, after
+
+    def _pad(self, x: Tensor, frames_before: int) -> Tensor:
+        if self.kernel == 1:
+            return x
+        side = self.kernel // 2
+        return F.pad(x, (side, side, side, side, frames_before, 0), mode="replicate")
+
+    def _convolve(self, padded: Tensor) -> Tensor:
+        if padded.shape[2] >= self.kernel:
+            return self.conv(padded)
+        # PyTorch refuses a convolution without output.
+        height, width = (
+            (side - self.kernel) // stride + 1 for side, stride in zip(padded.shape[3:], self.stride[1:], strict=True)
+        )
+        return padded.new_empty(padded.shape[0], self.conv.out_channels, 0, height, width)
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm over frames and pixels together, by the statistics of x or by given ones."""
+
+    def forward(self, x: Tensor, statistics: GroupStatistics | None = None) -> Tensor:
+        if statistics is None:
+            return super().forward(x)
+        normalized = normalize(x, statistics.mean, statistics.variance, self.eps)
+        weight, bias = (parameter.view(-1, *(1,) * (x.ndim - 2)) for parameter in (self.weight, self.bias))
+        return (normalized * weight + bias).to(x.dtype)
 
 
 class NormSiLU(nn.GroupNorm):
-    """GroupNorm over frames and pixels together, then SiLU."""
+    """GroupNorm over frames and pixels together, by the statistics of x or by given ones, then SiLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+    def forward(self, x: Tensor, statistics: GroupStatistics | None = None) -> Tensor:
+        if statistics is None:
+            return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+        return groupnorm_silu_apply(x, statistics, self.weight, self.bias, self.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -52,8 +104,19 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return residual + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return self._shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+    def forward_chunk(
+        self, x: Tensor, statistics: tuple[GroupStatistics, GroupStatistics], before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """statistics: of the inputs of norm1 and norm2. before, after: those of conv1 and conv2."""
+        before1, before2 = (None, None) if before is None else before
+        out, after1 = self.conv1.forward_chunk(self.norm1(x, statistics[0]), before1)
+        out, after2 = self.conv2.forward_chunk(self.norm2(out, statistics[1]), before2)
+        return self._shortcut(x) + out, (after1, after2)
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
 
 class FrameCausalAttention(nn.Module):
@@ -61,25 +124,41 @@ class FrameCausalAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.group_norm = Norm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._attend(x, self.group_norm(x), None)[0]
+
+    def forward_chunk(
+        self, x: Tensor, statistics: GroupStatistics, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """statistics: of x. before, after: keys and values of all frames so far, [B, 1, T * H * W, C] each."""
+        return self._attend(x, self.group_norm(x, statistics), before)
+
+    def _attend(
+        self, x: Tensor, normalized: Tensor, before: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, C, T, H, W = x.shape
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).reshape(B, 1, T * H * W, C)
+        tokens = normalized.permute(0, 2, 3, 4, 1).reshape(B, 1, T * H * W, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        if before is not None:
+            k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
         # Frame by frame, so that no [S, S] mask exists: every query of a frame sees the same keys.
+        past, frame = k.shape[2] - T * H * W, H * W
         frames = [
             F.scaled_dot_product_attention(
-                q[:, :, t * H * W : (t + 1) * H * W], k[:, :, : (t + 1) * H * W], v[:, :, : (t + 1) * H * W]
+                q[:, :, t * frame : (t + 1) * frame],
+                k[:, :, : past + (t + 1) * frame],
+                v[:, :, : past + (t + 1) * frame],
             )
             for t in range(T)
         ]
-        out = self.to_out[0](torch.cat(frames, dim=2))
-        return x + out.view(B, T, H, W, C).permute(0, 4, 1, 2, 3)
+        out = self.to_out[0](torch.cat(frames, dim=2) if T else q)
+        return x + out.view(B, T, H, W, C).permute(0, 4, 1, 2, 3), (k, v)
 
 
 class MidBlock(nn.Module):
@@ -104,6 +183,9 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
+    def forward_chunk(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.conv.forward_chunk(x, before)
+
 
 class Upsample(nn.Module):
     """Nearest-neighbour copy, then convolution; the first frame is never copied in time."""
@@ -114,11 +196,19 @@ class Upsample(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self._copied(x, first_frames=1))
+
+    def forward_chunk(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.conv.forward_chunk(self._copied(x, first_frames=1 if before is None else 0), before)
+
+    def _copied(self, x: Tensor, first_frames: int) -> Tensor:
+        """Nearest-neighbour copies, of the first `first_frames` frames in space alone."""
         time, height, width = self.factor
         x = x.repeat_interleave(height, dim=3).repeat_interleave(width, dim=4)
         if time > 1:
-            x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(time, dim=2)], dim=2)
-        return self.conv(x.contiguous(memory_format=torch.channels_last_3d))
+            later = x[:, :, first_frames:].repeat_interleave(time, dim=2)
+            x = torch.cat([x[:, :, :first_frames], later], dim=2)
+        return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 class DownBlock(nn.Module):

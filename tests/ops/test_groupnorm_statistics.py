@@ -10,7 +10,7 @@ from operator_checks import (
     assert_thread_count_changes_no_bit,
     outputs_and_gradients,
 )
-from tolerances import assert_matches
+from tolerances import MERGED_STATISTICS, assert_matches
 
 from k5kernels.ops.groupnorm_statistics import (
     GroupStatistics,
@@ -20,9 +20,6 @@ from k5kernels.ops.groupnorm_statistics import (
 
 DIFFERENTIABLE = (0,)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-# How far merged statistics may be from those of the whole, relative to the deviation. Values of few bits, as those of
-# bfloat16, are all rounded the same way when the channels-last kernel subtracts a channel's first value.
-CHUNKED = {torch.float32: 3e-7, torch.bfloat16: 2e-6}
 
 
 def activation(*shape, dtype=torch.float32, device="cpu", channels_last=False):
@@ -97,8 +94,8 @@ def test_statistics_of_chunks_of_frames_merge_to_those_of_the_whole(isa, device,
     whole = groupnorm_statistics(x, 4)
     merged = reduce(GroupStatistics.merge, [groupnorm_statistics(chunk, 4) for chunk in x.split(chunks, dim=2)])
     assert merged.size == whole.size == 2 * 11 * 9 * 13
-    assert relative_error(merged, whole) < CHUNKED[dtype]
-    assert relative_error(merged, groupnorm_statistics(x.double(), 4)) < CHUNKED[dtype]
+    assert relative_error(merged, whole) < MERGED_STATISTICS[dtype]
+    assert relative_error(merged, groupnorm_statistics(x.double(), 4)) < MERGED_STATISTICS[dtype]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
