@@ -238,7 +238,7 @@ class Captured(TorchDispatchMode):
 @torch.no_grad()
 def tokens_of_nano(layout):
     """q, k and v of the middle block of the shipped model, half-way through the noise of a held-out clip."""
-    scene, model = held_out_scene(NAMES[0]), load_crossdit(CROSSDIT_WEIGHTS)
+    scene, model = held_out_scene(NAMES[0], torch.device("cpu")), load_crossdit(CROSSDIT_WEIGHTS)
     noisy = 0.5 * (scene.latent + torch.randn(scene.latent.shape))
     with Captured() as captured:
         attention = AttentionConfig("nabla", THR, None)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from k5kernels.planner.cli import plan
-from k5kernels.terminal import complain, console, one_line_errors, table
+from k5kernels.terminal import DeviceName, complain, console, one_line_errors, table
 
 app = typer.Typer(help="Kandinsky 5.0 on this machine.", no_args_is_help=True, add_completion=False)
 app.add_typer(plan, name="plan")
@@ -50,16 +50,18 @@ def encode(
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
     resolution: Annotated[int, typer.Option(help="Class of the buckets: 256, 512 or 1024.")] = 256,
     clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4.")] = 25,
+    device: DeviceName = None,
 ) -> None:
     """Encode videos into shards of latents."""
-    import torch
     from rich.markup import escape
     from rich.progress import Progress
 
+    from k5kernels.device import choose_device
     from k5kernels.latents.encode import encode_videos
     from k5kernels.vae.weights import load_encoder
 
-    encoder = load_encoder(vae).to("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_device(device)
+    encoder = load_encoder(vae).to(chosen)
     terminal = console(stderr=True)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bars:
         bar = bars.add_task("", total=None)

@@ -8,6 +8,7 @@ import torch
 
 from k5kernels import TokenLayout, __version__
 from k5kernels.attention import ENGINES, EngineUnavailableError, attention
+from k5kernels.device import choose_device
 from k5kernels.ops import library
 
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "diffusers", "transformers", "av")
@@ -59,7 +60,7 @@ class Machine:
 
 def machine() -> Machine:
     """Describe the machine and the installation this process runs on."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device().type
     versions: dict[str, str | None] = {"k5kernels": __version__, "python": platform.python_version()}
     return Machine(
         versions=versions | {name: _version(name) for name in PACKAGES},

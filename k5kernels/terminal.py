@@ -2,11 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+# Of every command that computes; `k5kernels.device.choose_device` takes it.
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda or cuda:N; without it a GPU if there is one")
+]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from train.latents import LatentSet
 from train.loop import Loop
 from train.schedule import Schedule
 
+CPU = torch.device("cpu")
 TINY = CrossDiTConfig(
     model_dim=32,
     time_dim=16,
@@ -28,16 +29,21 @@ def encode_text(captions: list[str]) -> TextCondition:
     return TextCondition(tokens, None, tokens.mean(1))
 
 
-def tiny_stage(**settings) -> CrossDiTStage:
+def tiny_stage(device: torch.device = CPU, **settings) -> CrossDiTStage:
     """settings: of FlowMatching."""
     torch.manual_seed(0)
     data = LatentSet([sample("a.mp4", (2, 4, 4), i) for i in range(3)], {"a": "words"})
-    return CrossDiTStage(CrossDiT(TINY), data, encode_text, FlowMatching(**settings))
+
+    def encode(captions: list[str]) -> TextCondition:
+        text = encode_text(captions)
+        return TextCondition(text.tokens.to(device), None, text.pooled.to(device))
+
+    return CrossDiTStage(CrossDiT(TINY).to(device), data, encode, FlowMatching(**settings))
 
 
-def tiny_loop(steps: int = 8, **settings) -> Loop:
+def tiny_loop(steps: int = 8, device: torch.device = CPU, **settings) -> Loop:
     """settings: of FlowMatching."""
-    return Loop(tiny_stage(**settings), Schedule(steps, warmup_steps=2))
+    return Loop(tiny_stage(device, **settings), Schedule(steps, warmup_steps=2))
 
 
 def parameters(loop: Loop) -> torch.Tensor:

@@ -15,5 +15,5 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that was saved, or None where there is no file. Tensors only, no pickled code."""
-    return torch.load(path, weights_only=True) if path.exists() else None
+    """The state that was saved, on the CPU, or None where there is no file. Tensors only, no pickled code."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -49,7 +49,10 @@ class FlowMatching:
 
 
 class CrossDiTStage(Stage):
-    """Flow matching on batches of a LatentSet; all of the model's parameters learn."""
+    """Flow matching on batches of a LatentSet; all of the model's parameters learn.
+
+    encode_text: gives its TextCondition on the device of the model.
+    """
 
     model: CrossDiT
 
@@ -74,10 +77,10 @@ class CrossDiTStage(Stage):
         given = torch.rand(config.batch, generator=generator) < config.image_to_video
         if batch.latents.shape[1] == 1:
             given = torch.zeros_like(given)  # a single frame that is given leaves nothing to learn
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = flow_matching_loss(
                 self.model,
-                batch.latents,
+                batch.latents.to(self.device),
                 self.encode_text(captions),
                 generator,
                 first_frame=given,

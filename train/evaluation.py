@@ -11,6 +11,7 @@ from torch import Tensor
 from k5kernels.attention import AttentionConfig, record_block_masks
 from k5kernels.block_mask import BlockMask
 from k5kernels.cache import MagCache, MagCalibration
+from k5kernels.device import device_of, synchronize
 from k5kernels.latents.video import to_frames
 from k5kernels.vae import HunyuanDecoder
 from model.conditioning import TextCondition
@@ -29,12 +30,13 @@ PROBES = 8
 def probe_loss(model: CrossDiT, data: LatentSet, encode_text: EncodeText, attention: AttentionConfig) -> float:
     """Mean loss over fixed samples, noises and times, half of them image to video."""
     losses = []
+    device = device_of(model)
     for probe in range(PROBES):
         generator = torch.Generator().manual_seed(probe)
         batch = data.draw(generator, 1)
         given = torch.tensor([probe % 2 == 1])
         text = encode_text(batch.captions)
-        losses.append(flow_matching_loss(model, batch.latents, text, generator, given, attention=attention))
+        losses.append(flow_matching_loss(model, batch.latents.to(device), text, generator, given, attention=attention))
     return float(torch.stack(losses).mean())
 
 
@@ -49,7 +51,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Generation:
-    """One sampled clip: frames uint8 [F, H, W, 3], how long its latent took, what its attention read.
+    """One sampled clip: frames uint8 [F, H, W, 3] on the CPU, how long its latent took, what its attention read.
 
     density: mean over all block masks, 1 for full attention. passes: model calls, two a step under guidance.
     last_masks: those of the last call that ran the blocks, by block.
@@ -102,10 +104,11 @@ def generate(
             cache=cache,
             progress=progress,
         )
+    synchronize(result.device)
     seconds = time.perf_counter() - began
     video = decoder(result.permute(0, 4, 1, 2, 3))
     passes = steps if nano.guidance == 1 else 2 * steps
-    return Generation(to_frames(video), seconds, kept / seen if seen else 1.0, passes, masks)
+    return Generation(to_frames(video).cpu(), seconds, kept / seen if seen else 1.0, passes, masks)
 
 
 def psnr(video: Tensor, reference: Tensor, peak: float = 255.0) -> float:

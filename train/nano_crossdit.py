@@ -18,9 +18,11 @@ from rich.progress import track
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache, MagCalibration
+from k5kernels.device import choose_device, device_of
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, ShardWriter, read_shard
 from k5kernels.latents.video import to_model
+from k5kernels.terminal import DeviceName
 from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.crossdit import CrossDiT
@@ -51,30 +53,30 @@ STAGES = (
 )
 
 
-def encode_clips(path: Path) -> None:
+def encode_clips(path: Path, device: torch.device) -> None:
     """One shard with the latents of overlapping windows of every clip's training frames."""
-    encoder = load_encoder(VAE_WEIGHTS)
+    encoder = load_encoder(VAE_WEIGHTS).to(device)
     with ShardWriter(path) as shard, torch.inference_mode():
         for name in NAMES:
             frames, _ = split(load_clip(name, RESOLUTION))
             starts = range(0, frames.shape[0] - CLIP_FRAMES + 1, WINDOW_STRIDE)
             for start in track(starts, description=f"encode {name}"):
-                latent = encoder(to_model(frames[start : start + CLIP_FRAMES]))[0]
+                latent = encoder(to_model(frames[start : start + CLIP_FRAMES]).to(device))[0]
                 height, width = frames.shape[1:3]
                 record = ClipRecord(CLIP_FRAMES, height, width, Fraction(25), f"{name}.mp4", first_frame=start)
                 shard.write(Sample(f"{name}-{start:04d}", latent, record))
 
 
-def train_stages(out: Path, shard: Path) -> CrossDiT:
+def train_stages(out: Path, shard: Path, device: torch.device) -> CrossDiT:
     """The stages one after the other, each in its own folder and resumable; the last one's averaged weights."""
-    data, encoder = LatentSet(read_shard(shard), CAPTIONS), MiniLMTextEncoder()
+    data, encoder = LatentSet(read_shard(shard), CAPTIONS), MiniLMTextEncoder(device)
     torch.manual_seed(0)
-    model = CrossDiT(PRESETS["nano"])
+    model = CrossDiT(PRESETS["nano"]).to(device)
     for number, (schedule, config) in enumerate(STAGES):
         stage, folder = CrossDiTStage(model, data, encoder.encode, config), out / f"stage{number}"
         Loop(stage, schedule).run(folder, every=100)
         save_averaged(stage, folder)
-    return load_crossdit(folder / WEIGHTS)
+    return load_crossdit(folder / WEIGHTS).to(device)
 
 
 def stage_figures(out: Path) -> list[dict[str, Any]]:
@@ -89,18 +91,19 @@ def stage_figures(out: Path) -> list[dict[str, Any]]:
     return figures
 
 
-def held_out_scene(name: str) -> Scene:
+def held_out_scene(name: str, device: torch.device) -> Scene:
     """The first held-out frames of a clip and its caption."""
     _, frames = split(load_clip(name, RESOLUTION))
-    encoder = MiniLMTextEncoder()
+    encoder = MiniLMTextEncoder(device)
     with torch.inference_mode():
-        latent = load_encoder(VAE_WEIGHTS)(to_model(frames[:CLIP_FRAMES]))
+        latent = load_encoder(VAE_WEIGHTS).to(device)(to_model(frames[:CLIP_FRAMES]).to(device))
     return Scene(latent.permute(0, 2, 3, 4, 1).clone(), encoder.encode([CAPTIONS[name]]), encoder.encode([""]))
 
 
 def calibrate_and_measure(model: CrossDiT) -> dict[str, Any]:
     """MagCache's ratios, and for each approximation its PSNR to full attention: what settings.json keeps."""
-    scene, decoder = held_out_scene(NAMES[0]), load_decoder(VAE_WEIGHTS)
+    device = device_of(model)
+    scene, decoder = held_out_scene(NAMES[0], device), load_decoder(VAE_WEIGHTS).to(device)
     calibration = MagCalibration()
     full = generate(model, decoder, scene, SAMPLING, DENSE, calibration, steps=STEPS, seed=0)
     settings = replace(SAMPLING, mag_ratios={k: [round(r, 5) for r in v] for k, v in calibration.ratios.items()})
@@ -123,17 +126,19 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for latents, stages and figures")],
     evaluate: Annotated[bool, typer.Option(help="measure the shipped weights instead of training")] = False,
     settings: Annotated[Path | None, typer.Option(help="JSON file that gets the figures; out/settings.json")] = None,
+    device: DeviceName = None,
 ) -> None:
     """Train, or go on; then measure."""
+    chosen = choose_device(device)
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     if evaluate:
-        model = load_crossdit(CROSSDIT_WEIGHTS)
+        model = load_crossdit(CROSSDIT_WEIGHTS).to(chosen)
     else:
         shard = out / "latents.tar"
         if not shard.exists():
-            encode_clips(shard)
-        model = train_stages(out, shard)
+            encode_clips(shard, chosen)
+        model = train_stages(out, shard, chosen)
         figures["crossdit"] = {"script": "train/nano_crossdit.py", "seed": 0, "stages": stage_figures(out)}
     record(settings or out / "settings.json", figures | calibrate_and_measure(model))
 

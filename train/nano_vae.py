@@ -15,7 +15,9 @@ import torch
 import typer
 from torch import Tensor
 
+from k5kernels.device import choose_device, device_of
 from k5kernels.latents.video import to_model
+from k5kernels.terminal import DeviceName
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
 from model.nano import CLIP_FRAMES, RESOLUTION
@@ -35,7 +37,9 @@ WARMUP_STEPS = 20
 @torch.inference_mode()
 def scaling_factor(vae: VAE, clips: list[Tensor]) -> float:
     """What brings the latents of the clips' first frames to a standard deviation of one."""
-    latents = torch.cat([vae.encoder.moments(to_model(clip[:CLIP_FRAMES]))[0].flatten() for clip in clips])
+    device = device_of(vae)
+    videos = (to_model(clip[:CLIP_FRAMES]).to(device) for clip in clips)
+    latents = torch.cat([vae.encoder.moments(video)[0].flatten() for video in videos])
     return round(float(1 / latents.std()), 4)
 
 
@@ -57,7 +61,8 @@ def held_out_psnr(encoder: HunyuanEncoder, decoder: HunyuanDecoder, clips: dict[
     def reconstruct(video: Tensor) -> Tensor:
         return decoder(encoder(video)).clamp(-1, 1)
 
-    return {name: round(psnr(reconstruct(video), video, peak=2.0), 2) for name, video in clips.items()}
+    on_device = {name: video.to(device_of(encoder)) for name, video in clips.items()}
+    return {name: round(psnr(reconstruct(video), video, peak=2.0), 2) for name, video in on_device.items()}
 
 
 def main(
@@ -66,12 +71,14 @@ def main(
     settings: Annotated[Path | None, typer.Option(help="JSON file that gets the figures; out/settings.json")] = None,
     seed: int = 0,
     every: Annotated[int, typer.Option(help="steps between log rows and checkpoints")] = 200,
+    device: DeviceName = None,
 ) -> None:
     """Train, or go on from the folder's checkpoint; then write vae.safetensors and its figures."""
+    chosen = choose_device(device)
     training = {f"{name} {side}": split(load_clip(name, side))[0] for name in NAMES for side in TRAINING_RESOLUTIONS}
     held_out = held_out_clips()
     torch.manual_seed(seed)
-    stage = VAEStage(VAE(NANO_VAE), training, steps)
+    stage = VAEStage(VAE(NANO_VAE).to(chosen), training, steps)
     averaged = deepcopy(stage.model)
 
     def measure() -> dict[str, Any]:
@@ -85,7 +92,7 @@ def main(
     export(averaged, scaling_factor(averaged, list(training.values())[:: len(TRAINING_RESOLUTIONS)]), weights)
     seconds = round(Log(out / LOG).seconds())
     figures = {"script": "train/nano_vae.py", "seed": seed, "steps": steps, "seconds": seconds}
-    reached = held_out_psnr(load_encoder(weights), load_decoder(weights), held_out)
+    reached = held_out_psnr(load_encoder(weights).to(chosen), load_decoder(weights).to(chosen), held_out)
     record(settings or out / "settings.json", {"vae": {**figures, "held_out_psnr_db": reached}})
 
 

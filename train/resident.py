@@ -1,4 +1,4 @@
-"""Resident memory of this process: how much it is, and whether memory that was freed goes back to the system."""
+"""Memory of this process, on the host or on a GPU; and whether freed host memory goes back to the system."""
 
 import ctypes
 import re
@@ -6,22 +6,27 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
+HOST = torch.device("cpu")
 SETS_ALLOCATOR = sys.platform == "linux"
 _STATUS = Path("/proc/self/status")
 
 
-def peak_bytes() -> int:
-    """Highest resident memory of this process so far.
-
-    Linux hands a child its parent's `ru_maxrss`; VmHWM belongs to the process alone.
-    """
+def peak_bytes(device: torch.device = HOST) -> int:
+    """The most memory that this process has held so far: resident on the host, or reserved by PyTorch on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    # Linux hands a child its parent's `ru_maxrss`; VmHWM belongs to the process alone.
     if _STATUS.exists():
         return _status_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def resident_bytes() -> int:
-    """Resident memory now; where the system does not tell, the highest so far."""
+def resident_bytes(device: torch.device = HOST) -> int:
+    """The memory that this process holds now, as in `peak_bytes`; the peak where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
     return _status_bytes("VmRSS") if _STATUS.exists() else peak_bytes()
 
 

@@ -19,11 +19,12 @@ import typer
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
+from k5kernels.device import choose_device
 from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
-from k5kernels.terminal import complain, one_line_errors
+from k5kernels.terminal import DeviceName, complain, one_line_errors
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
@@ -66,12 +67,14 @@ def model_config(preset: str, init: Path | None, model_dim: int | None, blocks: 
     return config if blocks is None else replace(config, visual_blocks=blocks)
 
 
-def build_model(config: CrossDiTConfig, init: Path | None, checkpointing: bool, seed: int) -> CrossDiT:
+def build_model(
+    config: CrossDiTConfig, init: Path | None, checkpointing: bool, seed: int, device: torch.device
+) -> CrossDiT:
     """Random weights, or weights from a file."""
     torch.manual_seed(seed)
     model = load_crossdit(init) if init is not None else CrossDiT(config)
     model.gradient_checkpointing = checkpointing
-    return model
+    return model.to(device)
 
 
 def dry_run(planned: Run, profile: HardwareProfile) -> None:
@@ -105,7 +108,7 @@ def train(stage: CrossDiTStage, schedule: Schedule, out: Path, every: int, predi
     def measure() -> dict[str, Any]:
         density = round(fmean(densities or [1.0]), 4)
         densities.clear()
-        return {"peak_bytes": peak_bytes(), "density": density, **prediction}
+        return {"peak_bytes": peak_bytes(stage.device), "density": density, **prediction}
 
     with record_block_masks(lambda mask: densities.append(mask.density)):
         Loop(stage, schedule).run(out, every, measure)
@@ -141,6 +144,7 @@ def main(
     dry_run_only: Annotated[
         bool, typer.Option("--dry-run", help="print the predicted time and memory, and refuse what cannot fit")
     ] = False,
+    device: DeviceName = None,
 ) -> None:
     """Train, or go on."""
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
@@ -158,6 +162,7 @@ def main(
         bf16=bf16,
     )
     with one_line_errors(PROGRAM):
+        chosen = choose_device(device)
         hardware = H100 if profile is None else load_profile(profile)
         sizes = model_config(preset, init, model_dim, blocks)
         data = LatentSet(read_shards(latents), json.loads(captions.read_text()) if captions else {})
@@ -165,15 +170,15 @@ def main(
     if dry_run_only:
         dry_run(planned, hardware)
         return
-    encode_text = MiniLMTextEncoder().encode
-    base = resident_bytes()
+    encode_text = MiniLMTextEncoder(chosen).encode
+    base = resident_bytes(chosen)
     prediction = {
         "predicted_ms": float(f"{predicted_ms(planned, hardware):.4g}"),
         "predicted_bytes": round(base + predicted_memory(planned).total_bytes),
         "base_bytes": base,
         "profile": hardware.name,
     }
-    model = build_model(sizes, init, checkpointing, seed)
+    model = build_model(sizes, init, checkpointing, seed, chosen)
     train(CrossDiTStage(model, data, encode_text, config), schedule, out, every, prediction)
 
 

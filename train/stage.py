@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from k5kernels.device import device_of
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -50,7 +52,8 @@ class Stage(ABC):
     """What the loop needs to know of a training.
 
     settings: everything that decides the result, as JSON values; a checkpoint keeps it, and a run that goes on from
-    the checkpoint must have the same. optimizers: by name, each made with its peak learning rates.
+    the checkpoint must have the same. optimizers: by name, each made with its peak learning rates. device: the model's,
+    which must be in its place before the stage is made.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Stage(ABC):
     ) -> None:
         self.settings, self.model, self.optimizers = settings, model, optimizers
         self.average = Average(model, ema_decay)
+        self.device = device_of(model)
 
     @abstractmethod
     def loss(self, step: int, generator: torch.Generator) -> Loss:

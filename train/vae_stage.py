@@ -62,9 +62,10 @@ class VAE(nn.Module):
 
     def loss(self, video: Tensor, noise: torch.Generator) -> Tensor:
         """MSE + L1 of the reconstruction of a sampled latent, plus a small KL term."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(video.device.type, torch.bfloat16):
             mean, log_variance = (t.float() for t in self.encoder.moments(video))
-            latent = mean + torch.randn(mean.shape, generator=noise) * torch.exp(0.5 * log_variance)
+            sampled = torch.randn(mean.shape, generator=noise).to(mean.device)
+            latent = mean + sampled * torch.exp(0.5 * log_variance)
             output = self.decoder(latent).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return F.mse_loss(output, video) + L1_WEIGHT * F.l1_loss(output, video) + KL_WEIGHT * kl
@@ -119,7 +120,7 @@ class VAEStage(Stage):
         """The loss of the crops that the step's phase draws."""
         self.on_images = step < IMAGE_SHARE * self.steps
         crops, indices = draw_crops(self.clips, crops_at(step, self.steps), generator)
-        return Loss(self.model.loss(crops, generator), [self.names[index] for index in indices])
+        return Loss(self.model.loss(crops.to(self.device), generator), [self.names[index] for index in indices])
 
     def _spare_past_frames(self, weight: Tensor) -> None:
         """While single frames train, filters of past frames stay as they are: zero."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -14,18 +15,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.demo.job import Job, check_video, clear
 from bench.demo.page import write_page
-from k5kernels.latents.shards import ShardError
-from k5kernels.latents.video import VideoError
+from k5kernels.device import choose_device
+from k5kernels.terminal import DeviceName, one_line_errors
 from train.clips import CAPTIONS, clip_path
 
 
-def run(video: Path, out: Path, caption: str, console: Console) -> None:
+def run(video: Path, out: Path, caption: str, device: torch.device, console: Console) -> None:
     """The whole job, a progress bar a step. A video that cannot be used leaves a former run's results as they are;
     a run that fails later leaves none."""
     check_video(video)
     clear(out)
     try:
-        page = run_steps(Job(video, out, caption), console)
+        page = run_steps(Job(video, out, caption, device), console)
     except BaseException:
         clear(out)
         raise
@@ -53,16 +54,15 @@ def main(
     video: Annotated[Path | None, typer.Option(help="any video; Big Buck Bunny without")] = None,
     out: Annotated[Path, typer.Option(help="folder to write to")] = Path("out"),
     caption: Annotated[str | None, typer.Option(help="what the video shows")] = None,
+    device: DeviceName = None,
 ) -> None:
     """Run the demo; a second run overwrites the first."""
     console = Console()
     disable_progress_bar()  # of the text encoder's weights: the job has its own bars
-    try:
+    with one_line_errors("demo"):
+        chosen = choose_device(device)
         video = video or clip_path("bigbuckbunny")
-        run(video, out, caption or CAPTIONS.get(video.stem, "A video."), console)
-    except (VideoError, ShardError, OSError) as error:
-        Console(stderr=True).print(f"demo: {error}", style="red", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        run(video, out, caption or CAPTIONS.get(video.stem, "A video."), chosen, console)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def draw_block_masks(mask: BlockMask, layout: TokenLayout, frames: Tensor, path:
     frames: uint8 [T, H, W, 3], the video frame at each latent frame. The query block is the one in the middle
     of the first frame; it is outlined.
     """
-    dense = mask.to_dense()[0, :3].numpy()
+    dense = mask.to_dense()[0, :3].cpu().numpy()
     heads = range(len(dense))
     coordinates = layout.block_coordinates("cpu").numpy()
     clip_t, clip_h, clip_w = layout.clips[0]

@@ -75,11 +75,12 @@ class Training:
 
 @dataclass
 class Job:
-    """video: the file. out: the folder. caption: what the video shows."""
+    """video: the file. out: the folder. caption: what the video shows. device: where the models are and compute."""
 
     video: Path
     out: Path
     caption: str
+    device: torch.device
     encode_seconds: float = 0.0
     reconstruction_db: float = 0.0
     samples: dict[str, Generation] = field(default_factory=dict)
@@ -88,9 +89,9 @@ class Job:
     def __post_init__(self) -> None:
         self.training: Training
         self.nano = load_settings()
-        self.text = MiniLMTextEncoder()
-        self.model = load_crossdit(CROSSDIT_WEIGHTS)
-        self.decoder = load_decoder(VAE_WEIGHTS)
+        self.text = MiniLMTextEncoder(self.device)
+        self.model = load_crossdit(CROSSDIT_WEIGHTS).to(self.device)
+        self.decoder = load_decoder(VAE_WEIGHTS).to(self.device)
         nabla = AttentionConfig("nabla", self.nano.thr, self.nano.sta)
         self.magcache = MagCache(self.nano.mag_ratios)
         self.paths: dict[str, tuple[AttentionConfig, MagCache | None]] = {
@@ -104,7 +105,7 @@ class Job:
         began = time.perf_counter()
         summary = encode_videos(
             [self.video],
-            load_encoder(VAE_WEIGHTS),
+            load_encoder(VAE_WEIGHTS).to(self.device),
             self.out / LATENTS,
             resolution=RESOLUTION,
             clip_frames=CLIP_FRAMES,
@@ -161,7 +162,7 @@ class Job:
         frames = decode(self.video, record.height, record.width)
         self.source = torch.stack(list(islice(frames, record.first_frame, record.first_frame + record.frames)))
         with torch.inference_mode():
-            self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3)))
+            self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3))).cpu()
         self.reconstruction_db = psnr(self.reconstruction, self.source)
         videos = [self.source, self.reconstruction, *(sample.frames for sample in self.samples.values())]
         row = torch.cat(videos, dim=2)
@@ -173,8 +174,10 @@ class Job:
         """Peak memory of a training step on the scene's grid, plain and with activation checkpointing."""
         _, T, H, W, _ = self.scene.latent.shape
         for done, (name, flags) in enumerate((("all activations kept", ()), ("checkpointing", ("--checkpointing",)))):
-            self.memory[name] = measure((T, H, W), *flags)
+            self.memory[name] = measure((T, H, W), self.device, *flags)
             progress(done + 1, 2)
 
     def _scene(self, sample: Sample) -> Scene:
-        return Scene(channels_last(sample)[None], self.text.encode([self.caption]), self.text.encode([""]))
+        return Scene(
+            channels_last(sample)[None].to(self.device), self.text.encode([self.caption]), self.text.encode([""])
+        )

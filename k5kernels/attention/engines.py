@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from k5kernels.attention.nabla import nabla_attention
 from k5kernels.block_mask import BlockMask
+from k5kernels.device import choose_device
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.ops.nabla_mask import check_tokens
 from k5kernels.token_layout import TokenLayout
@@ -56,7 +57,7 @@ def choose_engine(height: int, width: int, seconds: float, device: torch.device 
         raise ValueError(f"expected positive height and width and seconds >= 0, got {height}, {width}, {seconds}")
     if seconds > SD_SECONDS or (seconds > 0 and height * width > SD_PIXELS):
         return "nabla"
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device() if device is None else torch.device(device)
     return next((engine for engine in PACKAGES if _obstacle(engine, device) is None), "sdpa")
 
 

@@ -23,6 +23,7 @@ from k5kernels.atomic import replacing
 from k5kernels.latents.video import write_video
 from train.clips import CAPTIONS, clip_path
 
+CPU = torch.device("cpu")
 PATHS = ["full attention", "NABLA", "NABLA + MagCache"]
 HEADINGS = [
     "Sampling",
@@ -159,7 +160,7 @@ def small():
         patch.setattr(job, "SAMPLE_STEPS", 2)
         patch.setattr(job, "CLIP_FRAMES", 5)
         patch.setattr(job, "MAX_CLIPS", 2)
-        patch.setattr(job, "measure", lambda grid, *flags: 2**30)
+        patch.setattr(job, "measure", lambda grid, device, *flags: 2**30)
         yield
 
 
@@ -167,7 +168,7 @@ def small():
 def finished(small, tmp_path_factory) -> Job:
     """A job that has run on a video of more clips than it takes."""
     folder = tmp_path_factory.mktemp("demo")
-    done = Job(noise_video(folder / "noise.mp4", 17, 128, 128), folder / "out", "Noise.")
+    done = Job(noise_video(folder / "noise.mp4", 17, 128, 128), folder / "out", "Noise.", CPU)
     demo.run_steps(done, Console(quiet=True))
     return done
 
@@ -235,7 +236,7 @@ def test_a_second_run_replaces_the_first_and_keeps_other_files(finished, tmp_pat
     out = shutil.copytree(finished.out, tmp_path / "out")
     (out / "notes.txt").write_text("mine")
     former = {name: (out / name).stat().st_mtime_ns for name in job.FILES}
-    demo.run(noise_video(tmp_path / "other.mp4", 5, 128, 128), out, "Other noise.", Console(quiet=True))
+    demo.run(noise_video(tmp_path / "other.mp4", 5, 128, 128), out, "Other noise.", CPU, Console(quiet=True))
     assert all((out / name).stat().st_mtime_ns > former[name] for name in job.FILES)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
@@ -259,7 +260,7 @@ def test_a_run_that_fails_leaves_no_results_of_a_former_one(finished, invoke, tm
 def test_a_damaged_video_is_never_shown_as_done(small, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "MAX_CLIPS", 8)
     shown = []
-    broken = Job(without_its_end(tmp_path / "clip.mp4"), tmp_path / "out", "Noise.")
+    broken = Job(without_its_end(tmp_path / "clip.mp4"), tmp_path / "out", "Noise.", CPU)
     with pytest.raises(ValueError, match="damaged or missing data"):
         broken.encode(lambda done, total: shown.append((done, total)))
     assert all(done < total for done, total in shown)
@@ -302,12 +303,12 @@ def test_a_full_disk_under_the_latents_is_one_line(small, invoke, tmp_path, monk
 def test_a_memory_measurement_that_fails_is_one_line(monkeypatch):
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
     with pytest.raises(OSError, match="memory of a training step could not be measured: ended with status 1"):
-        memory.measure((1, 8, 8))
+        memory.measure((1, 8, 8), CPU)
 
 
 @pytest.mark.slow
 def test_the_whole_job_on_the_shipped_clip(tmp_path):
-    demo.run(clip_path("bigbuckbunny"), tmp_path, CAPTIONS["bigbuckbunny"], Console(quiet=True))
+    demo.run(clip_path("bigbuckbunny"), tmp_path, CAPTIONS["bigbuckbunny"], CPU, Console(quiet=True))
     results = json.loads((tmp_path / "results.json").read_text())
     values = {name: float(value) for name, value in results["job"]["rows"]}
     assert values["loss after training, same noise"] < values["loss before training, fixed noise"]
