@@ -3,11 +3,10 @@
 import torch
 
 from bench.harness import compare
-from k5kernels.ops.layernorm_modulate import layernorm_modulate, layernorm_modulate_reference
+from k5kernels.ops.layernorm_modulate import EPS, layernorm_modulate, layernorm_modulate_reference
 
 B, S, D = 1, 2048, 1792
 ONE_CLIP = (0, S)
-EPS = 1e-6
 
 
 def test_layernorm_modulate(benchmark, dtype):

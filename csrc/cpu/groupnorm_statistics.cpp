@@ -20,8 +20,8 @@ struct Moments {
 inline float load_one(const float* source) { return *source; }
 inline float load_one(const BFloat16* source) { return load_partial(source, 1)[0]; }
 
-// Of a dense run, in pieces that stay in cache for the second pass. Sums are of x - pivot, the run's first value,
-// so that a large mean costs no digits.
+// The moments of a dense run. Two-pass, piece by piece, so that the second pass over a piece reads it from the cache.
+// What is summed is x - pivot, the run's first value, so that a large mean costs no digits.
 template <class T>
 inline Moments moments_of_run(const T* run, int64_t length) {
   constexpr int64_t kPiece = 1024;

@@ -5,7 +5,8 @@
 namespace k5::K5_ISA {
 namespace {
 
-// Mean, then the sum of squared differences in a second pass over the cached row: no cancellation.
+// Two-pass: the mean, then the sum of squared differences from it. The second pass reads the row from the cache, and
+// subtracting first loses no digits to cancellation.
 template <class T>
 inline void statistics(const T* row, int64_t width, float eps, float& mean, float& inverse_deviation) {
   const int64_t whole = width / kLanes * kLanes, rest = width - whole;

@@ -5,12 +5,13 @@
 namespace k5::K5_ISA {
 namespace {
 
-// Zeros. Not std::vector, whose code the linker would share between instruction sets (vec.h).
-struct Scratch {
-  explicit Scratch(int64_t size) : data(new float[size]()) {}
-  ~Scratch() { delete[] data; }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+// An array of zeros. std::vector would not do: every instruction set's build instantiates its functions, and the linker
+// keeps one copy for all (csrc/cpu/isa.h).
+struct ZeroedFloats {
+  explicit ZeroedFloats(int64_t size) : data(new float[size]()) {}
+  ~ZeroedFloats() { delete[] data; }
+  ZeroedFloats(const ZeroedFloats&) = delete;
+  ZeroedFloats& operator=(const ZeroedFloats&) = delete;
   float* const data;
 };
 
@@ -39,9 +40,10 @@ inline float inverse_rms(const T* row, int64_t whole, int64_t rest, float eps) {
 template <class T>
 void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
   const int64_t whole = op.width / kLanes * kLanes, rest = op.width - whole;
-  // With n = x / rms: out = n * direct + swap_pairs(n) * crossed. Both hold the weight; one token's heads share them.
+  // With n = x / rms: out = n * direct + swap_pairs(n) * crossed. The weight is multiplied into both factors, which all
+  // heads of a token share.
   const int64_t padded = whole + kLanes;
-  const Scratch factors(2 * padded);
+  const ZeroedFloats factors(2 * padded);
   float *const direct = factors.data, *const crossed = direct + padded;
   for (int64_t row = first_row; row < end_row; row++) {
     const int64_t batch = row / op.sequence, token = row % op.sequence;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 from k5kernels.ops.modulation import check_modulation, clip_starts_of, map_clips, sum_to_modulation
+from k5kernels.ops.precision import compute_dtype, upcast
 from k5kernels.token_layout import TokenLayout
 
 
@@ -48,7 +49,7 @@ def gated_residual_backward_reference(
     grad: Tensor, y: Tensor, gate: Tensor, clip_starts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y (in y's dtype) and gate (in float32 or better); that of x is `grad` itself."""
-    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    grad = upcast(grad)
     grad_y = map_clips(lambda grad, gate: (gate * grad).to(y.dtype), clip_starts, (grad,), (gate,))
     return grad_y.contiguous(), sum_to_modulation(grad * y, gate.ndim, clip_starts)
 
@@ -58,8 +59,8 @@ def _fake(x: Tensor, y: Tensor, gate: Tensor, clip_starts: Sequence[int]) -> Ten
 
 
 def _backward_fake(grad: Tensor, y: Tensor, gate: Tensor, clip_starts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(grad.dtype, y.dtype), torch.float32)
-    return torch.empty_like(y, memory_format=torch.contiguous_format), gate.new_empty(gate.shape, dtype=wide)
+    grad_gate = gate.new_empty(gate.shape, dtype=compute_dtype(grad, y))
+    return torch.empty_like(y, memory_format=torch.contiguous_format), grad_gate
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from k5kernels.ops.groupnorm_silu_apply import EPS, check_affine
 from k5kernels.ops.groupnorm_statistics import check_groups, memory_format_like
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.ops.precision import compute_dtype
 
 
 def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS) -> Tensor:
@@ -25,7 +26,7 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
     innermost, else contiguous.
 
     x: [B, C, ...], any floating dtype. weight, bias: [C], any floating dtype. groups: divides C. eps: added to
-    the variance; the default is HunyuanVideo's.
+    the variance; the default is that of the released HunyuanVideo VAE.
 
     Raises ValueError where a shape or dtype does not fit. The C++ kernel gives the same bits for any number of
     threads; PyTorch's GroupNorm, which the reference and the backward call, only for one and the same number.
@@ -40,8 +41,8 @@ def groupnorm_silu_reference(x: Tensor, weight: Tensor, bias: Tensor, groups: in
     """The definition, in plain PyTorch."""
     if x.numel() == 0:  # PyTorch's kernel for CUDA refuses zero channels
         return torch.empty_like(x, memory_format=memory_format_like(x))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normalized = torch.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    dtype = compute_dtype(x)
+    normalized = torch.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
     return torch.nn.functional.silu(normalized).to(x.dtype).contiguous(memory_format=memory_format_like(x))
 
 
@@ -50,20 +51,21 @@ def groupnorm_silu_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (in x's dtype), weight and bias (in float32 or better).
 
-    Statistics are computed again: reading x once more costs less than the normalized tensor that is needed anyway.
+    The forward saves x alone; statistics and normalized x are computed from it again. To save the normalized x would
+    keep a second activation, in float32.
     """
-    wide, target = torch.promote_types(x.dtype, torch.float32), memory_format_like(x)
+    dtype, target = compute_dtype(x), memory_format_like(x)
     # PyTorch's GroupNorm kernels take channels-last tensors on the CPU only.
     native = target if x.is_cpu else torch.contiguous_format
-    x_wide, grad_wide = (t.to(wide).contiguous(memory_format=native) for t in (x, grad))
-    weight, bias = weight.to(wide), bias.to(wide)
+    upcast_x, upcast_grad = (t.to(dtype).contiguous(memory_format=native) for t in (x, grad))
+    weight, bias = weight.to(dtype), bias.to(dtype)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=target), torch.zeros_like(weight), torch.zeros_like(bias)
     sizes = (x.shape[0], x.shape[1], math.prod(x.shape[2:]), groups)
-    normalized, mean, inverse_deviation = torch.ops.aten.native_group_norm(x_wide, weight, bias, *sizes, eps)
-    grad_normalized = torch.ops.aten.silu_backward(grad_wide, normalized).contiguous(memory_format=native)
+    normalized, mean, inverse_deviation = torch.ops.aten.native_group_norm(upcast_x, weight, bias, *sizes, eps)
+    grad_normalized = torch.ops.aten.silu_backward(upcast_grad, normalized).contiguous(memory_format=native)
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-        grad_normalized, x_wide, mean, inverse_deviation, weight, *sizes, [True, True, True]
+        grad_normalized, upcast_x, mean, inverse_deviation, weight, *sizes, [True, True, True]
     )
     return grad_x.to(x.dtype).contiguous(memory_format=target), grad_weight, grad_bias
 
@@ -75,11 +77,10 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> T
 def _backward_fake(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         torch.empty_like(x, memory_format=memory_format_like(x)),
-        x.new_empty(weight.shape, dtype=wide),
-        x.new_empty(bias.shape, dtype=wide),
+        x.new_empty(weight.shape, dtype=compute_dtype(x)),
+        x.new_empty(bias.shape, dtype=compute_dtype(x)),
     )
 
 

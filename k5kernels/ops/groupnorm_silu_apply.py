@@ -18,6 +18,7 @@ from k5kernels.ops.groupnorm_statistics import (
     per_channel,
 )
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.ops.precision import compute_dtype
 
 EPS = 1e-6
 
@@ -31,7 +32,8 @@ def groupnorm_silu_apply(
     innermost, else contiguous.
 
     x: [B, C, ...], any floating dtype. statistics: of [B, G] groups, where G divides C; gradients flow to them too.
-    weight, bias: [C], any floating dtype. eps: added to the variance; the default is HunyuanVideo's.
+    weight, bias: [C], any floating dtype. eps: added to the variance; the default is that of the released HunyuanVideo
+    VAE.
 
     Raises ValueError where a shape or dtype does not fit. The C++ kernel gives the same bits for any number of threads,
     and with the statistics of x itself the bits of `groupnorm_silu`.
@@ -101,8 +103,8 @@ def _check_statistics(x: Tensor, statistics: GroupStatistics) -> None:
 
 def _affine(weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias in float32 or better, with dimensions that broadcast against x."""
-    wide, shape = torch.promote_types(x.dtype, torch.float32), (-1,) + (1,) * (x.ndim - 2)
-    return weight.to(wide).view(shape), bias.to(wide).view(shape)
+    dtype, shape = compute_dtype(x), (-1,) + (1,) * (x.ndim - 2)
+    return weight.to(dtype).view(shape), bias.to(dtype).view(shape)
 
 
 def _fake(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -112,13 +114,12 @@ def _fake(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tenso
 def _backward_fake(
     grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         torch.empty_like(x, memory_format=memory_format_like(x)),
         mean.new_empty(mean.shape),
         variance.new_empty(variance.shape),
-        x.new_empty(weight.shape, dtype=wide),
-        x.new_empty(bias.shape, dtype=wide),
+        x.new_empty(weight.shape, dtype=compute_dtype(x)),
+        x.new_empty(bias.shape, dtype=compute_dtype(x)),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.ops.precision import compute_dtype, upcast
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -55,7 +56,7 @@ def groupnorm_statistics_reference(x: Tensor, groups: int) -> tuple[Tensor, Tens
     if x.numel() == 0:
         zeros = x.new_zeros((x.shape[0], groups), dtype=torch.float64)
         return zeros, zeros.clone()
-    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    grouped = upcast(x).unflatten(1, (groups, -1))
     variance, mean = torch.var_mean(grouped, dim=tuple(range(2, grouped.ndim)), correction=0)
     return mean.double(), variance.double()
 
@@ -66,11 +67,11 @@ def groupnorm_statistics_backward_reference(
     """The gradient of x, in its dtype."""
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=memory_format_like(x))
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     size = x[0].numel() // mean.shape[1]
     offset, slope = grad_mean / size, 2 * grad_variance / size
-    centred = x.to(wide) - per_channel(mean, x).to(wide)
-    grad_x = per_channel(offset, x).to(wide) + per_channel(slope, x).to(wide) * centred
+    centred = x.to(dtype) - per_channel(mean, x).to(dtype)
+    grad_x = per_channel(offset, x).to(dtype) + per_channel(slope, x).to(dtype) * centred
     return grad_x.to(x.dtype).contiguous(memory_format=memory_format_like(x))
 
 
@@ -95,9 +96,9 @@ def per_channel(per_group: Tensor, x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
     """x [B, C, ...] less the mean [B, G] of its group, over the deviation; in float32 or better."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype = compute_dtype(x)
     inverse_deviation = torch.rsqrt(variance + eps)
-    return (x.to(wide) - per_channel(mean, x).to(wide)) * per_channel(inverse_deviation, x).to(wide)
+    return (x.to(dtype) - per_channel(mean, x).to(dtype)) * per_channel(inverse_deviation, x).to(dtype)
 
 
 def memory_format_like(x: Tensor) -> torch.memory_format:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
 from k5kernels.ops.modulation import check_modulation, clip_starts_of, map_clips, sum_to_modulation
+from k5kernels.ops.precision import compute_dtype, upcast
 from k5kernels.token_layout import TokenLayout
 
 EPS = 1e-5
@@ -25,7 +26,7 @@ def layernorm_modulate(
     x: [B, S, d], any floating dtype. shift, scale: any floating dtype, each of one of these shapes:
     [B, d], one row a sample; [B, S, d], one row a token; with a layout of S tokens, [B * clips, d], one row a clip,
     the clips of the first sample first ([clips, d] where B = 1; a layout of one clip is the same as none).
-    eps: added to the variance; the default is CrossDiT's.
+    eps: added to the variance; the default is that of the released models, whose torch.nn.LayerNorm is given none.
 
     Raises ValueError where a shape or dtype does not fit. The result has the same bits for any number of threads.
     Saved for the backward: x and scale themselves, no copies; 2 * d bytes a token for x in bf16, 4 * d in float32.
@@ -66,8 +67,7 @@ def layernorm_modulate_backward_reference(
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    normalized, _, inverse_deviation = torch.native_layer_norm(wide, x.shape[-1:], None, None, eps)
+    normalized, _, inverse_deviation = torch.native_layer_norm(upcast(x), x.shape[-1:], None, None, eps)
     return normalized, inverse_deviation
 
 
@@ -78,11 +78,10 @@ def _fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float, clip_starts: Sequ
 def _backward_fake(
     grad: Tensor, x: Tensor, scale: Tensor, eps: float, shift_shape: Sequence[int], clip_starts: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(shift_shape, dtype=wide),
-        x.new_empty(scale.shape, dtype=wide),
+        x.new_empty(shift_shape, dtype=compute_dtype(x)),
+        x.new_empty(scale.shape, dtype=compute_dtype(x)),
     )
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from k5kernels.ops.precision import upcast
 from k5kernels.token_layout import TokenLayout
 
 
@@ -68,4 +69,4 @@ def sum_to_modulation(grad: Tensor, ndim: int, clip_starts: Sequence[int]) -> Te
 def _of_clip(modulation: Tensor, clip: int, clips: int, start: int, end: int) -> Tensor:
     per_token = modulation.ndim == 3
     rows = modulation[:, start:end] if per_token else modulation.unflatten(0, (-1, clips))[:, clip, None]
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return upcast(rows)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from k5kernels.vae.config import SPATIAL_STRIDE, VAEConfig, latent_frames
+from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig, whole_latent_frames
 from k5kernels.vae.layers import EPS, CausalConv3d, DownBlock, MidBlock, NormSiLU
 
 # Space shrinks in the first three blocks, time in the second and the third.
@@ -41,7 +41,8 @@ class HunyuanEncoder(nn.Module):
         """
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video: expected [B, 3, frames, height, width], got {list(video.shape)}")
-        latent_frames(video.shape[2])
+        if not whole_latent_frames(video.shape[2]):
+            raise ValueError(f"video: expected 1 + a multiple of {TEMPORAL_STRIDE} frames, got {video.shape[2]}")
         if any(side < 1 or side % SPATIAL_STRIDE for side in video.shape[3:]):
             raise ValueError(
                 f"video: expected sides that are multiples of {SPATIAL_STRIDE}, got {list(video.shape[3:])}"

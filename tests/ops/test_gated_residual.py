@@ -40,21 +40,21 @@ def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, length
 
 
 @pytest.mark.parametrize("per", ["sample", "clip"])
-def test_a_row_a_clip_or_sample_is_that_row_for_each_of_its_tokens(isa, device, per):
+def test_a_row_of_a_clip_or_sample_serves_each_of_its_tokens(isa, device, per):
     lengths = [3, 1, 4]
     x, y, gate = inputs(2, lengths, 11, per, device=device)
     expected = gated_residual(x, y, per_token(gate, per, 2, lengths))
     torch.testing.assert_close(gated_residual(x, y, gate, layout_for(per, lengths)), expected, rtol=0, atol=0)
 
 
-def test_clip_by_clip_and_sample_by_sample_stand_the_rows_of_a_gate(isa, device):
+def test_the_rows_of_a_gate_are_ordered_by_sample_then_by_clip(isa, device):
     x, y = torch.zeros(2, 3, 1, device=device), torch.ones(2, 3, 1, device=device)
     gate = torch.tensor([[1.0], [2.0], [3.0], [4.0]], device=device)
     out = gated_residual(x, y, gate, TokenLayout([(1, 1, 2), (1, 1, 1)]))
     assert out[..., 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 3.0, 4.0]]
 
 
-def test_a_layout_of_one_clip_is_as_good_as_none(isa, device):
+def test_a_layout_of_one_clip_is_the_same_as_none(isa, device):
     x, y, gate = inputs(3, 5, 9, device=device)
     torch.testing.assert_close(gated_residual(x, y, gate, layout_of([5])), gated_residual(x, y, gate), rtol=0, atol=0)
 

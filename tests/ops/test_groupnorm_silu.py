@@ -1,5 +1,8 @@
+import inspect
+
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import HunyuanVideoResnetBlockCausal3D
 from hypothesis import example, given
 from hypothesis import strategies as st
 from operator_checks import (
@@ -11,12 +14,13 @@ from operator_checks import (
 from tolerances import assert_matches
 
 from k5kernels.ops.groupnorm_silu import (
+    EPS,
     groupnorm_silu,
     groupnorm_silu_backward_reference,
     groupnorm_silu_reference,
 )
+from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
 
-EPS = 1e-6
 DIFFERENTIABLE = (0, 1, 2)
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -45,6 +49,12 @@ def inputs(shape, groups, dtype=torch.float32, device="cpu", channels_last=False
 def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, channels_last, B, groups, in_group, size):
     arguments = inputs((B, groups * in_group, *size), groups, dtype, device, channels_last)
     assert_accurate(groupnorm_silu, groupnorm_silu_reference, arguments, DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("operator", [groupnorm_silu, groupnorm_silu_apply])
+def test_the_default_eps_is_that_of_the_released_vae(operator):
+    released = HunyuanVideoResnetBlockCausal3D(32).norm1.eps
+    assert inspect.signature(operator).parameters["eps"].default == released
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 8, 5), (1, 8, 2, 2, 2, 2)])

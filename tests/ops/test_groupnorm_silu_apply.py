@@ -11,10 +11,9 @@ from operator_checks import (
 from tolerances import assert_matches
 
 from k5kernels.ops.groupnorm_silu import groupnorm_silu
-from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply, groupnorm_silu_apply_reference
+from k5kernels.ops.groupnorm_silu_apply import EPS, groupnorm_silu_apply, groupnorm_silu_apply_reference
 from k5kernels.ops.groupnorm_statistics import GroupStatistics, groupnorm_statistics
 
-EPS = 1e-6
 DIFFERENTIABLE = (0, 1, 2, 3, 4)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

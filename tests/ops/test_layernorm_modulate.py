@@ -1,5 +1,8 @@
+import inspect
+
 import pytest
 import torch
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5TransformerDecoderBlock
 from hypothesis import example, given
 from hypothesis import strategies as st
 from modulations import LENGTHS, PER, clip_starts_for, layout_for, layout_of, modulation_shape, per_token
@@ -12,9 +15,8 @@ from operator_checks import (
 from tolerances import assert_matches
 
 from k5kernels import TokenLayout
-from k5kernels.ops.layernorm_modulate import layernorm_modulate, layernorm_modulate_reference
+from k5kernels.ops.layernorm_modulate import EPS, layernorm_modulate, layernorm_modulate_reference
 
-EPS = 1e-6
 DIFFERENTIABLE = (0, 1, 2)
 
 
@@ -46,7 +48,7 @@ def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, length
 
 
 @pytest.mark.parametrize("per", ["sample", "clip"])
-def test_a_row_a_clip_or_sample_is_that_row_for_each_of_its_tokens(isa, device, per):
+def test_a_row_of_a_clip_or_sample_serves_each_of_its_tokens(isa, device, per):
     lengths = [3, 1, 4]
     x, shift, scale, eps = inputs(2, lengths, 11, per, device=device)
     expected = layernorm_modulate(x, *(per_token(rows, per, 2, lengths) for rows in (shift, scale)), eps)
@@ -54,17 +56,22 @@ def test_a_row_a_clip_or_sample_is_that_row_for_each_of_its_tokens(isa, device, 
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_clip_by_clip_and_sample_by_sample_stand_the_rows_of_a_modulation(isa, device):
+def test_the_rows_of_a_modulation_are_ordered_by_sample_then_by_clip(isa, device):
     x, scale = torch.ones(2, 3, 1, device=device), torch.zeros(4, 1, device=device)
     shift = torch.tensor([[1.0], [2.0], [3.0], [4.0]], device=device)
     out = layernorm_modulate(x, shift, scale, EPS, TokenLayout([(1, 1, 2), (1, 1, 1)]))
     assert out[..., 0].tolist() == [[1.0, 1.0, 2.0], [3.0, 3.0, 4.0]]
 
 
-def test_a_layout_of_one_clip_is_as_good_as_none(isa, device):
+def test_a_layout_of_one_clip_is_the_same_as_none(isa, device):
     x, shift, scale, eps = inputs(3, 5, 9, device=device)
     expected = layernorm_modulate(x, shift, scale, eps)
     torch.testing.assert_close(layernorm_modulate(x, shift, scale, eps, layout_of([5])), expected, rtol=0, atol=0)
+
+
+def test_the_default_eps_is_that_of_the_released_models():
+    block = Kandinsky5TransformerDecoderBlock(model_dim=8, time_dim=8, ff_dim=8, head_dim=8)
+    assert inspect.signature(layernorm_modulate).parameters["eps"].default == block.self_attention_norm.eps
 
 
 def test_modulation_may_be_wider_than_x(isa, device):

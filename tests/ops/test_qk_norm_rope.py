@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Attention
 from hypothesis import example, given
 from hypothesis import strategies as st
 from operator_checks import (
@@ -56,6 +57,14 @@ def test_no_rotation_is_rms_norm_per_head(isa, device):
     q_out, k_out = qk_norm_rope(q, k, q_weight, k_weight, torch.ones_like(cos), torch.zeros_like(sin), eps)
     assert_matches(q_out, torch.nn.functional.rms_norm(q, (32,), q_weight, eps))
     assert_matches(k_out, torch.nn.functional.rms_norm(k, (32,), k_weight, eps))
+
+
+def test_the_default_eps_is_that_of_the_released_models(isa, device):
+    released = Kandinsky5Attention(8, 8).query_norm.to(device)
+    q, k, _, k_weight, cos, sin, _ = inputs(1, 3, 2, 8, device=device)
+    q = 1e-4 * q  # so small that eps decides
+    q_out, _ = qk_norm_rope(q, k, released.weight.detach(), k_weight, torch.ones_like(cos), torch.zeros_like(sin))
+    assert_matches(q_out, released(q).detach())
 
 
 def test_scores_depend_on_the_distance_of_two_tokens_only(isa, device):

@@ -80,7 +80,7 @@ def test_released_widths_have_the_released_names_and_shapes() -> None:
 
 
 def fix_statistics(encoder: HunyuanEncoder) -> HunyuanEncoder:
-    """GroupNorm takes its statistics over time, so it is put out of the way: a plain SiLU, or nothing."""
+    """Replace every GroupNorm, whose statistics span all frames, by what follows it: SiLU, or nothing."""
     for name, module in list(encoder.named_modules()):
         if isinstance(module, nn.GroupNorm):
             encoder.set_submodule(name, nn.SiLU() if isinstance(module, NormSiLU) else nn.Identity())
@@ -112,8 +112,8 @@ def test_batch_entries_do_not_mix(encoder: HunyuanEncoder) -> None:
     [
         ((3, 5, 16, 16), r"expected \[B, 3, frames, height, width\], got \[3, 5, 16, 16\]"),
         ((1, 4, 5, 16, 16), r"expected \[B, 3, frames, height, width\], got \[1, 4, 5, 16, 16\]"),
-        ((1, 3, 4, 16, 16), r"expected 1 \+ a multiple of 4, got 4"),
-        ((1, 3, 0, 16, 16), r"expected 1 \+ a multiple of 4, got 0"),
+        ((1, 3, 4, 16, 16), r"video: expected 1 \+ a multiple of 4 frames, got 4"),
+        ((1, 3, 0, 16, 16), r"video: expected 1 \+ a multiple of 4 frames, got 0"),
         ((1, 3, 5, 12, 16), r"multiples of 8, got \[12, 16\]"),
         ((1, 3, 5, 16, 0), r"multiples of 8, got \[16, 0\]"),
     ],
@@ -124,8 +124,14 @@ def test_wrong_shapes_say_what_was_expected(encoder: HunyuanEncoder, shape: tupl
 
 
 @pytest.mark.parametrize(
-    "settings", [{"widths": (16, 32, 64)}, {"widths": (16, 32, 64, 12), "groups": 8}, {"groups": 0}]
+    ("settings", "expected"),
+    [
+        ({"widths": (16, 32, 64)}, r"widths: expected four positive multiples of groups=32, got \(16, 32, 64\)"),
+        ({"widths": (16, 32, 64, 12), "groups": 8}, r"widths: .* got \(16, 32, 64, 12\)"),
+        ({"groups": 0}, "groups: expected at least 1, got 0"),
+        ({"latent_channels": -1}, "latent_channels: expected at least 1, got -1"),
+    ],
 )
-def test_wrong_configuration_is_refused(settings: dict) -> None:
-    with pytest.raises(ValueError, match="expected"):
+def test_wrong_configuration_is_refused(settings: dict, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         VAEConfig(**settings)

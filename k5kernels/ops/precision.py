@@ -1,0 +1,17 @@
+"""The dtype that operators compute in, whatever dtype their tensors are stored in."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where one of the tensors is float64."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in its compute dtype: itself where it has that already."""
+    return x.to(compute_dtype(x))
