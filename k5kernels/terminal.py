@@ -1,6 +1,7 @@
 """What the commands of `k5` share: one-line errors, and text and tables on the terminal."""
 
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -22,6 +23,35 @@ def one_line_errors(program: str = "k5") -> Iterator[None]:
     except (ValueError, OSError) as error:
         complain(error, program)
         raise typer.Exit(1) from None
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def one_line_stop(program: str, state: Callable[[], str]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C inside end the program with one line on stderr and exit code 128 + the signal's number.
+
+    Code inside sees the exception Stopped. state: what is left, in words for that line. Main thread only.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped as stopped:
+        complain(f"stopped by {stopped}; {state()}", program)
+        raise typer.Exit(128 + stopped.number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def complain(message: object, program: str = "k5") -> None:

@@ -1,11 +1,15 @@
 """The stage that trains CrossDiT on latents: flow matching, AdamW, EMA (§6.3.2)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from k5kernels.attention import DENSE, AttentionConfig
+from k5kernels.latents.shards import LATENT_CHANNELS
+from k5kernels.presets import CrossDiTConfig
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
@@ -40,23 +44,51 @@ class FlowMatching:
         for name in ("unconditional", "image_to_video", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
         if self.latent_frames is not None and self.latent_frames < 1:
             raise ValueError(f"latent_frames: expected at least 1, or None for all, got {self.latent_frames}")
-        if self.learning_rate <= 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+
+
+def crossdit_settings(config: FlowMatching, model: CrossDiTConfig, start: str | None) -> dict[str, Any]:
+    """The settings of a CrossDiTStage but for its data: what can be known before anything is loaded."""
+    return {"stage": "crossdit", **asdict(config), "model": asdict(model), "init": start}
+
+
+def check_fits(data: LatentSet, model: CrossDiTConfig) -> None:
+    """Raises ValueError where the model cannot take latents of the data's sizes."""
+    if model.in_visual_dim != LATENT_CHANNELS:
+        raise ValueError(f"model: expected {LATENT_CHANNELS} latent channels as in shards, got {model.in_visual_dim}")
+    for grid, samples in data.grids.items():
+        if any(side % patch for side, patch in zip(grid, model.patch_size, strict=True)):
+            raise ValueError(
+                f"latents: expected frames, height and width that are multiples of the patch {model.patch_size}, "
+                f"got {grid} in {samples} samples; encode them at sides that are multiples of 16 pixels"
+            )
 
 
 class CrossDiTStage(Stage):
     """Flow matching on batches of a LatentSet; all of the model's parameters learn.
 
-    encode_text: gives its TextCondition on the device of the model.
+    encode_text: gives its TextCondition on the device of the model. start: what the weights are at the first step, in
+    words; None where the seed says it.
     """
 
     model: CrossDiT
 
-    def __init__(self, model: CrossDiT, data: LatentSet, encode_text: EncodeText, config: FlowMatching) -> None:
+    def __init__(
+        self,
+        model: CrossDiT,
+        data: LatentSet,
+        encode_text: EncodeText,
+        config: FlowMatching,
+        start: str | None = None,
+    ) -> None:
+        check_fits(data, model.config)
         self.data, self.encode_text, self.config = data, encode_text, config
         optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -65,7 +97,7 @@ class CrossDiTStage(Stage):
             eps=1e-8,
             weight_decay=config.weight_decay,
         )
-        settings = {"stage": "crossdit", **asdict(config), "model": asdict(model.config)}
+        settings = crossdit_settings(config, model.config, start) | {"data": data.description}
         super().__init__(settings, model, {"adamw": optimizer}, config.ema_decay)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:

@@ -1,5 +1,6 @@
 """Latent shards as training batches."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,13 +14,25 @@ from k5kernels.latents.shards import Sample, read_shard
 Grid = tuple[int, int, int]  # T, H, W of a latent
 
 
-def read_shards(folder: Path) -> Iterator[Sample]:
-    """All samples of a folder's shards, in order."""
+@dataclass(frozen=True)
+class StoredSample(Sample):
+    """A sample and the shard it was read from."""
+
+    shard: str = ""
+
+
+def read_shards(folder: Path) -> Iterator[StoredSample]:
+    """All samples of a folder's shards, in order.
+
+    Raises ValueError where there is no shard, and ShardError, which names the shard, where one is not whole.
+    """
     shards = sorted(folder.glob("*.tar"))
     if not shards:
-        raise ValueError(f"{folder}: expected latent shards (*.tar), found none; make some with k5 encode")
+        found = "found none" if folder.is_dir() else "found no such folder"
+        raise ValueError(f"{folder}: expected latent shards (*.tar), {found}; make some with k5 encode")
     for shard in shards:
-        yield from read_shard(shard)
+        for sample in read_shard(shard):
+            yield StoredSample(sample.key, sample.latent, sample.record, sample.tensors, str(shard))
 
 
 def channels_last(sample: Sample) -> Tensor:
@@ -38,29 +51,44 @@ class LatentBatch:
 
 @dataclass(frozen=True)
 class _Clip:
-    """latent: float32 [T, H, W, 16]. name: the sample's key and source, for messages."""
+    """latent: float32 [T, H, W, 16]. name: the sample's shard, key and source, for messages."""
 
     latent: Tensor
     caption: str
     name: str
 
 
+def _name(sample: Sample) -> str:
+    where = f"{sample.shard}: " if isinstance(sample, StoredSample) else ""
+    return f"{where}{sample.key} of {sample.record.source}"
+
+
 class LatentSet:
-    """Samples held in memory, drawn in batches of one grid."""
+    """Samples held in memory, drawn in batches of one grid.
+
+    description: how many samples there are, and a hash of their keys, captions and latents in order.
+    """
 
     def __init__(self, samples: Iterable[Sample], captions: dict[str, str]) -> None:
         """captions: by the stem of a sample's source file; a source without one trains on the empty prompt.
 
-        Raises ValueError where there is no sample.
+        Raises ValueError where there is no sample, or one whose latent is not finite.
         """
         self._grids: dict[Grid, list[_Clip]] = defaultdict(list)
+        digest = hashlib.sha256()
         for sample in samples:
-            latent, source = channels_last(sample), sample.record.source
-            clip = _Clip(latent, captions.get(Path(source).stem, ""), f"{sample.key} of {source}")
+            latent, name = channels_last(sample), _name(sample)
+            if not latent.isfinite().all():
+                raise ValueError(f"{name}: expected a finite latent, got inf or nan; encode this video again")
+            clip = _Clip(latent, captions.get(Path(sample.record.source).stem, ""), name)
             T, H, W, _ = latent.shape
             self._grids[T, H, W].append(clip)
+            digest.update(f"{sample.key}\n{clip.caption}\n{T} {H} {W}\n".encode())
+            digest.update(latent.numpy().tobytes())
         if not self._grids:
             raise ValueError("samples: expected at least one latent, got none; encode a video first (k5 encode)")
+        count = sum(self.grids.values())
+        self.description = f"{count} samples, sha256 {digest.hexdigest()[:16]}"
 
     @property
     def grids(self) -> dict[Grid, int]:

@@ -1,10 +1,13 @@
 """The log of a training: log.jsonl, one row of JSON every so many steps."""
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from k5kernels.atomic import replacing
 
 
 class Log:
@@ -14,9 +17,27 @@ class Log:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row."""
-        with self.path.open("a") as file:
-            print(json.dumps(row), file=file)
+        """Add a row, whole or not at all. JSON has no word for NaN and infinity: they are written as null."""
+        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(line)
+                if written != len(line):
+                    raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
+            except OSError:
+                file.truncate(size)
+                raise
+
+    def keep_until(self, done: int) -> None:
+        """Drop the rows after step number `done`, which a resumed run writes again, and rows that are not whole."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (row := _row(line)) is not None and row["step"] <= done]
+        if kept != lines:
+            with replacing(self.path) as partial:
+                partial.write_text("".join(kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows, in order."""
@@ -26,3 +47,25 @@ class Log:
         """Time of all steps, without checkpoints and what was measured between them."""
         steps = [{"step": 0}, *self.rows()]
         return sum((row["step"] - before["step"]) * row["step_ms"] / 1e3 for before, row in pairwise(steps))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row of a line, None where a kill or a full disk has cut it off."""
+    try:
+        row = json.loads(line, parse_constant=_refuse)
+    except ValueError:
+        return None
+    whole = line.endswith("\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if whole else None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ from k5kernels.device import choose_device, device_of
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, ShardWriter, read_shard
 from k5kernels.latents.video import to_model
-from k5kernels.terminal import DeviceName
+from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
 from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.crossdit import CrossDiT
@@ -40,6 +40,7 @@ from train.nano_settings import record
 from train.run import WEIGHTS, save_averaged
 from train.schedule import Schedule
 
+PROGRAM = "train.nano_crossdit"
 WINDOW_STRIDE = 8
 STEPS = 50
 THRESHOLDS = (0.9, 0.7, 0.4)
@@ -122,6 +123,8 @@ def calibrate_and_measure(model: CrossDiT) -> dict[str, Any]:
     return {"sampling": asdict(settings), "nabla_without_sta": figures, "magcache_dense": magcache}
 
 
+@one_line_errors(PROGRAM)
+@one_line_stop(PROGRAM, lambda: "the same command goes on from the last checkpoint")
 def main(
     out: Annotated[Path, typer.Option(help="folder for latents, stages and figures")],
     evaluate: Annotated[bool, typer.Option(help="measure the shipped weights instead of training")] = False,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from k5kernels.device import choose_device, device_of
 from k5kernels.latents.video import to_model
-from k5kernels.terminal import DeviceName
+from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
 from model.nano import CLIP_FRAMES, RESOLUTION
@@ -29,6 +29,7 @@ from train.nano_settings import record
 from train.schedule import Schedule
 from train.vae_stage import VAE, VAEStage
 
+PROGRAM = "train.nano_vae"
 NANO_VAE = VAEConfig(widths=(16, 32, 64, 48), groups=8, scaling_factor=1.0)
 TRAINING_RESOLUTIONS = (256, 512)
 WARMUP_STEPS = 20
@@ -65,12 +66,14 @@ def held_out_psnr(encoder: HunyuanEncoder, decoder: HunyuanDecoder, clips: dict[
     return {name: round(psnr(reconstruct(video), video, peak=2.0), 2) for name, video in on_device.items()}
 
 
+@one_line_errors(PROGRAM)
+@one_line_stop(PROGRAM, lambda: "the same command goes on from the last checkpoint")
 def main(
     out: Annotated[Path, typer.Option(help="folder for weights, checkpoints, figures and the log")],
-    steps: Annotated[int, typer.Option(help="steps of the whole schedule")] = 1400,
+    steps: Annotated[int, typer.Option(min=1, help="steps of the whole schedule")] = 1400,
     settings: Annotated[Path | None, typer.Option(help="JSON file that gets the figures; out/settings.json")] = None,
-    seed: int = 0,
-    every: Annotated[int, typer.Option(help="steps between log rows and checkpoints")] = 200,
+    seed: Annotated[int, typer.Option(help="of the random weights and of every draw")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="steps between log rows and checkpoints")] = 200,
     device: DeviceName = None,
 ) -> None:
     """Train, or go on from the folder's checkpoint; then write vae.safetensors and its figures."""

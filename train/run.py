@@ -7,6 +7,7 @@ with the averaged weights. Every row of the log has the planner's prediction bes
 prints the prediction and trains nothing, `--profile` says for which machine.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers.utils.logging import disable_progress_bar
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
@@ -24,14 +26,15 @@ from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
-from k5kernels.terminal import DeviceName, complain, one_line_errors
+from k5kernels.terminal import DeviceName, complain, one_line_errors, one_line_stop
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit, read_crossdit_config, save_crossdit
-from train.crossdit_stage import CrossDiTStage, FlowMatching
+from train.checkpoint import check_settings
+from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossdit_settings
 from train.latents import LatentSet, read_shards
-from train.loop import Loop
+from train.loop import CHECKPOINT, Loop
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
 from train.schedule import Schedule
@@ -95,11 +98,14 @@ def dry_run(planned: Run, profile: HardwareProfile) -> None:
 def save_averaged(stage: CrossDiTStage, out: Path) -> None:
     """Let the model take the averaged weights, and write them to the folder in float16."""
     stage.average.copy_to(stage.model)
+    for name, parameter in stage.model.named_parameters():
+        if not parameter.to(torch.float16).isfinite().all():
+            raise ValueError(f"{out / WEIGHTS}: expected weights that float16 can hold, {name} has larger ones or nan")
     save_crossdit(out / WEIGHTS, stage.model, torch.float16)
 
 
-def train(stage: CrossDiTStage, schedule: Schedule, out: Path, every: int, prediction: dict[str, Any]) -> None:
-    """Train to the end of the schedule and write the averaged weights.
+def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_resume: bool) -> None:
+    """Train to the end of the schedule.
 
     prediction: goes into every row of the log, beside the memory and the density that were measured.
     """
@@ -108,36 +114,65 @@ def train(stage: CrossDiTStage, schedule: Schedule, out: Path, every: int, predi
     def measure() -> dict[str, Any]:
         density = round(fmean(densities or [1.0]), 4)
         densities.clear()
-        return {"peak_bytes": peak_bytes(stage.device), "density": density, **prediction}
+        return {"peak_bytes": peak_bytes(loop.stage.device), "density": density, **prediction}
 
     with record_block_masks(lambda mask: densities.append(mask.density)):
-        Loop(stage, schedule).run(out, every, measure)
-    save_averaged(stage, out)
+        loop.run(out, every, measure, set_on_resume=set_on_resume)
+
+
+def read_captions(path: Path | None) -> dict[str, str]:
+    """Source file's stem -> caption; none where there is no file. Raises ValueError where it holds something else."""
+    if path is None:
+        return {}
+    try:
+        captions = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object of captions, got no JSON ({error})") from error
+    if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
+        raise ValueError(f"{path}: expected a JSON object of strings, source file's stem -> caption")
+    return captions
+
+
+def weights_digest(path: Path) -> str:
+    """A hash of a weights file, or of all in a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for name in files:
+        with name.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def main(
     latents: Annotated[Path, typer.Option(help="folder of latent shards (*.tar)")],
     out: Annotated[Path, typer.Option(help="folder for the log, the checkpoint and the weights")],
-    steps: Annotated[int, typer.Option(help="steps of the whole schedule")],
-    preset: str = "nano",
+    steps: Annotated[int, typer.Option(min=1, help="steps of the whole schedule")],
+    preset: Annotated[
+        str, typer.Option(help="sizes of the model; nano alone fits this trainer's text encoder")
+    ] = "nano",
     init: Annotated[Path | None, typer.Option(help="start from these weights instead of random ones")] = None,
     model_dim: Annotated[
         int | None, typer.Option(min=1, help="width instead of the preset's, MLP 4 times as wide")
     ] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="CrossDiT blocks instead of the preset's")] = None,
     captions: Annotated[Path | None, typer.Option(help="JSON: source file's stem -> caption")] = None,
-    batch: int = 1,
-    latent_frames: Annotated[int | None, typer.Option(help="keep the first so many latent frames")] = None,
-    learning_rate: float = 1e-4,
-    warmup_steps: int = 100,
-    decay_steps: int = 0,
-    ema_decay: float = 0.9999,
-    nabla_thr: Annotated[float | None, typer.Option(help="NABLA attention at this threshold; dense without")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a step")] = 1,
+    latent_frames: Annotated[int | None, typer.Option(min=1, help="keep the first so many latent frames")] = None,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate after the warm-up")] = 1e-4,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="steps over which the learning rate rises")] = 100,
+    decay_steps: Annotated[int, typer.Option(min=0, help="last steps, over which it falls to zero")] = 0,
+    ema_decay: Annotated[float, typer.Option(min=0, max=1, help="of the running average of the weights")] = 0.9999,
+    nabla_thr: Annotated[
+        float | None, typer.Option(min=0, max=1, help="NABLA attention at this threshold; dense without")
+    ] = None,
     nabla_window: Annotated[bool, typer.Option(help="unite NABLA's mask with the 11×3×3 window of blocks")] = True,
     checkpointing: Annotated[bool, typer.Option(help="recompute each block in the backward pass")] = True,
-    bf16: bool = False,
-    seed: int = 0,
-    every: Annotated[int, typer.Option(help="steps between log rows and checkpoints")] = 50,
+    bf16: Annotated[bool, typer.Option(help="compute in bfloat16 (autocast); weights stay float32")] = False,
+    seed: Annotated[int, typer.Option(help="of the random weights and of every draw")] = 0,
+    every: Annotated[int, typer.Option(min=1, help="steps between log rows and checkpoints")] = 50,
+    set_on_resume: Annotated[
+        bool, typer.Option("--set-on-resume", help="go on from a checkpoint of other settings with these")
+    ] = False,
     profile: Annotated[
         Path | None, typer.Option(help="hardware profile of the predictions, by k5 plan calibrate; H100 without")
     ] = None,
@@ -146,40 +181,58 @@ def main(
     ] = False,
     device: DeviceName = None,
 ) -> None:
-    """Train, or go on."""
+    """Train, or go on from the checkpoint in the folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise typer.BadParameter("this trainer runs in one process: use --nproc-per-node 1")
-    attention = DENSE
-    if nabla_thr is not None:
-        attention = AttentionConfig("nabla", nabla_thr, STA_WINDOW if nabla_window else None)
-    schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
-    config = FlowMatching(
-        batch=batch,
-        latent_frames=latent_frames,
-        learning_rate=learning_rate,
-        ema_decay=ema_decay,
-        attention=attention,
-        bf16=bf16,
-    )
-    with one_line_errors(PROGRAM):
+    loop: Loop | None = None
+
+    def left() -> str:
+        if loop is None or not loop.saved:
+            return "nothing is saved yet"
+        return f"{out / CHECKPOINT} holds step {loop.saved} of {steps}, and the same command goes on from there"
+
+    with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left):
+        # What is wrong with the settings is said before anything is loaded.
+        window = STA_WINDOW if nabla_window else None
+        attention = DENSE if nabla_thr is None else AttentionConfig("nabla", nabla_thr, window)
+        schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
+        config = FlowMatching(
+            batch=batch,
+            latent_frames=latent_frames,
+            learning_rate=learning_rate,
+            ema_decay=ema_decay,
+            attention=attention,
+            bf16=bf16,
+        )
         chosen = choose_device(device)
         hardware = H100 if profile is None else load_profile(profile)
         sizes = model_config(preset, init, model_dim, blocks)
-        data = LatentSet(read_shards(latents), json.loads(captions.read_text()) if captions else {})
-    planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
-    if dry_run_only:
-        dry_run(planned, hardware)
-        return
-    encode_text = MiniLMTextEncoder(chosen).encode
-    base = resident_bytes(chosen)
-    prediction = {
-        "predicted_ms": float(f"{predicted_ms(planned, hardware):.4g}"),
-        "predicted_bytes": round(base + predicted_memory(planned).total_bytes),
-        "base_bytes": base,
-        "profile": hardware.name,
-    }
-    model = build_model(sizes, init, checkpointing, seed, chosen)
-    train(CrossDiTStage(model, data, encode_text, config), schedule, out, every, prediction)
+        texts = read_captions(captions)
+        if not dry_run_only:
+            out.mkdir(parents=True, exist_ok=True)
+            start = None if init is None else weights_digest(init)
+            known = schedule.settings | crossdit_settings(config, sizes, start)
+            check_settings(out / CHECKPOINT, known, set_on_resume)
+        data = LatentSet(read_shards(latents), texts)
+        planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
+        if dry_run_only:
+            dry_run(planned, hardware)
+            return
+        check_fits(data, sizes)
+        disable_progress_bar()  # of the text encoder's weights
+        encode_text = MiniLMTextEncoder(chosen).encode
+        base = resident_bytes(chosen)
+        prediction = {
+            "predicted_ms": float(f"{predicted_ms(planned, hardware):.4g}"),
+            "predicted_bytes": round(base + predicted_memory(planned).total_bytes),
+            "base_bytes": base,
+            "profile": hardware.name,
+        }
+        model = build_model(sizes, init, checkpointing, seed, chosen)
+        stage = CrossDiTStage(model, data, encode_text, config, start)
+        loop = Loop(stage, schedule)
+        train(loop, out, every, prediction, set_on_resume)
+        save_averaged(stage, out)
 
 
 if __name__ == "__main__":

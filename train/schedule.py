@@ -1,6 +1,7 @@
 """How long a training is and how its learning rates move (§6.3.2)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,14 @@ class Schedule:
         for name in ("warmup_steps", "decay_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the steps that are done. Without a decay, going on to more steps changes none of them."""
+        settings = asdict(self)
+        if not self.decay_steps:
+            del settings["steps"]
+        return settings
 
     def factor(self, step: int) -> float:
         """Share of the peak learning rate at a step, counted from 0."""

@@ -82,5 +82,9 @@ class Stage(ABC):
         for name, average in self.average.tensors.items():
             average.copy_(state["average"][name])
         for name, optimizer in self.optimizers.items():
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state["optimizers"][name], "param_groups": groups})
+            # An optimizer keeps the tensors it is given; these may be a file's.
+            own = {
+                index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
+                for index, entries in state["optimizers"][name].items()
+            }
+            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -89,6 +89,7 @@ def _measure(point: Point, folder: Path) -> PointResult:
     folder.mkdir()
     _write_latent(point.frames, folder / "00000.tar")
     command = [sys.executable, "-m", "train.run", "--latents", folder, "--out", folder / "out", "--every", "1"]
+    command += ["--device", "cpu"]  # whose name and memory the profile has
     command += ["--steps", STEPS, "--model-dim", point.model_dim, "--blocks", point.blocks, "--batch", point.batch]
     if point.nabla_thr is not None:
         # The window would keep every block of so small a clip.

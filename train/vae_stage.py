@@ -111,7 +111,7 @@ class VAEStage(Stage):
             "muon": ConvMuon(filters, lr=MUON_LEARNING_RATE),
             "adamw": torch.optim.AdamW(others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
         }
-        super().__init__({"stage": "vae", "clips": self.names}, model, optimizers, EMA_DECAY)
+        super().__init__({"stage": "vae", "clips": self.names, "steps": steps}, model, optimizers, EMA_DECAY)
         self.on_images = True
         for convolution in model.convolutions():
             convolution.weight.register_post_accumulate_grad_hook(self._spare_past_frames)

@@ -37,6 +37,8 @@ def test_single_frames_train_without_a_given_frame():
         ("batch", 0),
         ("latent_frames", 0),
         ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("weight_decay", float("inf")),
     ],
 )
 def test_a_setting_out_of_range_is_named(field, value):

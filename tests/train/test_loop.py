@@ -1,12 +1,17 @@
 """The loop resumes bit for bit, runs any stage, and never loses its last good checkpoint."""
 
+import json
+import math
+
 import pytest
 import torch
-from tiny_stage import parameters, tiny_loop
+from tiny_stage import parameters, tiny_loop, tiny_stage
 from torch import nn
 
 from train import checkpoint
-from train.loop import Loop
+from train.checkpoint import CheckpointError, load_checkpoint
+from train.log import Log
+from train.loop import Loop, NonFiniteError
 from train.schedule import Schedule
 from train.stage import Loss, Stage
 
@@ -35,7 +40,7 @@ def test_a_save_that_fails_keeps_the_former_checkpoint(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(state, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
@@ -79,3 +84,145 @@ def test_two_networks_can_learn_in_turn_without_another_loop():
         loop.step()
         moved.append([name for name, part in loop.stage.model.items() if not torch.equal(part.weight, before[name])])
     assert moved == [["critic"], ["generator"]] * 2
+
+
+def finite(out) -> bool:
+    """Whether all tensors of the folder's checkpoint are finite, and all its log is JSON."""
+    for line in (out / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    stage = load_checkpoint(out / "checkpoint.pt").stage
+    moments = [value for state in stage["optimizers"]["adamw"].values() for value in state.values()]
+    return all(tensor.isfinite().all() for tensor in [*stage["model"].values(), *stage["average"].values(), *moments])
+
+
+def test_a_run_goes_on_from_its_folder_and_logs_as_an_uninterrupted_one(tmp_path):
+    for steps in (4, 9):
+        tiny_loop(steps=steps).run(tmp_path / "two", every=2)
+    whole = tiny_loop(steps=9)
+    whole.run(tmp_path / "one", every=2)
+    last = tiny_loop(steps=9)
+    assert last.resume(tmp_path / "two" / "checkpoint.pt")
+    assert last.done == 9
+    assert torch.equal(parameters(last), parameters(whole))
+    rows = [[(row["step"], row["loss"]) for row in Log(tmp_path / run / "log.jsonl").rows()] for run in ("one", "two")]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[0]] == [2, 4, 6, 8, 9]
+
+
+def test_rows_after_the_checkpoint_are_written_again(tmp_path):
+    tiny_loop(steps=4).run(tmp_path, every=2)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 1.0, "step_ms": 1.0}\n{"step": 8, "lo')
+    tiny_loop(steps=8).run(tmp_path, every=2)
+    assert [row["step"] for row in Log(tmp_path / "log.jsonl").rows()] == [2, 4, 6, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it(tmp_path):
+    tiny_loop(steps=4).run(tmp_path, every=2)
+    loop = tiny_loop(steps=8)
+    loss_of = loop.stage.loss
+
+    def poisoned(step, generator):
+        loss = loss_of(step, generator)
+        return Loss(loss.value * math.nan, loss.samples) if step == 5 else loss
+
+    loop.stage.loss = poisoned
+    with pytest.raises(NonFiniteError) as stopped:
+        loop.run(tmp_path, every=2)
+    message = str(stopped.value)
+    assert message.startswith("step 6: expected a finite loss, got nan, on a-")
+    assert "of a.mp4" in message
+    assert "the checkpoint of step 4 stays" in message
+    assert loop.done == 5
+    assert load_checkpoint(tmp_path / "checkpoint.pt").done == 4
+    assert parameters(loop).isfinite().all()
+    assert finite(tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    loop = tiny_loop()
+    before = parameters(loop)
+    next(loop.stage.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"step 1: expected a finite norm of the gradients, got (nan|inf), on a-"):
+        loop.step()
+    assert torch.equal(parameters(loop), before)
+
+
+def test_parameters_that_a_step_has_ruined_are_never_saved(tmp_path):
+    """A row and a checkpoint every step: the step that ruins them still has a finite loss of its own."""
+    tiny_loop(steps=3).run(tmp_path, every=1)
+    loop = tiny_loop(steps=8)
+    update = loop.update
+
+    def ruinous():
+        update()
+        with torch.no_grad():
+            for parameter in loop.stage.model.parameters():
+                parameter.mul_(1e30)
+
+    loop.update = ruinous
+    with pytest.raises(NonFiniteError, match=r"step 5: .* the checkpoint of step 3 stays"):
+        loop.run(tmp_path, every=1)
+    assert load_checkpoint(tmp_path / "checkpoint.pt").done == 3
+    assert finite(tmp_path)
+    good = tiny_loop(steps=8)
+    good.run(tmp_path, every=1)
+    assert [row["step"] for row in Log(tmp_path / "log.jsonl").rows()] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_the_last_step_is_proved_too(tmp_path):
+    loop = tiny_loop(steps=1)
+    update = loop.update
+
+    def ruinous():
+        update()
+        with torch.no_grad():
+            next(loop.stage.model.parameters()).fill_(math.nan)
+
+    loop.update = ruinous
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
+        loop.run(tmp_path, every=1)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_unless_told(tmp_path):
+    tiny_loop(steps=2).run(tmp_path, every=2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=r"learning_rate 0\.0001 \(now 0\.1\)"):
+        tiny_loop(steps=4, learning_rate=0.1).run(tmp_path, every=2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    loop = tiny_loop(steps=4, learning_rate=0.1, weight_decay=0.5)
+    loop.run(tmp_path, every=2, set_on_resume=True)
+    assert loop.done == 4
+    (group,) = loop.stage.optimizers["adamw"].param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.5)
+    assert load_checkpoint(tmp_path / "checkpoint.pt").settings["learning_rate"] == 0.1
+
+
+def test_a_schedule_that_decays_is_of_its_number_of_steps(tmp_path):
+    Loop(tiny_stage(), Schedule(2, decay_steps=2)).run(tmp_path, every=2)
+    with pytest.raises(CheckpointError, match=r"steps 2 \(now 4\)"):
+        Loop(tiny_stage(), Schedule(4, decay_steps=2)).run(tmp_path, every=2)
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    tiny_loop(steps=4).run(tmp_path, every=2)
+    with pytest.raises(CheckpointError, match="4 steps are done, expected at most 3"):
+        tiny_loop(steps=3).run(tmp_path, every=2)
+
+
+def test_other_data_are_other_settings(tmp_path):
+    tiny_loop(steps=2).run(tmp_path, every=2)
+    loop = tiny_loop(steps=4)
+    loop.stage.settings["data"] = "other"
+    with pytest.raises(CheckpointError, match=r'data "3 samples, sha256 [0-9a-f]{16}" \(now "other"\)'):
+        loop.run(tmp_path, every=2)
+
+
+def test_a_state_that_does_not_fit_is_one_line(tmp_path):
+    loop = tiny_loop(steps=2)
+    loop.run(tmp_path, every=2)
+    torch.save({"format": 1, "done": 2, "settings": loop.settings, "stage": {"model": {}}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="its state does not fit this stage") as refused:
+        tiny_loop(steps=4).run(tmp_path, every=2)
+    assert "\n" not in str(refused.value)

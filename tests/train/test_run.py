@@ -1,17 +1,22 @@
 """`python -m train.run` trains, goes on after a kill, writes weights that load, and says beforehand what it takes."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import typer
 from latent_samples import sample
+from tiny_stage import tiny_stage
 from typer.testing import CliRunner
 
 from k5kernels.latents.shards import ShardWriter
 from k5kernels.planner import H100, save_profile
 from model.weights import load_crossdit
+from train import run
 from train.run import main
 
 app = typer.Typer()
@@ -23,7 +28,7 @@ def latents(tmp_path):
     folder = tmp_path / "latents"
     folder.mkdir()
     with ShardWriter(folder / "00000.tar") as shard:
-        shard.write(*sample("a.mp4", (1, 4, 4)))
+        shard.write(sample("a.mp4", (1, 4, 4)))
     return folder
 
 
@@ -118,6 +123,19 @@ def test_a_dry_run_refuses_what_cannot_fit_and_names_the_nearest_layout_that_doe
     assert not (tmp_path / "run").exists()
 
 
+def assert_one_line(result, *words: str) -> None:
+    """Exit code 1, and on stderr the words in one line."""
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("train.run: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def broken(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -125,11 +143,108 @@ def test_a_dry_run_refuses_what_cannot_fit_and_names_the_nearest_layout_that_doe
         (("--captions", "nowhere.json"), "nowhere.json"),
         (("--profile", "nowhere.json"), "nowhere.json"),
         (("--init", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--learning-rate", "0"), "learning_rate: expected a positive number"),
+        (("--learning-rate", "nan"), "learning_rate: expected a positive number"),
+        (("--device", "tpu"), "tpu"),
     ],
 )
-def test_a_file_that_is_not_there_is_one_line(latents, tmp_path, options, words):
-    result = invoke(latents, tmp_path / "run", 2, *options)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("train.run: ")
-    assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_what_cannot_be_is_one_line(latents, tmp_path, options, words):
+    assert_one_line(invoke(latents, tmp_path / "run", 2, *options), words)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b'{"a": 1}', b"\xff\xfe"])
+def test_captions_that_are_none_are_one_line(latents, tmp_path, content):
+    captions = broken(tmp_path / "captions.json", content)
+    assert_one_line(invoke(latents, tmp_path / "run", 2, "--captions", captions), "captions.json: expected a JSON")
+
+
+@pytest.mark.parametrize("cut", [0, 100, 1300])
+def test_a_shard_that_is_not_whole_is_one_line(latents, tmp_path, cut):
+    shard = latents / "00000.tar"
+    broken(latents / "00001.tar", shard.read_bytes()[:cut])
+    assert_one_line(invoke(latents, tmp_path / "run", 2), "00001.tar")
+
+
+def test_an_empty_folder_of_latents_is_one_line(tmp_path):
+    (tmp_path / "latents").mkdir()
+    assert_one_line(invoke(tmp_path / "latents", tmp_path / "run", 2), "latents: expected latent shards (*.tar), found")
+
+
+def test_latents_of_sides_that_the_model_cannot_take_are_one_line(latents, tmp_path):
+    with ShardWriter(latents / "00001.tar") as shard:
+        shard.write(sample("b.mp4", (1, 5, 4)))
+    assert_one_line(invoke(latents, tmp_path / "run", 2), "multiples of the patch (1, 2, 2), got (1, 5, 4)")
+
+
+def test_a_latent_that_is_not_finite_names_shard_and_key(latents, tmp_path, monkeypatch):
+    poisoned = sample("b.mp4", (1, 4, 4))
+    poisoned.latent[0, 0, 0, 0] = torch.nan
+    monkeypatch.setattr("k5kernels.latents.shards._check", lambda *arguments: None)
+    with ShardWriter(latents / "00001.tar") as shard:
+        shard.write(poisoned)
+    assert_one_line(invoke(latents, tmp_path / "run", 2), "00001.tar: b-0 of b.mp4", "finite")
+    monkeypatch.undo()
+    assert_one_line(invoke(latents, tmp_path / "run", 2), "00001.tar: b-0", "finite")
+
+
+def test_out_that_is_a_file_is_one_line(latents, tmp_path):
+    assert_one_line(invoke(latents, broken(tmp_path / "run", b""), 2), "run")
+
+
+@pytest.fixture
+def trained(latents, tmp_path):
+    """A folder with a run of two steps."""
+    assert invoke(latents, tmp_path / "run", 2).exit_code == 0
+    return tmp_path / "run"
+
+
+def test_going_on_with_another_setting_is_refused_before_anything_is_loaded(latents, trained, monkeypatch):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    monkeypatch.setattr(run, "read_shards", lambda folder: pytest.fail("the data were read"))
+    for options, words in (
+        (("--seed", "3", "--batch", "2"), "seed 0 (now 3), batch 1 (now 2); give those"),
+        (("--learning-rate", "1e9"), "learning_rate 0.0001 (now 1000000000.0)"),
+        (("--nabla-thr", "0.5"), 'attention.kind "dense" (now "nabla")'),
+        (("--model-dim", "128"), "another model's checkpoint: model.model_dim 192 (now 128)"),
+        (("--blocks", "2", "--set-on-resume"), "another model's checkpoint: model.visual_blocks 8 (now 2)"),
+        (("--init", str(trained / "crossdit.safetensors")), "another model's checkpoint: init null (now \"sha256 "),
+    ):
+        assert_one_line(invoke(latents, trained, 4, *options), "checkpoint.pt: ", words)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_a_learning_rate_that_ruins_the_model_stops_with_the_last_good_checkpoint(latents, trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    result = invoke(latents, trained, 40, "--learning-rate", "1e30", "--set-on-resume")
+    assert_one_line(result, "step ", "expected a finite", "a-0 of a.mp4", "the checkpoint of step 2 stays")
+    for name in ("checkpoint.pt", "crossdit.safetensors"):
+        assert (trained / name).read_bytes() == before[name]
+    for line in (trained / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert invoke(latents, trained, 4).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_the_run_in_one_line_with_its_checkpoint(latents, trained, monkeypatch, name):
+    number = signal.Signals[name]
+    monkeypatch.setattr(run.CrossDiTStage, "loss", lambda *arguments: os.kill(os.getpid(), number) or time.sleep(9))
+    result = invoke(latents, trained, 4)
+    assert result.exit_code == 128 + number
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("train.run:"))
+    assert f"stopped by {name}; {trained}/checkpoint.pt holds step 2 of 4" in line
+    assert signal.getsignal(number) is not None
+    monkeypatch.undo()
+    assert invoke(latents, trained, 4).exit_code == 0
+
+
+def test_weights_that_float16_cannot_hold_are_not_written(tmp_path):
+    stage = tiny_stage()
+    next(iter(stage.average.tensors.values())).fill_(1e6)
+    with pytest.raises(ValueError, match=r"crossdit\.safetensors: expected weights that float16 can hold"):
+        run.save_averaged(stage, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_is_explained():
+    command = typer.main.get_command(app)
+    assert [option.name for option in command.params if not getattr(option, "help", None)] == []
