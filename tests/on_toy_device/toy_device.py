@@ -42,6 +42,9 @@ class ToyTensor(Tensor):
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         return _compute(operator, args, kwargs or {})
 
+    def tolist(self):
+        return self.held.tolist()  # Tensor's reads memory of the device itself
+
     def __reduce_ex__(self, protocol):
         """Saved as its numbers: loading gives a CPU tensor, as torch.load with map_location="cpu" does."""
         return self.held.detach().__reduce_ex__(protocol)
