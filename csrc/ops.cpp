@@ -1,4 +1,4 @@
-// Binds the elementwise and normalization kernels of csrc/cpu, and the choice of instruction set.
+// Binds the elementwise and normalization kernels of csrc/cpu.
 #include <tuple>
 #include <vector>
 
@@ -227,24 +227,7 @@ Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
   return out;
 }
 
-int64_t isa() { return static_cast<int64_t>(k5::current_isa()); }
-
-bool force_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= 2, "isa: expected 0 (portable), 1 (avx2) or 2 (avx512_bf16), got ", isa);
-  return k5::force_isa(static_cast<k5::Isa>(isa));
-}
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(k5_cpu, m) {
-  m.def("isa() -> int");
-  m.def("force_isa(int isa) -> bool");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("force_isa", TORCH_BOX(&force_isa));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CPU, m) {
   m.impl("gated_residual", TORCH_BOX(&gated_residual));

@@ -14,7 +14,6 @@ from k5kernels.ops import library
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "sageattention", "diffusers", "transformers", "av")
 DEVICES = ("cpu", "cuda")
 INSTRUCTION_SETS = ("portable", "avx2", "avx512_bf16")  # by the numbers of csrc/cpu/isa.h
-BUILT_FOR_AVX512 = ("block_sparse_attention", "block_sparse_attention_backward")  # the others run as avx2 there
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,12 @@ def _reason(name: str, device: str) -> str:
 
 
 def _instruction_set_of(name: str) -> str | None:
+    """The operator's C++ kernel is in the file of csrc/cpu that is named like the file of its reference."""
     instructions = _instruction_set()
-    return "avx2" if instructions == "avx512_bf16" and name not in BUILT_FOR_AVX512 else instructions
+    if instructions != "avx512_bf16":
+        return instructions
+    file = library.OPERATORS[name].reference.__module__.rpartition(".")[2]
+    return instructions if file in torch.ops.k5_cpu.avx512_files().split(",") else "avx2"
 
 
 def _engine(name: str, device: str) -> AttentionEngine:
