@@ -16,7 +16,7 @@ def test_fractal_flatten(benchmark, dtype):
     compare(
         benchmark,
         f"x {list(x.shape)}",
-        {"ours": lambda: fractal_flatten(x, LAYOUT), "eager": lambda: fractal_flatten_reference(x, LAYOUT.patch)},
+        {"ours": lambda: fractal_flatten(x, LAYOUT), "eager": lambda: fractal_flatten_reference(x, LAYOUT.block_side)},
         lambda out: torch.testing.assert_close(out, exact, rtol=0, atol=0),
     )
 
@@ -29,7 +29,7 @@ def test_fractal_unflatten(benchmark, dtype):
         f"x {list(x.shape)}",
         {
             "ours": lambda: fractal_unflatten(x, LAYOUT),
-            "eager": lambda: fractal_unflatten_reference(x, *GRID, LAYOUT.patch),
+            "eager": lambda: fractal_unflatten_reference(x, *GRID, LAYOUT.block_side),
         },
         lambda out: torch.testing.assert_close(out, exact, rtol=0, atol=0),
     )

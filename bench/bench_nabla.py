@@ -180,7 +180,11 @@ def test_mask(benchmark, frames, floor):
     """The reference is the construction by sort, cumulative sum and scatter."""
     heads, layout = 24, TokenLayout(((frames, 32, 32),))
     q, k, _ = tokens_alike_in_blocks(layout, heads, 64, SPREAD)
-    arguments = (q, k, layout.block_starts(), layout.clip_block_starts(), THR, None, None)
+    starts, sizes_ = (
+        (layout.block_starts(), layout.clip_block_starts()),
+        (layout.max_block_tokens, layout.max_clip_blocks),
+    )
+    arguments = (q, k, *starts, *sizes_, THR, None, None)
     expected = BlockMask(*nabla_mask_reference(*arguments), layout)
     kept = expected.to_dense()
 

@@ -5,7 +5,7 @@ import torch
 
 from bench.harness import compare
 from k5kernels import TokenLayout, sta_mask
-from k5kernels.ops.sta_mask import sta_mask_reference
+from k5kernels.ops.sta_mask import kept_blocks, sta_mask_reference
 
 WINDOW = (11, 3, 3)
 
@@ -14,6 +14,7 @@ WINDOW = (11, 3, 3)
 def test_sta_mask(benchmark, grid):
     layout = TokenLayout(grid)
     coordinates = layout.block_coordinates()
+    arguments = (coordinates, list(WINDOW), kept_blocks(layout, list(WINDOW)))
     distances = (coordinates[:, None] - coordinates).abs()
     exact = (distances <= torch.tensor([0, *(side // 2 for side in WINDOW)])).all(-1)
 
@@ -29,6 +30,6 @@ def test_sta_mask(benchmark, grid):
     compare(
         benchmark,
         f"{layout.blocks} blocks, window {WINDOW}",
-        {"ours": ours, "eager": lambda: sta_mask_reference(coordinates, list(WINDOW))},
+        {"ours": ours, "eager": lambda: sta_mask_reference(*arguments)},
         check,
     )

@@ -57,12 +57,12 @@ void run_attention(const k5::Attention<T>& op, int64_t items) {
     }
 #endif
   for_items(items, k5::attention_scratch(op.sizes),
-            [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(block_sparse_attention, op, item, scratch); });
+            [&](int64_t item, float* scratch) { K5_DISPATCH_AVX512(block_sparse_attention, op, item, scratch); });
 }
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Tensor& offsets, const Tensor& indices,
-                                                  const Tensor& block_starts, double scale) {
+                                                  const Tensor& block_starts, int64_t max_block_tokens, double scale) {
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
   const Tensor list_offsets = contiguous(offsets), list_indices = contiguous(indices);
   const Tensor starts = contiguous(block_starts);
@@ -124,23 +124,23 @@ void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
   const int64_t scratch_floats = k5::attention_backward_scratch(op.sizes), blocks = heads * op.sizes.blocks;
   const int64_t part = k5::attention_grad_q_part(op.sizes);
   const auto add_parts = [&](int64_t item, float* scratch, const float* parts) {
-    K5_DISPATCH_WIDE(add_grad_q_parts, op, item, scratch, parts);
+    K5_DISPATCH_AVX512(add_grad_q_parts, op, item, scratch, parts);
   };
   if (!shares_are_faster(heads * op.shares, torch::stable::get_num_threads())) {
     for_items(blocks, scratch_floats,
-              [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(key_block_gradients, op, item, scratch); });
+              [&](int64_t item, float* scratch) { K5_DISPATCH_AVX512(key_block_gradients, op, item, scratch); });
     for_items(blocks, scratch_floats,
-              [&](int64_t item, float* scratch) { K5_DISPATCH_WIDE(query_block_gradient, op, item, scratch); });
+              [&](int64_t item, float* scratch) { K5_DISPATCH_AVX512(query_block_gradient, op, item, scratch); });
   } else if (op.shares == 1) {  // many heads: a part for each thread, not each head
     for_items(heads, scratch_floats + part, [&](int64_t head, float* scratch) {
-      K5_DISPATCH_WIDE(share_gradients, op, head, scratch + part, scratch);
+      K5_DISPATCH_AVX512(share_gradients, op, head, scratch + part, scratch);
       for (int64_t block = 0; block < op.sizes.blocks; block++)
         add_parts(head * op.sizes.blocks + block, scratch + part, scratch);
     });
   } else {
-    const Scratch parts(heads * op.shares * part);
+    const AlignedFloats parts(heads * op.shares * part);
     for_items(heads * op.shares, scratch_floats, [&](int64_t item, float* scratch) {
-      K5_DISPATCH_WIDE(share_gradients, op, item, scratch, parts.data() + item * part);
+      K5_DISPATCH_AVX512(share_gradients, op, item, scratch, parts.data() + item * part);
     });
     for_items(blocks, scratch_floats, [&](int64_t item, float* scratch) {
       add_parts(item, scratch, parts.data() + item / op.sizes.blocks * op.shares * part);
@@ -151,7 +151,7 @@ void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
 std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     const Tensor& grad_out, std::optional<Tensor> grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const Tensor& offsets, const Tensor& indices, const Tensor& block_starts,
-    double scale) {
+    int64_t max_block_tokens, double scale) {
   const Tensor grads = with_unit_stride(grad_out), outs = with_unit_stride(out);
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k), values = with_unit_stride(v);
   const Tensor list_offsets = contiguous(offsets), list_indices = contiguous(indices);
@@ -182,15 +182,16 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     const k5::AttentionSaved<T> saved{
         sizes,       heads_of<T>(outs), op.grad_out, lse_gradient, data<float>(dense_lse), mutable_data<float>(shift),
         mutable_data<float>(base)};
-    parallel_for(0, shift.numel(), grain(sizes.width),
-                 [&](int64_t first, int64_t end) { K5_DISPATCH_WIDE(prepare_attention_backward, saved, first, end); });
+    parallel_for(0, shift.numel(), grain(sizes.width), [&](int64_t first, int64_t end) {
+      K5_DISPATCH_AVX512(prepare_attention_backward, saved, first, end);
+    });
     run_attention_backward(op, q.size(0) * q.size(1));
   });
   return {grad_q, grad_k, grad_v};
 }
 
 template <class T>
-k5::BlockMeans<T> means_of(const Tensor& tensor, const Tensor& block_starts, const Scratch& pooled) {
+k5::BlockMeans<T> means_of(const Tensor& tensor, const Tensor& block_starts, const AlignedFloats& pooled) {
   return {data<T>(tensor),
           tensor.stride(0),
           tensor.stride(1),
@@ -203,12 +204,13 @@ k5::BlockMeans<T> means_of(const Tensor& tensor, const Tensor& block_starts, con
 }
 
 std::tuple<Tensor, Tensor> nabla_mask(const Tensor& q, const Tensor& k, const Tensor& block_starts,
-                                      const Tensor& clip_block_starts, double thr, std::optional<Tensor> sta_offsets,
+                                      const Tensor& clip_block_starts, int64_t max_block_tokens,
+                                      int64_t max_clip_blocks, double thr, std::optional<Tensor> sta_offsets,
                                       std::optional<Tensor> sta_indices) {
   const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k);
   const Tensor starts = contiguous(block_starts), clips = contiguous(clip_block_starts);
   const int64_t heads = q.size(0) * q.size(1), blocks = starts.size(0) - 1, width = q.size(3);
-  const int64_t row_words = (blocks + 63) / 64;
+  const int64_t row_words = (max_clip_blocks + 63) / 64;
   std::vector<uint64_t> bits(heads * blocks * row_words);
   std::vector<int64_t> counts(heads * blocks);
   std::optional<Tensor> near_offsets, near_indices;
@@ -227,8 +229,8 @@ std::tuple<Tensor, Tensor> nabla_mask(const Tensor& q, const Tensor& k, const Te
       static_cast<float>(1 - thr),
       bits.data(),
       counts.data()};
-  const Scratch pooled_queries(2 * blocks * k5::padded(width));
-  const Scratch pooled_keys(2 * k5::padded(blocks) * k5::padded(width));
+  const AlignedFloats pooled_queries(2 * blocks * k5::padded(width));
+  const AlignedFloats pooled_keys(2 * k5::padded(blocks) * k5::padded(width));
   for_dtype("q and k", q, [&](auto element) {
     using T = decltype(element);
     const auto query_means = means_of<T>(queries, starts, pooled_queries);

@@ -66,13 +66,13 @@ inline Tensor with_unit_stride(const Tensor& tensor) { return unit_stride(tensor
 inline Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 // Floats that start on a cache line, uninitialized.
-class Scratch {
+class AlignedFloats {
  public:
-  explicit Scratch(int64_t floats)
+  explicit AlignedFloats(int64_t floats)
       : floats_(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)))) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { ::operator delete(floats_, std::align_val_t(64)); }
+  AlignedFloats(const AlignedFloats&) = delete;
+  AlignedFloats& operator=(const AlignedFloats&) = delete;
+  ~AlignedFloats() { ::operator delete(floats_, std::align_val_t(64)); }
   float* data() const { return floats_; }
 
  private:
@@ -88,7 +88,7 @@ void for_items(int64_t items, int64_t floats, const Run& run) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
   const auto few = [&](int64_t first) { return std::clamp<int64_t>((items - first) / (4 * workers), 1, 8); };
   parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const Scratch scratch(floats);
+    const AlignedFloats scratch(floats);
     int64_t first = 0;
     while (first < items) {
       if (!next.compare_exchange_weak(first, first + few(first), std::memory_order_relaxed)) continue;
@@ -104,7 +104,7 @@ void for_waves(int64_t waves, int64_t items, int64_t floats, const Run& run) {
   std::atomic<int64_t> next{0}, done{0};
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), items);
   parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const Scratch scratch(floats);
+    const AlignedFloats scratch(floats);
     for (int64_t number; (number = next.fetch_add(1, std::memory_order_relaxed)) < waves * items;) {
       const int64_t wave = number / items;
       while (done.load(std::memory_order_acquire) < wave * items) std::this_thread::yield();

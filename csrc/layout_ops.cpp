@@ -25,8 +25,8 @@ struct Grid {
 };
 
 // token_axis: the first axis of what a token is made of.
-Tensor fractal_copy(const Tensor& x, std::vector<int64_t> shape, int64_t token_axis, const Grid& grid, int64_t patch,
-                    bool to_fractal) {
+Tensor fractal_copy(const Tensor& x, std::vector<int64_t> shape, int64_t token_axis, const Grid& grid,
+                    int64_t block_side, bool to_fractal) {
   int64_t token_bytes = x.element_size();
   for (int64_t axis = token_axis; axis < x.dim(); axis++) {
     shape.push_back(x.size(axis));
@@ -40,7 +40,7 @@ Tensor fractal_copy(const Tensor& x, std::vector<int64_t> shape, int64_t token_a
                            grid.frames,
                            grid.height,
                            grid.width,
-                           patch,
+                           block_side,
                            token_bytes,
                            source.stride(0) * static_cast<int64_t>(x.element_size()),
                            to_fractal};
@@ -49,23 +49,25 @@ Tensor fractal_copy(const Tensor& x, std::vector<int64_t> shape, int64_t token_a
   return out;
 }
 
-Tensor fractal_flatten(const Tensor& x, int64_t patch) {
+Tensor fractal_flatten(const Tensor& x, int64_t block_side) {
   const Grid grid{x.size(1), x.size(2), x.size(3)};
-  return fractal_copy(x, {x.size(0), grid.frames * grid.height * grid.width}, 4, grid, patch, true);
+  return fractal_copy(x, {x.size(0), grid.frames * grid.height * grid.width}, 4, grid, block_side, true);
 }
 
-Tensor fractal_unflatten(const Tensor& x, int64_t frames, int64_t height, int64_t width, int64_t patch) {
-  return fractal_copy(x, {x.size(0), frames, height, width}, 2, {frames, height, width}, patch, false);
+Tensor fractal_unflatten(const Tensor& x, int64_t frames, int64_t height, int64_t width, int64_t block_side) {
+  return fractal_copy(x, {x.size(0), frames, height, width}, 2, {frames, height, width}, block_side, false);
 }
 
-std::tuple<Tensor, Tensor> sta_mask(const Tensor& block_coordinates, std::vector<int64_t> window) {
+std::tuple<Tensor, Tensor> sta_mask(const Tensor& block_coordinates, std::vector<int64_t> window, int64_t kept) {
   const Tensor coordinates = contiguous(block_coordinates);
   const int64_t blocks = coordinates.size(0);
   const k5::StaWindow op{data<int64_t>(coordinates), blocks, {window[0] / 2, window[1] / 2, window[2] / 2}};
   std::vector<int64_t> counts(blocks);
-  parallel_for(0, blocks, 64, [&](int64_t first, int64_t end) { K5_DISPATCH(sta_counts, op, counts.data(), first, end); });
+  parallel_for(0, blocks, 64,
+               [&](int64_t first, int64_t end) { K5_DISPATCH(sta_counts, op, counts.data(), first, end); });
   auto [offsets, entries] = offsets_from_counts(coordinates, 1, 1, blocks, counts);
-  Tensor indices = torch::stable::new_empty(coordinates, {entries}, ScalarType::Int);
+  STD_TORCH_CHECK(entries == kept, "kept: expected the ", entries, " blocks that the window keeps, got ", kept);
+  Tensor indices = torch::stable::new_empty(coordinates, {kept}, ScalarType::Int);
   const int64_t* offset_data = data<int64_t>(offsets);
   int32_t* index_data = mutable_data<int32_t>(indices);
   parallel_for(0, blocks, 64, [&](int64_t first, int64_t end) {

@@ -178,7 +178,7 @@ def _rows(offsets: Tensor, indices: Tensor) -> Tensor:
 def _flex_block_size(layout: TokenLayout) -> int:
     if not layout.full_blocks:
         raise ValueError(
-            f"flex_attention needs blocks of one size: every H and W must be a multiple of {layout.patch}, "
+            f"flex_attention needs blocks of one size: every H and W must be a multiple of {layout.block_side}, "
             f"got the clips {layout.clips}"
         )
-    return layout.patch**2
+    return layout.block_side**2

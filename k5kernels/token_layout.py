@@ -1,14 +1,14 @@
-"""How the visual tokens of a sequence stand: clips, blocks and fractal order (§5.4).
+"""How the visual tokens of a sequence are ordered: clips, blocks and fractal order (§5.4).
 
-A clip is a grid of T latent frames of H×W tokens. Each frame is cut into P×P patches; the tokens of a patch stand
-together and are one block, patches are row-major, frames follow in time, clips in the order given. Where a side is
-no multiple of P, the blocks at the right and bottom edge are smaller: no token is padded.
+A clip is a grid of T latent frames of H×W tokens. Each frame is cut into blocks of P×P neighbouring tokens. Fractal
+order keeps the tokens of a block together, row by row, the blocks of a frame row by row, then frame after frame and
+clip after clip. Where P does not divide H or W, the blocks at the bottom and right edge are smaller: no token is added.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
+from functools import lru_cache, reduce
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,21 +21,21 @@ Build = Callable[["TokenLayout", torch.device], Tensor]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The order of S tokens in N_b blocks; hashable, so that equal layouts share their tensors.
+    """The order of S tokens in N_b blocks. Hashable: equal layouts share their tensors.
 
-    clips: token grids (T, H, W), all sides at least 1; one grid alone stands for one clip. patch: the side P of a
-    block in tokens. The tensors returned are shared and must not be written to.
+    clips: token grids (T, H, W), all sides at least 1; a single grid stands for one clip. block_side: P, the side of a
+    block in tokens. The tensors returned are shared between callers: do not write to them.
 
-    Raises ValueError where a grid or the patch does not fit.
+    Raises ValueError where a grid or the side is not made of positive integers.
     """
 
     clips: tuple[Clip, ...]
-    patch: int = 8
+    block_side: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clips", _as_clips(self.clips))
-        if not _is_integer(self.patch) or self.patch < 1:
-            raise ValueError(f"patch: expected a positive integer, got {self.patch!r}")
+        if not _is_integer(self.block_side) or self.block_side < 1:
+            raise ValueError(f"block_side: expected a positive integer, got {self.block_side!r}")
 
     @property
     def tokens(self) -> int:
@@ -49,66 +49,87 @@ class TokenLayout:
 
     @property
     def clip_tokens(self) -> tuple[int, ...]:
-        """The token each clip starts at, then S."""
+        """The first token of each clip, then S."""
         return tuple(accumulate((T * H * W for T, H, W in self.clips), initial=0))
 
     @property
     def clip_blocks(self) -> tuple[int, ...]:
-        """The block each clip starts at, then N_b."""
-        P = self.patch
-        return tuple(accumulate((T * _ceil_div(H, P) * _ceil_div(W, P) for T, H, W in self.clips), initial=0))
+        """The first block of each clip, then N_b."""
+        grids = (self.block_grid(number) for number in range(len(self.clips)))
+        return tuple(accumulate((T * rows * columns for T, rows, columns in grids), initial=0))
+
+    @property
+    def max_block_tokens(self) -> int:
+        """Tokens of the largest block: P² unless every clip is narrower or lower than P."""
+        P = self.block_side
+        return reduce(torch.sym_max, (torch.sym_min(H, P) * torch.sym_min(W, P) for _, H, W in self.clips))
+
+    @property
+    def max_clip_blocks(self) -> int:
+        """Blocks of the largest clip."""
+        return reduce(torch.sym_max, (end - start for start, end in pairwise(self.clip_blocks)))
 
     @property
     def full_blocks(self) -> bool:
         """Whether every block has P² tokens."""
-        return all(H % self.patch == 0 and W % self.patch == 0 for _, H, W in self.clips)
+        return all(H % self.block_side == 0 and W % self.block_side == 0 for _, H, W in self.clips)
+
+    def block_grid(self, clip: int) -> Clip:
+        """(T, rows, columns) of the blocks of the clip with this number."""
+        T, H, W = self.clips[clip]
+        return T, _ceil_div(H, self.block_side), _ceil_div(W, self.block_side)
 
     def block_starts(self, device: torch.device | str = "cpu") -> Tensor:
-        """The token each block starts at, then S: int64 [N_b + 1]."""
+        """The first token of each block, then S: int64 [N_b + 1]."""
         return _shared(_block_starts, self, device)
 
     def clip_block_starts(self, device: torch.device | str = "cpu") -> Tensor:
-        """The block each clip starts at, then N_b: int64 [clips + 1]."""
+        """The first block of each clip, then N_b: int64 [clips + 1]."""
         return _shared(_clip_block_starts, self, device)
 
     def block_coordinates(self, device: torch.device | str = "cpu") -> Tensor:
-        """(clip, t, y, x) of each block, in blocks: int64 [N_b, 4]."""
+        """(clip, t, y, x) of each block, counted in blocks: int64 [N_b, 4]."""
         return _shared(_block_coordinates, self, device)
 
     def permutation(self, device: torch.device | str = "cpu") -> Tensor:
-        """For each fractal position the row-major token there, clips one after the other: int64 [S]."""
+        """For each position in fractal order the row-major number of its token, clip after clip: int64 [S]."""
         return _shared(_permutation, self, device)
 
     def inverse_permutation(self, device: torch.device | str = "cpu") -> Tensor:
-        """For each row-major token its fractal position: int64 [S]."""
+        """For each row-major token its position in fractal order: int64 [S]."""
         return _shared(_inverse_permutation, self, device)
 
 
 torch.utils._pytree.register_constant(TokenLayout)
 
 
-def block_tokens(block_starts: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of each block: int64 [N_b, P²], and where there is one: bool [N_b, P²] (elsewhere token 0 stands)."""
-    lengths = block_starts.diff()[:, None]
-    inside = torch.arange(int(lengths.max()), device=block_starts.device)
-    there = inside < lengths
-    return (block_starts[:-1, None] + inside).where(there, 0), there
+def block_tokens(block_starts: Tensor, max_block_tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens of each block, int64 [N_b, max_block_tokens], and which of them exist, bool of the same shape.
+
+    Token 0 fills the places that a smaller block leaves. block_starts, max_block_tokens: of a `TokenLayout`; the size
+    is given so that it need not be read from the device.
+    """
+    inside = torch.arange(max_block_tokens, device=block_starts.device)
+    exists = inside < block_starts.diff()[:, None]
+    return (block_starts[:-1, None] + inside).where(exists, 0), exists
 
 
-def to_blocks(x: Tensor, block_starts: Tensor) -> Tensor:
-    """x: [..., S, D] to [..., N_b, P², D], with zeros where a block has fewer than P² tokens."""
-    tokens, there = block_tokens(block_starts)
+def to_blocks(x: Tensor, block_starts: Tensor, max_block_tokens: int) -> Tensor:
+    """[..., S, D] to [..., N_b, max_block_tokens, D], with zeros behind the tokens of a smaller block."""
+    tokens, exists = block_tokens(block_starts, max_block_tokens)
     if tokens.numel() == x.shape[-2]:
         return x.unflatten(-2, tokens.shape)
-    return x[..., tokens, :].masked_fill_(~there[..., None], 0)
+    return x[..., tokens, :].masked_fill_(~exists[..., None], 0)
 
 
-def from_blocks(blocks: Tensor, block_starts: Tensor) -> Tensor:
-    """Undo `to_blocks`: [B, h, N_b, P², ...] to a contiguous [B, h, S, ...]."""
-    _, there = block_tokens(block_starts)
-    if bool(there.all()):
-        return blocks.flatten(2, 3).contiguous()
-    return blocks[:, :, there].contiguous()
+def from_blocks(blocks: Tensor, block_starts: Tensor, tokens: int) -> Tensor:
+    """Undo `to_blocks`: [B, h, N_b, max_block_tokens, ...] to a contiguous [B, h, S, ...]. tokens: S."""
+    flat = blocks.flatten(2, 3)
+    if flat.shape[2] == tokens:
+        return flat.contiguous()
+    token = torch.arange(tokens, device=blocks.device)
+    block = torch.searchsorted(block_starts, token, right=True) - 1
+    return flat.index_select(2, block * blocks.shape[3] + token - block_starts[block])
 
 
 def _as_clips(clips: Any) -> tuple[Clip, ...]:
@@ -126,12 +147,16 @@ def _is_grid(clip: object) -> bool:
     return isinstance(clip, (tuple, list)) and len(clip) == 3 and all(_is_integer(side) and side >= 1 for side in clip)
 
 
-def _ceil_div(length: int, patch: int) -> int:
-    return (length + patch - 1) // patch
+def _ceil_div(length: int, side: int) -> int:
+    return (length + side - 1) // side
 
 
 def _shared(build: Build, layout: TokenLayout, device: torch.device | str) -> Tensor:
-    """The layout's tensor, built once, except where a compiler or another mode would put its own in the cache."""
+    """The layout's tensor, built once for a device and cached.
+
+    Under torch.compile, or in a dispatch mode such as FakeTensorMode, it is built anew: a fake or traced tensor must
+    not enter the cache.
+    """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return build(layout, torch.device(device))
     return _cached(build, layout, torch.device(device))
@@ -143,58 +168,54 @@ def _cached(build: Build, layout: TokenLayout, device: torch.device) -> Tensor:
         return build(layout, device)
 
 
+# The functions below use operations of the device alone: copying a list of numbers to a GPU would wait for it.
+
+
 def _block_starts(layout: TokenLayout, device: torch.device) -> Tensor:
-    lengths = torch.cat([_block_lengths(clip, layout.patch, device) for clip in layout.clips])
+    lengths = torch.cat([_block_lengths(clip, layout.block_side, device) for clip in layout.clips])
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
 
 
 def _clip_block_starts(layout: TokenLayout, device: torch.device) -> Tensor:
-    return torch.tensor(layout.clip_blocks, dtype=torch.int64, device=device)
+    return torch.cat([torch.full((1,), start, dtype=torch.int64, device=device) for start in layout.clip_blocks])
 
 
 def _block_coordinates(layout: TokenLayout, device: torch.device) -> Tensor:
-    numbered = enumerate(layout.clips)
-    return torch.cat([_clip_block_coordinates(number, clip, layout.patch, device) for number, clip in numbered])
+    return torch.cat([_clip_block_coordinates(layout, number, device) for number in range(len(layout.clips))])
 
 
 def _permutation(layout: TokenLayout, device: torch.device) -> Tensor:
     starts = zip(layout.clip_tokens[:-1], layout.clips, strict=True)
-    return torch.cat([start + _clip_permutation(clip, layout.patch, device) for start, clip in starts])
+    return torch.cat([start + _clip_permutation(clip, layout.block_side, device) for start, clip in starts])
 
 
 def _inverse_permutation(layout: TokenLayout, device: torch.device) -> Tensor:
     return torch.argsort(_permutation(layout, device))
 
 
-def _block_lengths(clip: Clip, patch: int, device: torch.device) -> Tensor:
+def _block_lengths(clip: Clip, block_side: int, device: torch.device) -> Tensor:
     T, H, W = clip
-    heights = _side_lengths(H, patch, device)
-    widths = _side_lengths(W, patch, device)
+    heights = _side_lengths(H, block_side, device)
+    widths = _side_lengths(W, block_side, device)
     return (heights[:, None] * widths).flatten().repeat(T)
 
 
-def _side_lengths(length: int, patch: int, device: torch.device) -> Tensor:
-    starts = torch.arange(_ceil_div(length, patch), device=device) * patch
-    return (length - starts).clamp(max=patch)
+def _side_lengths(length: int, block_side: int, device: torch.device) -> Tensor:
+    starts = torch.arange(_ceil_div(length, block_side), device=device) * block_side
+    return (length - starts).clamp(max=block_side)
 
 
-def _clip_block_coordinates(number: int, clip: Clip, patch: int, device: torch.device) -> Tensor:
-    T, H, W = clip
-    t, y, x = torch.meshgrid(
-        torch.arange(T, device=device),
-        torch.arange(_ceil_div(H, patch), device=device),
-        torch.arange(_ceil_div(W, patch), device=device),
-        indexing="ij",
-    )
+def _clip_block_coordinates(layout: TokenLayout, number: int, device: torch.device) -> Tensor:
+    t, y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in layout.block_grid(number)), indexing="ij")
     return torch.stack([torch.full_like(t, number), t, y, x], dim=-1).flatten(0, 2)
 
 
-def _clip_permutation(clip: Clip, patch: int, device: torch.device) -> Tensor:
-    """Sort the tokens of a frame by (patch row, patch column, row inside, column inside)."""
+def _clip_permutation(clip: Clip, block_side: int, device: torch.device) -> Tensor:
+    """Sort the tokens of a frame by (block row, block column, row inside, column inside)."""
     T, H, W = clip
     y = torch.arange(H, device=device)[:, None]
     x = torch.arange(W, device=device)
-    patch_number = (y // patch) * _ceil_div(W, patch) + x // patch
-    rank = (patch_number * patch + y % patch) * patch + x % patch
+    block = (y // block_side) * _ceil_div(W, block_side) + x // block_side
+    rank = (block * block_side + y % block_side) * block_side + x % block_side
     frame = torch.argsort(rank.flatten())
     return (torch.arange(T, device=device)[:, None] * (H * W) + frame).flatten()

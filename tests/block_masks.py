@@ -12,7 +12,7 @@ from k5kernels import BlockMask, TokenLayout, sta_mask
 
 def one_token_blocks(*clips: int) -> TokenLayout:
     """A layout whose blocks are its tokens, so that the map over blocks is the map over tokens."""
-    return TokenLayout([(tokens, 1, 1) for tokens in clips], patch=1)
+    return TokenLayout([(tokens, 1, 1) for tokens in clips], block_side=1)
 
 
 def same_clip(layout: TokenLayout, device: torch.device | str = "cpu") -> Tensor:
@@ -55,7 +55,8 @@ def select(
         mask = sta_mask(layout, window, q.device)
         near = (mask.offsets, mask.indices)
     starts, clips = layout.block_starts(q.device), layout.clip_block_starts(q.device)
-    return BlockMask(*function(q, k, starts, clips, thr, *near), layout)
+    sizes = (layout.max_block_tokens, layout.max_clip_blocks)
+    return BlockMask(*function(q, k, starts, clips, *sizes, thr, *near), layout)
 
 
 def block_logits(q: Tensor, k: Tensor, layout: TokenLayout) -> Tensor:
@@ -67,8 +68,8 @@ def block_logits(q: Tensor, k: Tensor, layout: TokenLayout) -> Tensor:
     return logits.masked_fill(~same_clip(layout, q.device), -torch.inf)
 
 
-def assert_rows_keep_their_largest_block_or_nothing(kept: Tensor, logits: Tensor) -> None:
-    """kept: bool of the shape of logits. Of blocks within rounding of the largest any may be the one."""
-    assert kept.sum(-1).max() <= 1
+def assert_rows_keep_their_largest_block_alone(kept: Tensor, logits: Tensor) -> None:
+    """kept: bool of the shape of logits. Where several are within rounding of the largest, any of them may be kept."""
+    assert (kept.sum(-1) == 1).all()
     largest = logits.amax(-1, keepdim=True)
     assert (logits >= largest - 1e-5 * largest.abs().clamp(min=1))[kept].all()

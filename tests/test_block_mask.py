@@ -118,7 +118,7 @@ def test_pytorchs_block_mask_needs_blocks_of_one_size():
     with pytest.raises(ValueError, match="multiple of 8"):
         BlockMask.from_flex(flex, RAGGED)
     with pytest.raises(ValueError, match="16×16 tokens"):
-        BlockMask.from_flex(flex, TokenLayout((3, 16, 8), patch=4))
+        BlockMask.from_flex(flex, TokenLayout((3, 16, 8), block_side=4))
 
 
 def test_a_block_of_another_clip_is_refused():

@@ -39,7 +39,7 @@ MODULES = {
 
 # The arguments of every public name and their order; what an argument of ours adds stands after them, with a default.
 ARGUMENTS = {
-    "TokenLayout": ["clips", "patch"],
+    "TokenLayout": ["clips", "block_side"],
     "attention": ["q", "k", "v", "engine", "layout"],
     "block_sparse_attention": ["q", "k", "v", "mask", "layout", "scale"],
     "fractal_flatten": ["x", "layout"],
@@ -55,7 +55,7 @@ ARGUMENTS = {
     "planner.step_time_ms": ["model_dim", "pixels", "blocks", "batch"],
 }
 DEFAULTS = {
-    "TokenLayout": {"patch": 8},
+    "TokenLayout": {"block_side": 8},
     "attention": {"engine": "auto", "layout": None},
     "block_sparse_attention": {"scale": None},
     "nabla_attention": {"sta": None},

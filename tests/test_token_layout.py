@@ -29,15 +29,15 @@ def test_fractal_order_is_a_permutation_and_has_an_inverse(layout):
 
 
 @given(LAYOUTS)
-def test_a_block_holds_the_tokens_of_one_patch_of_one_frame_and_nothing_else(layout):
+def test_a_block_holds_neighbouring_tokens_of_one_frame_and_nothing_else(layout):
     starts = layout.block_starts()
     assert starts[0] == 0
     assert starts[-1] == layout.tokens
     assert starts.diff().min() >= 1
-    assert starts.diff().max() <= layout.patch**2
+    assert starts.diff().max() == layout.max_block_tokens <= layout.block_side**2
     block_of_position = torch.arange(layout.blocks).repeat_interleave(starts.diff())
     tokens = row_major_coordinates(layout)[layout.permutation()]
-    tokens[:, 2:] //= layout.patch
+    tokens[:, 2:] //= layout.block_side
     assert torch.equal(layout.block_coordinates()[block_of_position], tokens)
 
 
@@ -49,6 +49,7 @@ def test_blocks_stand_by_clip_then_time_then_row_then_column(layout):
     starts = layout.clip_block_starts()
     assert torch.equal(starts.diff(), clips.bincount(minlength=len(layout.clips)))
     assert tuple(starts.tolist()) == layout.clip_blocks
+    assert starts.diff().max() == layout.max_clip_blocks
     assert torch.equal(layout.block_starts()[starts], torch.tensor(layout.clip_tokens))
 
 
@@ -59,7 +60,7 @@ def test_a_16_by_16_frame_is_cut_as_in_figure_15():
     assert order[128:130].tolist() == [128, 129]
 
 
-def test_a_side_that_is_no_multiple_of_the_patch_gives_smaller_blocks_and_no_padding():
+def test_a_side_that_is_no_multiple_of_the_block_side_gives_smaller_blocks_and_no_padding():
     layout = TokenLayout((2, 9, 10))
     assert layout.block_starts().diff().tolist() == [64, 16, 8, 2] * 2
     assert layout.tokens == 180
@@ -78,7 +79,7 @@ def test_clips_may_be_lists_or_one_grid_and_equal_layouts_share_their_tensors():
     assert hash(one) == hash(same)
     assert one.clips == ((2, 5, 7),)
     assert one.permutation("cpu") is same.permutation(torch.device("cpu"))
-    assert one != TokenLayout((2, 5, 7), patch=4)
+    assert one != TokenLayout((2, 5, 7), block_side=4)
 
 
 def test_tensors_first_asked_for_in_inference_or_fake_mode_serve_training_afterwards():
@@ -106,7 +107,7 @@ def test_what_is_no_grid_is_refused(clips):
         TokenLayout(clips)
 
 
-@pytest.mark.parametrize("patch", [0, -8, 8.0])
-def test_a_patch_that_is_no_positive_integer_is_refused(patch):
-    with pytest.raises(ValueError, match="patch: expected"):
-        TokenLayout((1, 8, 8), patch)
+@pytest.mark.parametrize("side", [0, -8, 8.0])
+def test_a_block_side_that_is_no_positive_integer_is_refused(side):
+    with pytest.raises(ValueError, match="block_side: expected"):
+        TokenLayout((1, 8, 8), side)

@@ -40,10 +40,10 @@ def draw_block_masks(mask: BlockMask, layout: TokenLayout, frames: Tensor, path:
     dense = mask.to_dense()[0, :3].cpu().numpy()
     heads = range(len(dense))
     coordinates = layout.block_coordinates("cpu").numpy()
-    clip_t, clip_h, clip_w = layout.clips[0]
-    rows, columns = -(-clip_h // layout.patch), -(-clip_w // layout.patch)
+    clip_t, clip_h, _ = layout.clips[0]
+    _, rows, columns = layout.block_grid(0)
     query = (rows // 2) * columns + columns // 2
-    side = layout.patch * frames.shape[1] / clip_h
+    side = layout.block_side * frames.shape[1] / clip_h
     figure = Figure(figsize=(1.9 * clip_t, 1.5 * len(heads)), layout="constrained")
     grid = figure.subplots(len(heads), clip_t, squeeze=False)
     for row, head in enumerate(heads):

@@ -17,7 +17,7 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
 }
 
 // Weights that are ready before their rows are added; where registers are few, all of them.
-constexpr int64_t kWeightsAhead = kWide > kLanes ? 4 : kTileTokens;
+constexpr int64_t kWeightsAhead = kVectorLanes > kLanes ? 4 : kTileTokens;
 
 // Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by
 // one to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the
@@ -57,20 +57,20 @@ constexpr float kSlack = 8;
 
 // How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
 struct Softmax {
-  Wide base[kVectors] = {}, decay[kVectors] = {};
+  Vector base[kVectors] = {}, decay[kVectors] = {};
   bool moves = false;
 };
 
 // base: [16], of the blocks before; moved where a score is too far above it.
-K5_INLINE Softmax make_softmax(const Wide (&highest)[kVectors], float* base) {
+K5_INLINE Softmax make_softmax(const Vector (&highest)[kVectors], float* base) {
   Softmax softmax;
   for (int part = 0; part < kVectors; part++)
-    softmax.moves |= any_above(highest[part], load_wide(base + part * kWide) + kSlack);
+    softmax.moves |= any_above(highest[part], load_vector(base + part * kVectorLanes) + kSlack);
   for (int part = 0; part < kVectors; part++) {
-    const Wide before = load_wide(base + part * kWide), now = softmax.moves ? highest[part] : before;
-    store_wide(base + part * kWide, now);
-    softmax.base[part] = now == -kInfinity ? Wide{} : now;  // so that scores of -inf weigh nothing
-    softmax.decay[part] = softmax.moves ? exp2(before - softmax.base[part]) : Wide{} + 1.0f;
+    const Vector before = load_vector(base + part * kVectorLanes), now = softmax.moves ? highest[part] : before;
+    store_vector(base + part * kVectorLanes, now);
+    softmax.base[part] = now == -kInfinity ? Vector{} : now;  // so that scores of -inf weigh nothing
+    softmax.decay[part] = softmax.moves ? exp2(before - softmax.base[part]) : Vector{} + 1.0f;
   }
   return softmax;
 }
@@ -87,8 +87,8 @@ struct QueryBlock {
 K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* keys, int64_t count, int64_t width,
                         Prefetch& prefetch) {
   float* base = block.base + panel * kPanel;
-  Wide highest[kVectors];
-  for (int part = 0; part < kVectors; part++) highest[part] = load_wide(base + part * kWide);
+  Vector highest[kVectors];
+  for (int part = 0; part < kVectors; part++) highest[part] = load_vector(base + part * kVectorLanes);
   dot_products(
       keys, width, count, block.queries + panel * kPanel * width, width,
       block.scores + panel % 2 * kTileTokens * kPanel, kPanel,
@@ -107,16 +107,16 @@ K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax&
                           int64_t count, int64_t width, bool first, Prefetch& prefetch) {
   float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
   float* out = block.out + panel * kPanel * width;
-  Wide sums[kVectors] = {};
+  Vector sums[kVectors] = {};
   sum_weighed_rows(
       values, count, width, scores, prefetch,
       [&](int64_t key) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int part = 0; part < kVectors; part++) {
-          float* score = scores + key * kPanel + part * kWide;
-          const Wide weight = exp2(load_wide(score) - softmax.base[part]);
+          float* score = scores + key * kPanel + part * kVectorLanes;
+          const Vector weight = exp2(load_vector(score) - softmax.base[part]);
           sums[part] += weight;
-          store_wide(score, weight);
+          store_vector(score, weight);
         }
       },
       [&]<int Rows>(const Tile<Rows>& tile, int64_t d) __attribute__((always_inline)) {
@@ -125,8 +125,8 @@ K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax&
         else Tile<Rows>::add_to(tile, out + d * kPanel, kPanel);
       });
   for (int part = 0; part < kVectors; part++) {
-    float* total = block.total + panel * kPanel + part * kWide;
-    store_wide(total, load_wide(total) * softmax.decay[part] + sums[part]);
+    float* total = block.total + panel * kPanel + part * kVectorLanes;
+    store_vector(total, load_vector(total) * softmax.decay[part] + sums[part]);
   }
 }
 
@@ -180,10 +180,10 @@ __attribute__((noinline)) void add_gradients(const KeyBlock& block, const Reader
         [&](int64_t row) __attribute__((always_inline)) {
 #pragma GCC unroll 2
           for (int part = 0; part < kVectors; part++) {
-            const int64_t i = row * kPanel + part * kWide;
-            const Wide weight = exp2(load_wide(weights + i) - reader.base[row]);
-            store_wide(weights + i, weight);
-            store_wide(slope + i, weight * (load_wide(slope + i) - reader.shift[row]));
+            const int64_t i = row * kPanel + part * kVectorLanes;
+            const Vector weight = exp2(load_vector(weights + i) - reader.base[row]);
+            store_vector(weights + i, weight);
+            store_vector(slope + i, weight * (load_vector(slope + i) - reader.shift[row]));
           }
         },
         adding_to(block.grad_values + at));
@@ -215,7 +215,7 @@ K5_INLINE void add_floats(float* sums, const float* terms, int64_t count) {
 template <class T>
 void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* scratch, float* grad_q) {
   const AttentionSizes& sizes = op.sizes;
-  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const int64_t width = sizes.width, padded_width = padded(width), block_floats = kTileTokens * padded_width;
   const T* q = head_of(op.q, at);
   const T* k = head_of(op.k, at);
   const T* v = head_of(op.v, at);
@@ -238,7 +238,7 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   for_parts(sizes, at.block, [&](int64_t first, int64_t keys) {
     read_panels(v + first * op.v.step, op.v.step, keys, width, 1.0f, block.values);
     read_rows(k + first * op.k.step, op.k.step, keys, width, 1.0f, key_rows);
-    read_panels(key_rows, wide, keys, wide, 1.0f, block.keys);
+    read_panels(key_rows, padded_width, keys, padded_width, 1.0f, block.keys);
     fill(block.grad_keys, 2 * block_floats, 0.0f);
     const int64_t* offsets = offsets_of(op.readers, at) + at.block;
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
@@ -248,20 +248,20 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
         fetch_block(prefetch, sizes, op.q, at, next);
         fetch_block(prefetch, sizes, op.grad_out, at, next);
         if (grad_q)
-          prefetch.add(grad_q + next_first * wide, wide,
-                       smaller(kTileTokens, sizes.block_starts[next + 1] - next_first), wide);
+          prefetch.add(grad_q + next_first * padded_width, padded_width,
+                       smaller(kTileTokens, sizes.block_starts[next + 1] - next_first), padded_width);
       } else if (at.block + 1 < sizes.blocks) {
         fetch_block(prefetch, sizes, op.k, at, at.block + 1);
         fetch_block(prefetch, sizes, op.v, at, at.block + 1);
       }
-      prefetch.spread_over(panels_of(keys) * fetches(2, 2, wide));
+      prefetch.spread_over(panels_of(keys) * fetches(2, 2, padded_width));
       for_parts(sizes, op.readers.indices[entry], [&](int64_t token, int64_t count) {
         read_rows(q + token * op.q.step, op.q.step, count, width, sizes.scale * kLog2E, query_rows);
         const ReaderRows reader{
             query_rows, dense_rows(grad_out + token * op.grad_out.step, op.grad_out.step, count, width, grad_rows),
-            base + token, shift + token, grad_q ? grad_q + token * wide : nullptr};
-        for_width(count == kTileTokens && keys == kTileTokens, wide, [&]<int64_t kWidth>() {
-          add_gradients<kWidth>(block, reader, keys, count, wide, weights, slopes, prefetch);
+            base + token, shift + token, grad_q ? grad_q + token * padded_width : nullptr};
+        for_width(count == kTileTokens && keys == kTileTokens, padded_width, [&]<int64_t kWidth>() {
+          add_gradients<kWidth>(block, reader, keys, count, padded_width, weights, slopes, prefetch);
         });
       });
     }
@@ -289,9 +289,9 @@ __attribute__((noinline)) void add_query_gradient(const float* keys, const float
       [&](int64_t key) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int part = 0; part < kVectors; part++) {
-          const int64_t i = key * kPanel + part * kWide;
-          const Wide weight = exp2(load_wide(weights + i) - load_wide(base + part * kWide));
-          store_wide(slopes + i, weight * (load_wide(slopes + i) - load_wide(shift + part * kWide)));
+          const int64_t i = key * kPanel + part * kVectorLanes;
+          const Vector weight = exp2(load_vector(weights + i) - load_vector(base + part * kVectorLanes));
+          store_vector(slopes + i, weight * (load_vector(slopes + i) - load_vector(shift + part * kVectorLanes)));
         }
       },
       adding_to(grad_q));
@@ -303,7 +303,7 @@ template <class T>
 void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch) {
   const AttentionSizes& sizes = op.sizes;
   const Place at = place_of(sizes, item);
-  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const int64_t width = sizes.width, padded_width = padded(width), block_floats = kTileTokens * padded_width;
   const T* q = head_of(op.q, at);
   const T* k = head_of(op.k, at);
   const T* v = head_of(op.v, at);
@@ -325,17 +325,17 @@ void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch
     bool gathered = false;
     for (int64_t entry = offsets[0]; entry < offsets[1]; entry++) {
       fetch_next(prefetch, op, at, entry);
-      prefetch.spread_over(block.panels * fetches(1, 1, wide));
+      prefetch.spread_over(block.panels * fetches(1, 1, padded_width));
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-        for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
-          attend<kWidth>(block, keys, values, count, wide, !gathered, prefetch);
+        for_width(count == kTileTokens, padded_width, [&]<int64_t kWidth>() {
+          attend<kWidth>(block, keys, values, count, padded_width, !gathered, prefetch);
         });
         gathered = true;
       });
     }
-    if (!gathered) fill(block.out, block.panels * kPanel * wide, 0.0f);
+    if (!gathered) fill(block.out, block.panels * kPanel * padded_width, 0.0f);
     finish_rows(block.base, block.total, rows, !gathered, head_of(op.lse, at) + first);
     write_panels(block.out, block.total, rows, width, head_of(op.out, at) + first * op.out.step, op.out.step);
   });
@@ -372,13 +372,13 @@ template <class T>
 void add_grad_q_parts(const AttentionBackward<T>& op, int64_t item, float* scratch, const float* parts) {
   const AttentionSizes& sizes = op.sizes;
   const Place at = place_of(sizes, item);
-  const int64_t wide = padded(sizes.width);
+  const int64_t padded_width = padded(sizes.width);
   float *factors = scratch, *sums = scratch + kTileTokens;
   fill(factors, kTileTokens, sizes.scale);
   for_parts(sizes, at.block, [&](int64_t first, int64_t rows) {
-    fill(sums, rows * wide, 0.0f);
+    fill(sums, rows * padded_width, 0.0f);
     for (int64_t share = 0; share < op.shares; share++)
-      add_floats(sums, parts + share * attention_grad_q_part(sizes) + first * wide, rows * wide);
+      add_floats(sums, parts + share * attention_grad_q_part(sizes) + first * padded_width, rows * padded_width);
     write_rows(sums, factors, rows, sizes.width, head_of(op.grad_q, at) + first * op.grad_q.step, op.grad_q.step);
   });
 }
@@ -392,7 +392,7 @@ template <class T>
 void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* scratch) {
   const AttentionSizes& sizes = op.sizes;
   const Place at = place_of(sizes, item);
-  const int64_t width = sizes.width, wide = padded(width), block_floats = kTileTokens * wide;
+  const int64_t width = sizes.width, padded_width = padded(width), block_floats = kTileTokens * padded_width;
   const T* q = head_of(op.q, at);
   const T* k = head_of(op.k, at);
   const T* v = head_of(op.v, at);
@@ -433,15 +433,15 @@ void query_block_gradient(const AttentionBackward<T>& op, int64_t item, float* s
         fetch_block(prefetch, sizes, op.q, at, at.block + 1);
         fetch_block(prefetch, sizes, op.grad_out, at, at.block + 1);
       }
-      prefetch.spread_over(panels_of(rows) * fetches(2, 1, wide));
+      prefetch.spread_over(panels_of(rows) * fetches(2, 1, padded_width));
       for_parts(sizes, op.reads.indices[entry], [&](int64_t token, int64_t count) {
         const float* keys = dense_rows(k + token * op.k.step, op.k.step, count, width, key_rows);
         const float* values = dense_rows(v + token * op.v.step, op.v.step, count, width, value_rows);
-        for_width(count == kTileTokens, wide, [&]<int64_t kWidth>() {
+        for_width(count == kTileTokens, padded_width, [&]<int64_t kWidth>() {
           for (int64_t from = 0; from < rows; from += kPanel)
-            add_query_gradient<kWidth>(keys, values, count, wide, queries + from * wide, grads + from * wide,
-                                       base + from, shift + from, weights, slopes, grad_q_part + from * wide,
-                                       prefetch);
+            add_query_gradient<kWidth>(keys, values, count, padded_width, queries + from * padded_width,
+                                       grads + from * padded_width, base + from, shift + from, weights, slopes,
+                                       grad_q_part + from * padded_width, prefetch);
         });
       });
     }

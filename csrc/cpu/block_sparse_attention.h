@@ -38,10 +38,12 @@ struct Attention {
   BlockLists reads;
 };
 
-// Of every query: `shift` is Σ_d grad_out·out - grad_lse, `base` its lse in base 2. `readers` lists the query blocks of
-// each key block. The key blocks of a head are `shares` pieces. Each adds up its part of the gradient of q, and then
-// the parts are added up in order. The gradients of k and v come from one pass over the key blocks, that of q from the
-// same pass where shares are the pieces of work, else from a pass over the query blocks. The bits are the same.
+// Of every query, `shift` is Σ_d grad_out·out - grad_lse and `base` is its lse in base 2. `readers` lists the query blocks
+// that read each key block.
+//
+// The key blocks of a head are divided into `shares`. The gradient of q is the sum, in order, of one part for each share.
+// Two schedules give the same bits: one pass over the key blocks that forms all three gradients, a share being a piece
+// of work; or two passes, over the key blocks for the gradients of k and v and over the query blocks for that of q.
 template <class T>
 struct AttentionBackward {
   AttentionSizes sizes;
@@ -52,10 +54,11 @@ struct AttentionBackward {
   int64_t shares;
 };
 
-// So many that a single head is work for a few cores; their number has no say, for no bit may depend on it.
+// Enough shares for a few cores to work on a single head. The number does not depend on the number of threads, because
+// the bits of the gradient of q depend on it.
 static inline int64_t shares_of_a_head(int64_t heads) { return heads >= 4 ? 1 : heads >= 2 ? 2 : 4; }
 
-// What the backward knows of every query; grad_lse.data may be null. lse, shift and base are dense
+// Inputs and outputs of `prepare_attention_backward`. grad_lse.data may be null. lse, shift and base are dense
 // [batch, heads, sequence].
 template <class T>
 struct AttentionSaved {
@@ -66,11 +69,11 @@ struct AttentionSaved {
   float *shift, *base;
 };
 
-// Floats of scratch memory, aligned to 64 bytes, that the functions below want.
+// Floats of scratch memory, aligned to 64 bytes, that the functions below need.
 static inline int64_t attention_scratch(const AttentionSizes& sizes) {
   return 4 * kTileTokens * padded(sizes.width) + kTileTokens * (2 * kPanel + 2);
 }
-// Of the forward in avx512_bf16, which works on bfloat16.
+// For the bfloat16 forward in avx512_bf16.
 static inline int64_t attention_bf16_scratch(const AttentionSizes& sizes) {
   return kTileTokens * padded(sizes.width) * 3 + kTileTokens * (kTileTokens + 2);
 }

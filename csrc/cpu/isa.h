@@ -26,9 +26,9 @@ bool force_isa(Isa isa);
 
 // For the files that are built for AVX-512 too.
 #ifdef K5_HAS_AVX512_BF16
-#define K5_DISPATCH_WIDE(function, ...)                                                    \
+#define K5_DISPATCH_AVX512(function, ...)                                                    \
   (k5::current_isa() == k5::Isa::avx512_bf16 ? k5::avx512_bf16::function(__VA_ARGS__)      \
                                              : K5_DISPATCH(function, __VA_ARGS__))
 #else
-#define K5_DISPATCH_WIDE(function, ...) K5_DISPATCH(function, __VA_ARGS__)
+#define K5_DISPATCH_AVX512(function, ...) K5_DISPATCH(function, __VA_ARGS__)
 #endif

@@ -109,10 +109,6 @@ void keep_all(const Row& row) {
   for_words(row, [](Vec8) { return ~IVec8{}; }, [&](int64_t word, uint64_t bits) { row.bits[word] = bits; });
 }
 
-void keep_none(const Row& row) {
-  for (int64_t word = 0; word < words_of(row); word++) row.bits[word] = 0;
-}
-
 // Keeps the probabilities from `least` but the first `dropped` of those equal to it.
 void keep_from(const Row& row, float least, int64_t dropped) {
   for_words(row, [&](Vec8 value) { return value >= least; },
@@ -121,6 +117,14 @@ void keep_from(const Row& row, float least, int64_t dropped) {
   for_words(row, [&](Vec8 value) { return value == least; }, [&](int64_t word, uint64_t bits) {
     for (; bits && dropped; bits &= bits - 1, dropped--) row.bits[word] &= ~(bits & -bits);
   });
+}
+
+// Keeps one of the largest probabilities, the last of them.
+void keep_largest(const Row& row, float largest) {
+  int64_t equal = 0;
+  for_words(row, [&](Vec8 value) { return value == largest; },
+            [&](int64_t, uint64_t bits) { equal += __builtin_popcountll(bits); });
+  keep_from(row, largest, equal - 1);
 }
 
 // The probabilities from `first` to below `end`, in order; `target` may be where the row stands. Returns how many.
@@ -158,14 +162,15 @@ K5_INLINE Crossing cross(const Value& value, int64_t count, double sum, float dr
   return {count, sum, __builtin_inf()};
 }
 
-// Keeps what an ascending sort and a cumulative sum in double, rounded to float, would: all from where the sum reaches
-// dropped_mass. Sums are taken in float; where its error might decide, the sum in double does.
-// least and most: of the probabilities; guess: where to look first, becomes the smallest one kept; scratch: as many
-// floats.
+// Keeps what an ascending sort and a cumulative sum in double, rounded to float, would: everything from where the sum
+// reaches dropped_mass, and the largest probability even where it does not. Sums are taken in float, and again in
+// double where the error of a float sum could change the result.
+// least, most: the smallest and the largest probability. guess: where the search starts; on return the smallest
+// probability kept. scratch: row.count floats.
 void select(const Row& row, float least, float most, float dropped_mass, float& guess, float* scratch) {
   if (!(dropped_mass > 0)) return keep_all(row);
-  // They add up to one but for rounding.
-  if (dropped_mass > 0.99f && (float)sum_below(row, kInfinity) < dropped_mass) return keep_none(row);
+  // Probabilities add up to one up to rounding: only a dropped mass this large may not be reached.
+  if (dropped_mass > 0.99f && (float)sum_below(row, kInfinity) < dropped_mass) return keep_largest(row, most);
   // More than sums in float err, relatively: in `mass_below` each lane adds count / kStride numbers, then lanes are
   // added; more than rounding the sum to float changes, too.
   const double error = (row.count / kStride + 10) * 0x1.1p-24;
@@ -214,6 +219,7 @@ void select(const Row& row, float least, float most, float dropped_mass, float& 
   if (crossing.before > certainly_less || crossing.at < certainly_more)
     crossing = cross(value, count, sum_below(row, bits_as<float>(low)), dropped_mass);
   guess = crossing.i < count ? value(crossing.i) : bits_as<float>(high);
+  if (guess > most) return keep_largest(row, most);  // the sum of all, added up in this order, rounds below the mass
   int64_t dropped = 0;
   while (dropped < crossing.i && crossing.i < count && value(crossing.i - dropped - 1) == guess) dropped++;
   keep_from(row, guess, dropped);
@@ -307,12 +313,12 @@ void pool_keys(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end
 }
 
 // Up to kLogitRows rows of one clip, whose means of queries are given. keys: the means of the head.
-void select_rows(const NablaSelection& op, const float* queries, const float* keys, int64_t wide, int64_t head,
+void select_rows(const NablaSelection& op, const float* queries, const float* keys, int64_t padded_width, int64_t head,
                  int64_t first, int64_t last, int64_t clip_start, int64_t clip_end, Prefetch& prefetch,
                  float* scratch) {
   const int64_t step = logits_step(op.blocks), first_panel = clip_start / kPanel;
   for (int64_t panel = first_panel; panel < panels_of(clip_end); panel++)
-    dot_products(queries, wide, last - first, keys + panel * kPanel * wide, wide,
+    dot_products(queries, padded_width, last - first, keys + panel * kPanel * padded_width, padded_width,
                  scratch + (panel - first_panel) * kPanel, step,
                  [&](const auto&) { prefetch.next_lines<kMayDrop>(); }, [](int64_t) {});
   float guess = 0;
@@ -336,7 +342,7 @@ template <class T>
 void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const BlockMeans<T>& keys, int64_t head,
                   int64_t piece, float* scratch) {
   const int64_t start = piece * kPieceBlocks, end = smaller(op.blocks, start + kPieceBlocks);
-  const int64_t wide = padded(queries.width);
+  const int64_t padded_width = padded(queries.width);
   Prefetch prefetch;
   if (head < op.heads) {
     const int64_t tokens = queries.block_starts[end] - queries.block_starts[start];
@@ -349,8 +355,8 @@ void nabla_select(const NablaSelection& op, const BlockMeans<T>& queries, const 
     while (op.clip_starts[clip + 1] <= first) clip++;
     const int64_t clip_end = op.clip_starts[clip + 1];
     last = smaller(smaller(first + kLogitRows, end), clip_end);
-    select_rows(op, means_of(queries, head - 1, op.blocks) + first * wide,
-                means_of(keys, head - 1, padded(op.blocks)), wide, head - 1, first, last, op.clip_starts[clip],
+    select_rows(op, means_of(queries, head - 1, op.blocks) + first * padded_width,
+                means_of(keys, head - 1, padded(op.blocks)), padded_width, head - 1, first, last, op.clip_starts[clip],
                 clip_end, prefetch, scratch);
   }
   if (head < op.heads) {

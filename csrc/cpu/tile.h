@@ -19,27 +19,27 @@ constexpr int64_t kTileTokens = 64;
 // Lanes of a vector of columns, and rows of a tile: as many as the registers hold; sixteen divide blocks and heads, and
 // make a tile read whole cache lines of values.
 #if defined(__AVX512F__)
-constexpr int64_t kWide = 16;
+constexpr int64_t kVectorLanes = 16;
 constexpr int kTileRows = 16;
 #elif defined(__AVX2__)
-constexpr int64_t kWide = 8;
+constexpr int64_t kVectorLanes = 8;
 constexpr int kTileRows = 6;
 #else
-constexpr int64_t kWide = 8;
+constexpr int64_t kVectorLanes = 8;
 constexpr int kTileRows = 2;
 #endif
-constexpr int kVectors = kPanel / kWide;
+constexpr int kVectors = kPanel / kVectorLanes;
 
-typedef float Wide __attribute__((vector_size(4 * kWide)));
-typedef uint32_t UWide __attribute__((vector_size(4 * kWide)));
+typedef float Vector __attribute__((vector_size(4 * kVectorLanes)));
+typedef uint32_t UVector __attribute__((vector_size(4 * kVectorLanes)));
 
-K5_INLINE Wide load_wide(const float* source) {
-  Wide value;
+K5_INLINE Vector load_vector(const float* source) {
+  Vector value;
   std::memcpy(&value, source, sizeof(value));
   return value;
 }
 
-K5_INLINE void store_wide(float* target, Wide value) { std::memcpy(target, &value, sizeof(value)); }
+K5_INLINE void store_vector(float* target, Vector value) { std::memcpy(target, &value, sizeof(value)); }
 
 // A width that panels divide; what it adds is kept at zero.
 static inline int64_t padded(int64_t width) { return (width + kPanel - 1) / kPanel * kPanel; }
@@ -51,14 +51,14 @@ static inline int64_t smaller(int64_t one, int64_t other) { return one < other ?
 // Rows × 16 sums held in registers.
 template <int Rows>
 struct Tile {
-  Wide sums[Rows][kVectors];
+  Vector sums[Rows][kVectors];
 
   K5_INLINE Tile zero() {
     Tile tile;
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
 #pragma GCC unroll 2
-      for (int part = 0; part < kVectors; part++) tile.sums[row][part] = Wide{};
+      for (int part = 0; part < kVectors; part++) tile.sums[row][part] = Vector{};
     return tile;
   }
 
@@ -67,7 +67,7 @@ struct Tile {
     for (int row = 0; row < Rows; row++)
 #pragma GCC unroll 2
       for (int part = 0; part < kVectors; part++)
-        store_wide(target + row * step + part * kWide, tile.sums[row][part]);
+        store_vector(target + row * step + part * kVectorLanes, tile.sums[row][part]);
   }
 
   K5_INLINE void add_to(const Tile& tile, float* target, int64_t step) {
@@ -75,19 +75,19 @@ struct Tile {
     for (int row = 0; row < Rows; row++)
 #pragma GCC unroll 2
       for (int part = 0; part < kVectors; part++) {
-        float* sums = target + row * step + part * kWide;
-        store_wide(sums, load_wide(sums) + tile.sums[row][part]);
+        float* sums = target + row * step + part * kVectorLanes;
+        store_vector(sums, load_vector(sums) + tile.sums[row][part]);
       }
   }
 
   // target = target · factors + tile, a factor a column.
-  K5_INLINE void multiply_and_add_to(const Wide (&factors)[kVectors], const Tile& tile, float* target, int64_t step) {
+  K5_INLINE void multiply_and_add_to(const Vector (&factors)[kVectors], const Tile& tile, float* target, int64_t step) {
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
 #pragma GCC unroll 2
       for (int part = 0; part < kVectors; part++) {
-        float* sums = target + row * step + part * kWide;
-        store_wide(sums, load_wide(sums) * factors[part] + tile.sums[row][part]);
+        float* sums = target + row * step + part * kVectorLanes;
+        store_vector(sums, load_vector(sums) * factors[part] + tile.sums[row][part]);
       }
   }
 
@@ -100,9 +100,9 @@ struct Tile {
 #pragma GCC unroll 8
     for (int64_t k = 0; k < count; k++) {
       before(k);
-      Wide columns[kVectors];
+      Vector columns[kVectors];
 #pragma GCC unroll 2
-      for (int part = 0; part < kVectors; part++) columns[part] = load_wide(b + k * b_step + part * kWide);
+      for (int part = 0; part < kVectors; part++) columns[part] = load_vector(b + k * b_step + part * kVectorLanes);
 #pragma GCC unroll 16
       for (int row = 0; row < Rows; row++) {
         const float factor = a[row * row_step + k * a_step];
@@ -158,25 +158,25 @@ K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, 
 }
 
 // The larger one; `other` where either is NaN. Spelled out because GCC makes a comparison and a blend of it.
-K5_INLINE Wide larger(Wide one, Wide other) {
+K5_INLINE Vector larger(Vector one, Vector other) {
 #if defined(__AVX512F__)
-  return (Wide)_mm512_max_ps((__m512)one, (__m512)other);
+  return (Vector)_mm512_max_ps((__m512)one, (__m512)other);
 #elif defined(__AVX2__)
-  return (Wide)_mm256_max_ps((__m256)one, (__m256)other);
+  return (Vector)_mm256_max_ps((__m256)one, (__m256)other);
 #else
   return one > other ? one : other;
 #endif
 }
 
 // Whether a lane of one is above that of the other.
-K5_INLINE bool any_above(Wide one, Wide other) {
+K5_INLINE bool any_above(Vector one, Vector other) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)one, (__m512)other, _CMP_GT_OQ) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)(one > other)) != 0;
 #else
   bool any = false;
-  for (int lane = 0; lane < kWide; lane++) any |= one[lane] > other[lane];
+  for (int lane = 0; lane < kVectorLanes; lane++) any |= one[lane] > other[lane];
   return any;
 #endif
 }
@@ -184,31 +184,31 @@ K5_INLINE bool any_above(Wide one, Wide other) {
 // 2^value to about one unit in the last place for -126 <= value < 128; below that off by less than 2^-126, from -127
 // down zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds to n binary digits and leaves them in the lowest bits, from
 // where they are shifted into the exponent; a polynomial of least relative error raises the rest.
-K5_INLINE Wide exp2(Wide value) {
-  value = larger(Wide{} - 127.0f, value);
+K5_INLINE Vector exp2(Vector value) {
+  value = larger(Vector{} - 127.0f, value);
 #ifdef __AVX512F__
   // Four digits behind the point, whose power comes from a table, for then a cubic is enough: products are what the
   // kernels are short of. Entry i: the bits of 2^(i/16), less the i that the shift leaves below the exponent.
-  const UWide table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+  const UVector table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
-  const Wide magic = Wide{} + 786432.0f;
-  const Wide shifted = value + magic, rest = value - (shifted - magic);
-  const UWide digits = bits_as<UWide>(shifted);
-  const UWide power = (digits << 19) + (UWide)_mm512_permutexvar_epi32((__m512i)digits, (__m512i)table);
-  Wide polynomial = Wide{} + 0.055502135306596756f;
+  const Vector magic = Vector{} + 786432.0f;
+  const Vector shifted = value + magic, rest = value - (shifted - magic);
+  const UVector digits = bits_as<UVector>(shifted);
+  const UVector power = (digits << 19) + (UVector)_mm512_permutexvar_epi32((__m512i)digits, (__m512i)table);
+  Vector polynomial = Vector{} + 0.055502135306596756f;
   polynomial = polynomial * rest + 0.24023428559303284f;
   polynomial = polynomial * rest + 0.6931471824645996f;
 #else
-  const Wide magic = Wide{} + 12582912.0f;
-  const Wide shifted = value + magic, rest = value - (shifted - magic);
-  const UWide power = (bits_as<UWide>(shifted) << 23) + 0x3f800000u;
-  Wide polynomial = Wide{} + 0.001326472731307149f;
+  const Vector magic = Vector{} + 12582912.0f;
+  const Vector shifted = value + magic, rest = value - (shifted - magic);
+  const UVector power = (bits_as<UVector>(shifted) << 23) + 0x3f800000u;
+  Vector polynomial = Vector{} + 0.001326472731307149f;
   polynomial = polynomial * rest + 0.009671512991189957f;
   polynomial = polynomial * rest + 0.05550733581185341f;
   polynomial = polynomial * rest + 0.24022242426872253f;
   polynomial = polynomial * rest + 0.6931470036506653f;
 #endif
-  return (polynomial * rest + 1.0f) * bits_as<Wide>(power);
+  return (polynomial * rest + 1.0f) * bits_as<Vector>(power);
 }
 
 #ifdef __clang__
@@ -239,9 +239,9 @@ K5_INLINE void transpose_eight(const Vec8 (&from)[8], Vec8 (&to)[8]) {
 // where there are no elements.
 template <class T>
 K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* panels) {
-  const int64_t wide = padded(width);
+  const int64_t padded_width = padded(width);
   for (int64_t row = 0; row < padded(count); row += kLanes)
-    for (int64_t d = 0; d < wide; d += kLanes) {
+    for (int64_t d = 0; d < padded_width; d += kLanes) {
       const int64_t rows_there = smaller(kLanes, count - row), there = smaller(kLanes, width - d);
       const T* from = source + row * step + d;
       Vec8 rows[kLanes], turned[kLanes];
@@ -251,7 +251,7 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
         for (int64_t i = 0; i < kLanes; i++)
           rows[i] = i < rows_there && there > 0 ? load_partial(from + i * step, there) * factor : Vec8{};
       transpose_eight(rows, turned);
-      float* to = panels + (row / kPanel * wide + d) * kPanel + row % kPanel;
+      float* to = panels + (row / kPanel * padded_width + d) * kPanel + row % kPanel;
       for (int64_t i = 0; i < kLanes; i++) store(to + i * kPanel, turned[i]);
     }
 }
@@ -260,11 +260,11 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
 template <int64_t Columns = kPanel, class T>
 K5_INLINE void write_panels(const float* panels, const float* factors, int64_t count, int64_t width, T* target,
                             int64_t step) {
-  const int64_t wide = padded(width);
+  const int64_t padded_width = padded(width);
   for (int64_t row = 0; row < count; row += kLanes)
     for (int64_t d = 0; d < width; d += kLanes) {
       const int64_t rows_there = smaller(kLanes, count - row), there = smaller(kLanes, width - d);
-      const float* from = panels + (row / Columns * wide + d) * Columns + row % Columns;
+      const float* from = panels + (row / Columns * padded_width + d) * Columns + row % Columns;
       T* to = target + row * step + d;
       Vec8 columns[kLanes], rows[kLanes];
       for (int64_t i = 0; i < kLanes; i++) columns[i] = load(from + i * Columns) * load(factors + row);

@@ -28,7 +28,7 @@ def nabla_attention(
     mask = nabla_mask(q, k, layout, thr, sta)
     for observe in _observers:
         observe(mask)
-    return block_sparse_attention(q, k, v, mask, layout)
+    return block_sparse_attention(q, k, v, mask)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     out_i = Σ_j p_ij v_j,  p_ij = exp(scale · q_i·k_j - lse_i),  lse_i = log Σ_j exp(scale · q_i·k_j)
 
-over the tokens j of the key blocks that the block of token i reads. Sums are float32 (float64 for float64).
+over the tokens j of the key blocks that the block of token i reads. Sums are in float32 (float64 for float64).
 """
 
 import math
@@ -16,25 +16,35 @@ from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.nabla_mask import check_tokens
 from k5kernels.token_layout import TokenLayout, block_tokens, from_blocks, to_blocks
 
-# Scores in work at a time: bounds the memory beyond inputs and outputs, and stays near the cache.
+# Scores that the reference computes at a time: this bounds its memory beyond inputs and outputs.
 CHUNK = 1 << 20
-# A tile of the Triton kernels holds whole heads; wider ones would not fit in registers.
+# A tile of the Triton kernels holds all of D: more would not fit in registers.
 ACCEPTS = {"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES, largest_head_dim=128)}
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, layout: TokenLayout, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    layout: TokenLayout | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention over the kept blocks: [B, h, S, D] in the dtype of q; zeros where a query block reads nothing.
+    """Attention over the blocks that the mask keeps: [B, h, S, D] in the dtype of q.
 
-    q, k, v: [B, h, S, D] in fractal order, one floating dtype (under autocast all but float64 are cast to its
-    dtype, as in scaled_dot_product_attention). mask: with B or 1 batches and h or 1 heads. scale: 1/sqrt(D) where None.
-    Differentiable once in q, k and v.
+    q, k, v: [B, h, S, D] in the fractal order of mask.layout, one floating dtype (under autocast all but float64 are
+    cast to its dtype, as in scaled_dot_product_attention). mask: with B or 1 batches and h or 1 heads; a query block
+    that reads no block gets zeros. layout: mask.layout; not needed, and checked where it is given. scale: of the
+    scores, 1/sqrt(D) where None. Differentiable once in q, k and v.
 
     Raises ValueError where a shape, dtype, device or layout does not fit, RuntimeError where a list of the mask points
-    at what is not there (the GPU kernels trust the mask: to ask would mean to wait for the GPU). Bit-reproducible on
-    the CPU; the gradients of k and v in the reference on a GPU are not.
+    outside the indices or the blocks (the GPU kernels do not check this: the host would have to wait for the answer).
+    Bit-reproducible, forward and backward, except for the gradients of k and v where the reference runs on a GPU.
     """
+    if layout is None:
+        layout = mask.layout
+    elif layout is not mask.layout and layout != mask.layout:  # torch.compile can compare the identity of any layout
+        raise ValueError(f"layout: expected that of the mask, {mask.layout}, got {layout}; it can be left out")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
     check_tokens("q", q, layout)
@@ -43,19 +53,17 @@ def block_sparse_attention(
             raise ValueError(
                 f"{name}: expected {q.dtype} {list(q.shape)} like q, got {tensor.dtype} {list(tensor.shape)}"
             )
-    _check_mask(mask, q, layout)
+    _check_mask(mask, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    starts = layout.block_starts(q.device)
-    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, starts, scale)[0]
+    blocks = (layout.block_starts(q.device), layout.max_block_tokens)
+    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)[0]
 
 
 def _autocast(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _check_mask(mask: BlockMask, q: Tensor, layout: TokenLayout) -> None:
-    if mask.layout is not layout and mask.layout != layout:
-        raise ValueError(f"mask: expected one for {layout}, got one for {mask.layout}")
+def _check_mask(mask: BlockMask, q: Tensor) -> None:
     batch, heads = mask.offsets.shape[:2]
     if batch not in (1, q.shape[0]) or heads not in (1, q.shape[1]):
         raise ValueError(
@@ -66,14 +74,26 @@ def _check_mask(mask: BlockMask, q: Tensor, layout: TokenLayout) -> None:
 
 
 def block_sparse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, indices: Tensor, block_starts: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in plain PyTorch: (out, lse); lse float32 or better [B, h, S], -inf where nothing is read."""
+    """The definition, in plain PyTorch: (out, lse).
+
+    offsets, indices: of a `BlockMask`. block_starts, max_block_tokens: of its layout. lse: float32, or float64 for
+    float64, [B, h, S]; -inf where nothing is read.
+    """
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (_flat_blocks(x, block_starts) for x in (q, k, v))
+        queries, keys, values = (_flat_blocks(x, block_starts, max_block_tokens) for x in (q, k, v))
         out = torch.zeros_like(queries)
         lse = queries.new_full(queries.shape[:2], -torch.inf)
-        for rows, key_blocks, hidden in _chunks(q.shape, queries.dtype, offsets, indices, block_starts):
+        chunks = _chunks(q.shape, queries.dtype, offsets, indices, block_starts, max_block_tokens)
+        for rows, key_blocks, hidden in chunks:
             scores = _scores(queries[rows], _read(keys, key_blocks), hidden, scale)
             top = scores.amax(-1, keepdim=True)
             weights = scores.sub_(top).exp_()
@@ -94,22 +114,24 @@ def block_sparse_attention_backward_reference(
     offsets: Tensor,
     indices: Tensor,
     block_starts: Tensor,
+    max_block_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their dtype, from the probabilities that lse gives back.
+    """Gradients of q, k and v in their dtype; the probabilities p are computed again from q, k and lse.
 
     dv_j = Σ_i p_ij dout_i,  ds_ij = p_ij (dout_i·v_j - dout_i·out_i + dlse_i),
     dq_i = scale Σ_j ds_ij k_j,  dk_j = scale Σ_i ds_ij q_i
     """
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (_flat_blocks(x, block_starts) for x in (q, k, v))
-        grads, outs = (_flat_blocks(x, block_starts) for x in (grad_out, out))
-        lse_blocks = _flat_blocks(lse[..., None], block_starts)
+        queries, keys, values = (_flat_blocks(x, block_starts, max_block_tokens) for x in (q, k, v))
+        grads, outs = (_flat_blocks(x, block_starts, max_block_tokens) for x in (grad_out, out))
+        lse_blocks = _flat_blocks(lse[..., None], block_starts, max_block_tokens)
         shift = (grads * outs).sum(-1, keepdim=True)
         if grad_lse is not None:
-            shift = shift - _flat_blocks(grad_lse[..., None], block_starts)
+            shift = shift - _flat_blocks(grad_lse[..., None], block_starts, max_block_tokens)
         grad_q, grad_k, grad_v = (torch.zeros_like(blocks) for blocks in (queries, keys, values))
-        for rows, key_blocks, hidden in _chunks(q.shape, queries.dtype, offsets, indices, block_starts):
+        chunks = _chunks(q.shape, queries.dtype, offsets, indices, block_starts, max_block_tokens)
+        for rows, key_blocks, hidden in chunks:
             read_keys, read_values = (_read(blocks, key_blocks) for blocks in (keys, values))
             p = (_scores(queries[rows], read_keys, hidden, scale) - lse_blocks[rows]).exp_()
             _add_to_blocks(grad_v, key_blocks, p.mT @ grads[rows])
@@ -120,30 +142,40 @@ def block_sparse_attention_backward_reference(
         return grad_q, grad_k, grad_v
 
 
-def _flat_blocks(x: Tensor, block_starts: Tensor) -> Tensor:
-    """[B, h, S, D] to float32 or better [B·h·N_b + 1, P², D]; the last block is zeros, for the slots of no block."""
-    blocks = to_blocks(x.to(torch.promote_types(x.dtype, torch.float32)), block_starts).flatten(0, 2)
+def _flat_blocks(x: Tensor, block_starts: Tensor, max_block_tokens: int) -> Tensor:
+    """[B, h, S, D] to float32, or float64 for float64, [B·h·N_b + 1, M, D]; M is max_block_tokens.
+
+    The last block is zeros: rows of a chunk with shorter lists than its longest read it.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    blocks = to_blocks(x, block_starts, max_block_tokens).flatten(0, 2)
     return torch.cat([blocks, torch.zeros_like(blocks[:1])])
 
 
 def _tokens(blocks: Tensor, like: Tensor, block_starts: Tensor) -> Tensor:
     """The inverse of `_flat_blocks`: [B, h, S, ...]."""
-    return from_blocks(blocks[:-1].unflatten(0, (*like.shape[:2], block_starts.shape[0] - 1)), block_starts)
+    blocks = blocks[:-1].unflatten(0, (*like.shape[:2], block_starts.shape[0] - 1))
+    return from_blocks(blocks, block_starts, like.shape[2])
 
 
 def _chunks(
-    shape: torch.Size, dtype: torch.dtype, offsets: Tensor, indices: Tensor, block_starts: Tensor
+    shape: torch.Size,
+    dtype: torch.dtype,
+    offsets: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows that read something, those with lists of about one length together, as many as CHUNK scores allow.
+    """Query blocks that read something, sorted by the length of their lists, in chunks of about CHUNK scores.
 
-    Yields numbers of blocks in `_flat_blocks`: the rows [C], their key blocks [C, L], and what to add to scores:
-    [C, 1, L·P²], 0 for a key token and -inf where there is none.
+    Yields, as numbers of blocks in `_flat_blocks`, C query blocks [C] and the L key blocks that each reads [C, L], and
+    what to add to the scores: [C, 1, L·M], 0 for a key token and -inf where there is none.
     """
     blocks = block_starts.shape[0] - 1
     check_lists(offsets, indices, blocks)
     empty_slot = shape[0] * shape[1] * blocks
-    _, there = block_tokens(block_starts)
-    hidden = torch.zeros(there.shape, dtype=dtype, device=there.device).masked_fill_(~there, -torch.inf)
+    _, exists = block_tokens(block_starts, max_block_tokens)
+    hidden = torch.zeros(exists.shape, dtype=dtype, device=exists.device).masked_fill_(~exists, -torch.inf)
     offsets = offsets.expand(shape[0], shape[1], -1)
     starts, counts = offsets[..., :-1].flatten(), offsets.diff(dim=-1).flatten()
     descending, order = counts.sort(descending=True, stable=True)
@@ -151,7 +183,7 @@ def _chunks(
     first = 0
     while first < len(lengths):
         longest = lengths[first]
-        last = min(len(lengths), first + max(1, CHUNK // (longest * there.shape[1] ** 2)))
+        last = min(len(lengths), first + max(1, CHUNK // (longest * max_block_tokens**2)))
         rows = order[first:last]
         slots = torch.arange(longest, device=rows.device)
         used = slots < counts[rows, None]
@@ -162,22 +194,29 @@ def _chunks(
 
 
 def _read(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """The tokens of the blocks numbered [C, L], one block after another: [C, L·P², D]."""
+    """The tokens of the blocks with these numbers [C, L], block after block: [C, L·M, D]."""
     return blocks.index_select(0, numbers.flatten()).view(numbers.shape[0], -1, blocks.shape[-1])
 
 
 def _scores(queries: Tensor, keys: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """scale · q·k, -inf where there is no key: [C, P², L·P²]."""
+    """scale · q·k, -inf where there is no key: [C, M, L·M]."""
     return torch.baddbmm(hidden, queries, keys.mT, alpha=scale)
 
 
 def _add_to_blocks(blocks: Tensor, numbers: Tensor, values: Tensor) -> None:
-    """blocks[numbers[c, l]] += values[c, l]; values: [C, L·P², D]."""
+    """blocks[numbers[c, l]] += values[c, l]; values: [C, L·M, D]."""
     blocks.flatten(1).index_add_(0, numbers.flatten(), values.reshape(numbers.numel(), -1))
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, indices: Tensor, block_starts: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
@@ -194,23 +233,25 @@ def _backward_fake(
     offsets: Tensor,
     indices: Tensor,
     block_starts: Tensor,
+    max_block_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.max_block_tokens, ctx.scale = inputs
     q, k, v, offsets, indices, block_starts = tensors
     ctx.save_for_backward(q, k, v, *output, offsets, indices, block_starts)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_out: Tensor | None, grad_lse: Tensor | None):
-    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor one time only
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives each saved tensor only once
     grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
-    grads = torch.ops.k5.block_sparse_attention_backward(grad_out, grad_lse, *saved, ctx.scale)
-    return *grads, None, None, None, None
+    sizes = (ctx.max_block_tokens, ctx.scale)
+    grads = torch.ops.k5.block_sparse_attention_backward(grad_out, grad_lse, *saved, *sizes)
+    return *grads, None, None, None, None, None
 
 
 register(

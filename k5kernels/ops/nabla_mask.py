@@ -1,9 +1,10 @@
 """NABLA: which key blocks a query block reads, from the attention of pooled blocks (§5.4).
 
     probabilities = softmax(mean(q) mean(k)^T / sqrt(D))        means over the tokens of a block, keys of one clip
-    kept: where the cumulative sum of the probabilities sorted upwards is at least 1 - thr
+    kept: where the cumulative sum of the probabilities in ascending order is at least 1 - thr, and the largest
 
-united with a Sliding-Tile Attention mask where a window is given. Softmax and sums are float32 whatever the dtype.
+together with the blocks of a Sliding-Tile Attention mask where a window is given. The softmax and the sums are in
+float32 whatever the dtype of q and k.
 """
 
 import math
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from k5kernels.block_mask import BlockMask, lists_to_dense, row_offsets
 from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
-from k5kernels.ops.sta_mask import sta_mask
+from k5kernels.ops.sta_mask import check_window, sta_mask
 from k5kernels.token_layout import TokenLayout, to_blocks
 
-# Cells of the probability map in work at a time: bounds the memory beyond the result.
+# Probabilities that the reference computes at a time: this bounds its memory beyond the result.
 CHUNK = 1 << 24
 
 
@@ -27,11 +28,12 @@ def nabla_mask(
     """The mask of every batch and head (B_m = B, H_m = h); no gradient flows through it.
 
     q, k: [B, h, S, D] in fractal order, one floating dtype. thr: the probability mass kept, 0 to 1: 1 keeps every
-    block of the clip; at 0 a row keeps what rounding lets reach 1, its largest block or nothing.
-    sta: a window (w_T, w_H, w_W) in blocks.
+    block of the clip, 0 one block. sta: a window (w_T, w_H, w_W) in blocks.
 
-    A row whose probabilities are NaN (NaN or infinite input) keeps every block of its clip, so that the NaN reaches
-    the output as in dense attention.
+    Every query block keeps at least its most probable key block, whatever thr is and however the sum rounds. Of
+    equally probable blocks as many are kept as the mass needs, those with the highest numbers first. Where the
+    probabilities are NaN (NaN or infinite input), every block of the clip is kept, so that the NaN reaches the output
+    as in dense attention.
 
     Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible.
     """
@@ -40,12 +42,17 @@ def nabla_mask(
         raise ValueError(f"k: expected {q.dtype} {list(q.shape)} like q, got {k.dtype} {list(k.shape)}")
     if not 0 <= thr <= 1:
         raise ValueError(f"thr: expected the probability mass to keep, 0 to 1, got {thr}")
-    near = None if sta is None else sta_mask(layout, sta, q.device)
+    near = None
+    if sta is not None:
+        check_window("sta", sta)
+        near = sta_mask(layout, sta, q.device)
     offsets, indices = torch.ops.k5.nabla_mask(
         q.detach(),
         k.detach(),
         layout.block_starts(q.device),
         layout.clip_block_starts(q.device),
+        layout.max_block_tokens,
+        layout.max_clip_blocks,
         thr,
         None if near is None else near.offsets,
         None if near is None else near.indices,
@@ -66,11 +73,17 @@ def nabla_mask_reference(
     k: Tensor,
     block_starts: Tensor,
     clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
     thr: float,
     sta_offsets: Tensor | None,
     sta_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in plain PyTorch: (offsets, indices) of `BlockMask`."""
+    """The definition, in plain PyTorch: (offsets, indices) of `BlockMask`.
+
+    block_starts, clip_block_starts, max_block_tokens, max_clip_blocks: of the layout. sta_offsets, sta_indices: lists
+    of a Sliding-Tile Attention mask to keep as well, or None.
+    """
     B, h = q.shape[:2]
     blocks = block_starts.shape[0] - 1
     clip_starts = clip_block_starts.tolist()
@@ -80,7 +93,7 @@ def nabla_mask_reference(
     parts = ((sample, head) for sample in range(B) for head in range(0, h, heads))
     with torch.autocast(q.device.type, enabled=False):
         for sample, head in parts:
-            q_pooled, k_pooled = (_pool(x[sample, head : head + heads], block_starts) for x in (q, k))
+            q_pooled, k_pooled = (_pool(x[sample, head : head + heads], block_starts, max_block_tokens) for x in (q, k))
             kept = near.repeat(q_pooled.shape[0], 1, 1)
             for first, last in pairwise(clip_starts):
                 kept[:, first:last, first:last] |= _select(q_pooled[:, first:last], k_pooled[:, first:last], thr)
@@ -90,17 +103,17 @@ def nabla_mask_reference(
 
 
 def _near(offsets: Tensor | None, indices: Tensor | None, block_starts: Tensor) -> Tensor:
-    """The Sliding-Tile Attention mask as bool [1, N_b, N_b], nothing kept where there is none."""
+    """The Sliding-Tile Attention mask as bool [1, N_b, N_b]; all False where there is none."""
     if offsets is None or indices is None:
         blocks = block_starts.shape[0] - 1
         return block_starts.new_zeros(1, blocks, blocks, dtype=torch.bool)
     return lists_to_dense(offsets, indices)[0]
 
 
-def _pool(x: Tensor, block_starts: Tensor) -> Tensor:
+def _pool(x: Tensor, block_starts: Tensor, max_block_tokens: int) -> Tensor:
     """Means over the tokens of each block: [heads, S, D] to float32 [heads, N_b, D]."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (to_blocks(wide, block_starts).sum(-2) / block_starts.diff()[:, None]).float()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (to_blocks(x, block_starts, max_block_tokens).sum(-2) / block_starts.diff()[:, None]).float()
 
 
 def _select(q: Tensor, k: Tensor, thr: float) -> Tensor:
@@ -112,7 +125,8 @@ def _select(q: Tensor, k: Tensor, thr: float) -> Tensor:
 def _select_rows(q: Tensor, k: Tensor, thr: float) -> Tensor:
     probabilities = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]), dim=-1)
     ascending, order = probabilities.sort(dim=-1)
-    dropped = ascending.cumsum(-1) < 1 - thr  # false for NaN, which is kept
+    dropped = ascending.cumsum(-1) < 1 - thr  # False for NaN
+    dropped[..., -1] = False
     return torch.empty_like(dropped).scatter_(-1, order, ~dropped)
 
 
@@ -121,6 +135,8 @@ def _fake(
     k: Tensor,
     block_starts: Tensor,
     clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
     thr: float,
     sta_offsets: Tensor | None,
     sta_indices: Tensor | None,

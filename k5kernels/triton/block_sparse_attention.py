@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from k5kernels.triton.attention_backward import backward_keys_kernel, backward_queries_kernel, row_shift_kernel
@@ -38,12 +37,16 @@ DESCRIPTOR_GENERATIONS = {
     ("backward_keys", 128): (9, 10, 12),
 }
 
-# How long the longest block of a layout is, by its block_starts: asked once, for the answer waits for the GPU.
-_longest_blocks = WeakIdKeyDictionary()
-
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, indices: Tensor, block_starts: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
     B, h, S = q.shape[:3]
@@ -52,7 +55,7 @@ def block_sparse_attention(
     if q.numel() == 0:
         return out, lse
     q, k, v = (addressable(x) for x in (q, k, v))
-    launch = Launch(q, block_starts)
+    launch = Launch(q, blocks, max_block_tokens)
     offsets = offsets.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (h, S, blocks, *mask_strides(offsets), scale * LOG2_E)
@@ -82,6 +85,7 @@ def block_sparse_attention_backward(
     offsets: Tensor,
     indices: Tensor,
     block_starts: Tensor,
+    max_block_tokens: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
@@ -91,7 +95,7 @@ def block_sparse_attention_backward(
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
     grad_out, q, k, v, out = (addressable(x) for x in (grad_out, q, k, v, out))
-    launch = Launch(q, block_starts)
+    launch = Launch(q, blocks, max_block_tokens)
     shift = row_shift(grad_out, out, grad_lse, launch.width)
     readers = transposed_lists(offsets, indices)
     offsets, lse = offsets.contiguous(), lse.contiguous()
@@ -118,16 +122,13 @@ class Launch:
     tile, the head dimension or the next power of two; paired: whether neighbouring blocks may share a tile.
     """
 
-    def __init__(self, q: Tensor, block_starts: Tensor) -> None:
-        longest = _longest_blocks.get(block_starts)
-        if longest is None:
-            longest = _longest_blocks[block_starts] = int(block_starts.diff().max())
+    def __init__(self, q: Tensor, blocks: int, max_block_tokens: int) -> None:
         self.generation = generation_of(q.device)
         self.element_size, self.head_dim = q.element_size(), q.shape[3]
         self.width = max(16, triton.next_power_of_2(self.head_dim))
-        self.rows = min(largest_tile(self.element_size, self.width), max(16, triton.next_power_of_2(longest)))
-        self.per_block = triton.cdiv(longest, self.rows)
-        self.full = q.shape[2] == (block_starts.shape[0] - 1) * self.rows * self.per_block
+        self.rows = min(largest_tile(self.element_size, self.width), max(16, triton.next_power_of_2(max_block_tokens)))
+        self.per_block = triton.cdiv(max_block_tokens, self.rows)
+        self.full = q.shape[2] == blocks * self.rows * self.per_block
         whole = self.rows == LARGEST_TILE and self.per_block == 1
         self.paired = whole and takes_pairs(self.element_size, self.width, self.generation)
 

@@ -12,15 +12,15 @@ WARPS = 8
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fractal_flatten(x: Tensor, patch: int) -> Tensor:
+def fractal_flatten(x: Tensor, block_side: int) -> Tensor:
     """[B, T, H, W, ...] to [B, T·H·W, ...], as in `k5kernels.ops.fractal`."""
     T, H, W = x.shape[1:4]
-    return _gather(x.flatten(1, 3), TokenLayout(((T, H, W),), patch).permutation(x.device))
+    return _gather(x.flatten(1, 3), TokenLayout(((T, H, W),), block_side).permutation(x.device))
 
 
-def fractal_unflatten(x: Tensor, frames: int, height: int, width: int, patch: int) -> Tensor:
+def fractal_unflatten(x: Tensor, frames: int, height: int, width: int, block_side: int) -> Tensor:
     """The inverse."""
-    order = TokenLayout(((frames, height, width),), patch).inverse_permutation(x.device)
+    order = TokenLayout(((frames, height, width),), block_side).inverse_permutation(x.device)
     return _gather(x, order).unflatten(1, (frames, height, width))
 
 

@@ -27,7 +27,6 @@ POOLED_TOKENS = 16
 SELECTED_CELLS = 4096
 FIXED_POINT_BITS = 62
 
-BITS_OF_ONE = tl.constexpr(0x3F800000)
 FIXED_POINT_ONE = tl.constexpr(float(1 << FIXED_POINT_BITS))
 
 
@@ -36,6 +35,8 @@ def nabla_mask(
     k: Tensor,
     block_starts: Tensor,
     clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
     thr: float,
     sta_offsets: Tensor | None,
     sta_indices: Tensor | None,
@@ -44,19 +45,20 @@ def nabla_mask(
     B, h = q.shape[:2]
     blocks = block_starts.shape[0] - 1
     lengths = clip_block_starts.diff()
-    longest = int(lengths.max())
     key_starts = clip_block_starts[:-1].repeat_interleave(lengths, output_size=blocks)
     key_counts = lengths.repeat_interleave(lengths, output_size=blocks)
-    words = triton.cdiv(longest, 32)
+    words = triton.cdiv(max_clip_blocks, 32)
     near = None
     if sta_offsets is not None and sta_indices is not None:
         near = lists_to_bits(sta_offsets, sta_indices, words, key_starts)
     kept = q.new_empty(B * h * blocks, words, dtype=torch.int32)
     counts = q.new_empty(B, h, blocks, dtype=torch.int64)
-    _select(_pool(q, block_starts), _pool(k, block_starts), key_starts, key_counts, longest, thr, near, kept, counts)
+    _select(
+        _pool(q, block_starts), _pool(k, block_starts), key_starts, key_counts, max_clip_blocks, thr, near, kept, counts
+    )
     offsets = row_offsets(counts)
     indices = q.new_empty(int(counts.sum()), dtype=torch.int32)
-    columns, rows, warps = whole_row_tile(longest)
+    columns, rows, warps = whole_row_tile(max_clip_blocks)
     write_lists_kernel[(triton.cdiv(kept.shape[0], rows),)](
         kept, key_starts, key_counts, offsets, indices,
         kept.shape[0], blocks, words, ROWS=rows, COLUMNS=columns, num_warps=warps,
@@ -189,7 +191,10 @@ def select_kernel(
     logits, key_counts, near, kept, counts, first_item, tiles, blocks, step, words, dropped: tl.int64,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of whole rows and the bits of what they keep: all but the smallest whose sum stays below `dropped`."""
+    """Softmax of whole rows and the bits of what they keep: all but the smallest whose sum stays below `dropped`.
+
+    The largest is kept even where the sum of all rounds below `dropped`.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item = first_item + row // TILE
     block = item % tiles * TILE + row % TILE
@@ -205,7 +210,7 @@ def select_kernel(
     mass = (probabilities * FIXED_POINT_ONE).to(tl.int64)
     # The least bits with which the sum of what does not exceed them reaches the dropped mass.
     low = tl.zeros([ROWS], tl.int32)
-    high = low + (BITS_OF_ONE + 1)
+    high = tl.max(order, axis=1)
     for _ in range(31):
         middle = (low + high) // 2
         reached = tl.sum(tl.where(order <= middle[:, None], mass, 0), axis=1) >= dropped
@@ -215,6 +220,7 @@ def select_kernel(
     below = tl.sum(tl.where(order < low[:, None], mass, 0), axis=1)
     share = tl.max(tl.where(tied, mass, 0), axis=1)
     dropped_ties = tl.where(share > 0, (dropped - below - 1) // tl.maximum(share, 1), 0)
+    dropped_ties = tl.minimum(dropped_ties, tl.sum(tied.to(tl.int64), axis=1) - 1)
     place = tl.cumsum(tied.to(tl.int32), axis=1)
     keep = (order > low[:, None]) | (tied & (place > dropped_ties[:, None])) | (total != total)[:, None]
     if near is not None:

@@ -10,7 +10,7 @@ from k5kernels.block_mask import row_offsets
 COMPARED_BLOCKS = 1024
 
 
-def sta_mask(coordinates: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
+def sta_mask(coordinates: Tensor, window: list[int], kept: int) -> tuple[Tensor, Tensor]:
     """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.sta_mask`. Bit-reproducible."""
     blocks = coordinates.shape[0]
     coordinates = coordinates.contiguous()
@@ -18,7 +18,7 @@ def sta_mask(coordinates: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
     counts = coordinates.new_empty(1, 1, blocks)
     count_near_kernel[(blocks,)](coordinates, counts, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
     offsets = row_offsets(counts)
-    indices = coordinates.new_empty(int(counts.sum()), dtype=torch.int32)
+    indices = coordinates.new_empty(kept, dtype=torch.int32)
     write_near_kernel[(blocks,)](coordinates, offsets, indices, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
     return offsets, indices
 

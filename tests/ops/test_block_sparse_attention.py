@@ -19,13 +19,13 @@ from k5kernels.ops import library
 
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20)])
 FULL = TokenLayout((2, 8, 16))
-SMALL = TokenLayout([(2, 3, 5), (1, 2, 4)], patch=2)
+SMALL = TokenLayout([(2, 3, 5), (1, 2, 4)], block_side=2)
 GRIDS = st.tuples(st.integers(1, 2), st.integers(1, 6), st.integers(1, 6))
 
 
 def operator(q, k, v, mask, layout, scale):
-    starts = layout.block_starts(q.device)
-    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, starts, scale)
+    blocks = (layout.block_starts(q.device), layout.max_block_tokens)
+    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -51,8 +51,8 @@ def test_output_and_gradients_err_as_little_as_dense_attention(layout, dim, dtyp
     st.integers(0, 99),
 )
 @example([(1, 1, 1)], 1, (1, 1, 1), (False, False), 1.0, 0)
-def test_any_layout_and_mask_give_dense_attention(grids, patch, sizes, broadcast, density, seed):
-    layout = TokenLayout(grids, patch)
+def test_any_layout_and_mask_give_dense_attention(grids, block_side, sizes, broadcast, density, seed):
+    layout = TokenLayout(grids, block_side)
     batch, heads, dim = sizes
     dense = torch.rand(
         1 if broadcast[0] else batch,
@@ -234,7 +234,7 @@ def test_the_operators_pass_pytorchs_checks(dtype, device):
     mask = random_mask(SMALL, 2, 2, device=device)
     tokens = random_tokens(SMALL, 2, 2, 8, dtype=dtype, device=device)
     tokens = [x.requires_grad_() for x in tokens]
-    rest = (mask.offsets, mask.indices, SMALL.block_starts(device), 0.4)
+    rest = (mask.offsets, mask.indices, SMALL.block_starts(device), SMALL.max_block_tokens, 0.4)
     torch.library.opcheck(torch.ops.k5.block_sparse_attention, (*tokens, *rest))
     tokens = [x.detach() for x in tokens]
     out, lse = torch.ops.k5.block_sparse_attention(*tokens, *rest)
@@ -278,7 +278,7 @@ def bad_lists(offsets, indices):
 def test_a_mask_that_lists_what_is_not_there_is_refused(dtype):
     mask = random_mask(SMALL, 1, 2)
     tokens = random_tokens(SMALL, 1, 2, 8, dtype=dtype)
-    good = (mask.offsets, mask.indices, SMALL.block_starts(), 0.4)
+    good = (mask.offsets, mask.indices, SMALL.block_starts(), SMALL.max_block_tokens, 0.4)
     saved = torch.ops.k5.block_sparse_attention(*tokens, *good)
     for wrong, offsets, indices in bad_lists(mask.offsets, mask.indices):
         with pytest.raises(RuntimeError, match=f"mask: expected {wrong}"):
@@ -299,5 +299,7 @@ def test_what_does_not_fit_is_refused():
         attend(q, q, q[..., 1:], mask)
     with pytest.raises(ValueError, match="2 or 1 batches and 2 or 1 heads"):
         attend(q[:, :2], q[:, :2], q[:, :2], mask)
-    with pytest.raises(ValueError, match="mask: expected one for"):
+    with pytest.raises(ValueError, match="layout: expected that of the mask"):
         attend(q, q, q, random_mask(FULL, 2, 3))
+    with pytest.raises(ValueError, match=rf"q: expected a floating \[B, h, {FULL.tokens}, D\]"):
+        block_sparse_attention(q, q, q, random_mask(FULL, 2, 3))

@@ -1,4 +1,4 @@
-"""Fractal order: patches stand together, and nothing else changes."""
+"""Fractal order: the tokens of a block become contiguous, and nothing else changes."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def numbered(batch: int, grid: tuple[int, ...], *rest: int) -> torch.Tensor:
 
 
 @given(GRIDS, st.integers(1, 9), st.sampled_from([(), (3,), (2, 3)]))
-def test_unflatten_undoes_flatten(grid, patch, rest):
-    layout = TokenLayout(grid, patch)
+def test_unflatten_undoes_flatten(grid, block_side, rest):
+    layout = TokenLayout(grid, block_side)
     x = numbered(2, grid, *rest)
     flat = fractal_flatten(x, layout)
     assert flat.shape == (2, layout.tokens, *rest)
@@ -40,7 +40,7 @@ def test_several_clips_stand_one_after_another_each_in_its_own_order(grids):
 
 
 @pytest.mark.parametrize("grid", [(1, 8, 8), (3, 16, 24), (2, 24, 8)])
-def test_the_order_is_that_of_diffusers_where_the_patches_divide_the_frame(grid):
+def test_the_order_is_that_of_diffusers_where_blocks_divide_the_frame(grid):
     x = numbered(2, grid, 5)
     theirs, _ = transformer_kandinsky.fractal_flatten(x, x, x.shape[:-1], block_mask=True)
     layout = TokenLayout(grid)
@@ -52,7 +52,7 @@ def test_the_order_is_that_of_diffusers_where_the_patches_divide_the_frame(grid)
 
 
 def test_gradients_go_back_to_the_tokens_they_came_from():
-    layout = TokenLayout((2, 5, 7), patch=3)
+    layout = TokenLayout((2, 5, 7), block_side=3)
     x = torch.randn(2, 2, 5, 7, 3, dtype=torch.float64, requires_grad=True)
     flat = torch.randn(2, layout.tokens, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: fractal_flatten(x, layout), (x,))
@@ -61,7 +61,7 @@ def test_gradients_go_back_to_the_tokens_they_came_from():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.bool])
 def test_any_dtype_and_any_strides_pass_unchanged(dtype, device):
-    layout = TokenLayout((2, 5, 9), patch=4)
+    layout = TokenLayout((2, 5, 9), block_side=4)
     x = torch.randn(3, 9, 5, 2, 2, device=device).to(dtype).transpose(1, 3)
     flat = fractal_flatten(x, layout)
     assert flat.dtype == dtype
@@ -69,13 +69,13 @@ def test_any_dtype_and_any_strides_pass_unchanged(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [*COPIED_DTYPES, torch.complex64])
-@pytest.mark.parametrize(("grid", "patch"), [((2, 5, 9), 4), ((3, 16, 24), 8), ((1, 1, 1), 8), ((2, 45, 80), 8)])
-def test_the_kernels_move_tokens_as_the_definition_does(grid, patch, dtype, isa):
+@pytest.mark.parametrize(("grid", "block_side"), [((2, 5, 9), 4), ((3, 16, 24), 8), ((1, 1, 1), 8), ((2, 45, 80), 8)])
+def test_the_kernels_move_tokens_as_the_definition_does(grid, block_side, dtype, isa):
     x = numbered(2, grid, 3).to(dtype)
-    flat = fractal_flatten_reference(x, patch)
-    assert torch.equal(torch.ops.k5.fractal_flatten(x, patch), flat)
-    assert torch.equal(torch.ops.k5.fractal_unflatten(flat, *grid, patch), x)
-    assert torch.ops.k5.fractal_flatten(x[:0], patch).shape == flat[:0].shape
+    flat = fractal_flatten_reference(x, block_side)
+    assert torch.equal(torch.ops.k5.fractal_flatten(x, block_side), flat)
+    assert torch.equal(torch.ops.k5.fractal_unflatten(flat, *grid, block_side), x)
+    assert torch.ops.k5.fractal_flatten(x[:0], block_side).shape == flat[:0].shape
 
 
 def test_a_clip_cut_from_a_sequence_is_read_where_it_stands():

@@ -106,9 +106,9 @@ def test_on_cuda_the_launcher_serves_its_dtypes_and_the_reference_the_others(mon
 
     launched = []
 
-    def launcher(x, patch):
+    def launcher(x, block_side):
         launched.append(x.dtype)
-        return fractal_flatten_reference(x, patch)
+        return fractal_flatten_reference(x, block_side)
 
     monkeypatch.setattr(fractal, "fractal_flatten", launcher)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)  # there is none to make current

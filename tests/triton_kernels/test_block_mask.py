@@ -8,7 +8,7 @@ from k5kernels import BlockMask, TokenLayout
 from k5kernels.triton import block_mask as kernels
 
 SEVERAL = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
-ROWS_OF_SEVERAL_WORDS = TokenLayout((150, 1, 1), patch=1)
+ROWS_OF_SEVERAL_WORDS = TokenLayout((150, 1, 1), block_side=1)
 
 
 @pytest.mark.parametrize("layout", [SEVERAL, ROWS_OF_SEVERAL_WORDS], ids=["several clips", "150 blocks"])
@@ -29,7 +29,7 @@ def merged_by_python(mask, batch, head, pair):
 
 @pytest.mark.parametrize("density", [0.2, 0.9])
 def test_merged_lists_say_who_reads_each_block(density):
-    layout = TokenLayout((41, 1, 1), patch=1)
+    layout = TokenLayout((41, 1, 1), block_side=1)
     mask = random_mask(layout, 2, 2, density)
     entries, counts = kernels.paired_lists(mask.offsets, mask.indices)
     assert counts.shape == (2, 2, 20)
@@ -54,7 +54,7 @@ def test_equal_lists_are_always_merged_and_disjoint_ones_never():
     dense = torch.zeros(4, 4, dtype=torch.bool)
     dense[:2, 1:] = True
     dense[2, :2] = dense[3, 2:] = True
-    mask = BlockMask.from_dense(dense, TokenLayout((4, 1, 1), patch=1))
+    mask = BlockMask.from_dense(dense, TokenLayout((4, 1, 1), block_side=1))
     entries, counts = kernels.paired_lists(mask.offsets, mask.indices)
     assert counts.tolist() == [[[3, 0]]]
     both = kernels.FIRST_READS.value | kernels.SECOND_READS.value

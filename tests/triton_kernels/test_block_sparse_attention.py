@@ -66,7 +66,7 @@ def overlapping_mask(layout, batch, heads, seed=0):
 
 
 def forward(function, q, k, v, mask, layout, scale=SCALE):
-    return function(q, k, v, mask.offsets, mask.indices, layout.block_starts(), scale)
+    return function(q, k, v, mask.offsets, mask.indices, layout.block_starts(), layout.max_block_tokens, scale)
 
 
 def assert_forward(layout, mask, tokens):
@@ -102,16 +102,17 @@ def test_other_head_dims(dim):
     assert_forward(RAGGED, random_mask(RAGGED, 1, 1), random_tokens(RAGGED, 1, 1, dim))
 
 
-@pytest.mark.parametrize("patch", [1, 3, 9])
-def test_other_patches(patch):
-    layout = TokenLayout([(1, 2 * patch, patch), (1, patch + 2, 3 * patch)], patch=patch)
+@pytest.mark.parametrize("block_side", [1, 3, 9])
+def test_other_block_sides(block_side):
+    P = block_side
+    layout = TokenLayout([(1, 2 * P, P), (1, P + 2, 3 * P)], P)
     assert_forward(layout, random_mask(layout, 1, 2), random_tokens(layout, 1, 2, 16))
 
 
 def gradients(function, tokens, mask, layout, grad_out, grad_lse, forward_function):
     q, k, v = tokens
     out, lse = forward(forward_function, q, k, v, mask, layout)
-    lists = (mask.offsets, mask.indices, layout.block_starts())
+    lists = (mask.offsets, mask.indices, layout.block_starts(), layout.max_block_tokens)
     return function(grad_out, grad_lse, q, k, v, out, lse, *lists, SCALE)
 
 
@@ -136,9 +137,10 @@ def test_gradients_are_as_near_to_float64_as_those_of_eager_attention(layout, di
         assert_error_bounded(mine, eager, truth)
 
 
-@pytest.mark.parametrize("patch", [1, 3, 9])
-def test_gradients_of_other_patches_and_of_the_log_sum(patch):
-    layout = TokenLayout([(1, 2 * patch, patch), (1, patch + 2, patch)], patch=patch)
+@pytest.mark.parametrize("block_side", [1, 3, 9])
+def test_gradients_of_other_block_sides_and_of_the_log_sum(block_side):
+    P = block_side
+    layout = TokenLayout([(1, 2 * P, P), (1, P + 2, P)], P)
     tokens, mask = random_tokens(layout, 1, 2, 20), random_mask(layout, 1, 2)
     grad_out = random_tokens(layout, 1, 2, 20, seed=1)[0]
     grad_lse = torch.randn(1, 2, layout.tokens, generator=torch.Generator().manual_seed(2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from k5kernels import TokenLayout
-from k5kernels.ops.sta_mask import sta_mask_reference
+from k5kernels.ops.sta_mask import kept_blocks, sta_mask_reference
 from k5kernels.triton import sta_mask as kernels
 
 GRIDS = [(1, 1, 1), (1, 8, 8), (3, 20, 36), [(2, 9, 17), (1, 8, 20), (13, 5, 7)]]
@@ -15,8 +15,9 @@ GRIDS = [(1, 1, 1), (1, 8, 8), (3, 20, 36), [(2, 9, 17), (1, 8, 20), (13, 5, 7)]
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_the_lists_are_those_of_the_definition(grid, columns, window, monkeypatch):
     monkeypatch.setattr(kernels, "COMPARED_BLOCKS", columns)
-    coordinates = TokenLayout(grid).block_coordinates()
-    ours, theirs = (function(coordinates, list(window)) for function in (kernels.sta_mask, sta_mask_reference))
+    layout = TokenLayout(grid)
+    arguments = (layout.block_coordinates(), list(window), kept_blocks(layout, list(window)))
+    ours, theirs = (function(*arguments) for function in (kernels.sta_mask, sta_mask_reference))
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
