@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from k5kernels.vae.config import VAEConfig
 from k5kernels.vae.layers import EPS, CausalConv3d, MidBlock, NormSiLU, UpBlock
 
+# What each block multiplies time, height and width by; the first frame is never copied in time.
 FACTORS = ((1, 2, 2), (2, 2, 2), (2, 2, 2), None)
 
 
