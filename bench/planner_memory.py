@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from k5kernels.attention import AttentionConfig
+from k5kernels.attention import ENGINES, AttentionConfig, Call
+from k5kernels.attention.nabla import Nabla
 from k5kernels.block_mask import BlockMask
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.planner import MODELS, Memory, memory_terms
-from k5kernels.token_layout import TokenLayout
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
@@ -65,9 +65,10 @@ def track(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | 
         fully_shard(model, mesh=mesh, mp_policy=PRECISION)
         optimizer = torch.optim.AdamW(model.parameters())
         inputs = _inputs(model, grid)
+        attention = AttentionConfig(KnownDensity.name)
 
         def backward() -> None:
-            model(*inputs, attention=AttentionConfig("nabla", 0.9, None)).float().square().mean().backward()
+            model(*inputs, attention=attention).float().square().mean().backward()
 
         # The first step sets up the optimizer's moments and FSDP's buffers: not tracked.
         backward()
@@ -118,12 +119,19 @@ def _inputs(model: CrossDiT, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor
     return latent, torch.empty(1), TextCondition(tokens, None, pooled)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, thr: float, sta: None) -> Tensor:
+class KnownDensity(Nabla):
     """NABLA with a mask of known density: fake scores keep nothing. The temporaries of its choice do not count."""
-    B, h = q.shape[:2]
-    offsets = q.new_empty(B, h, layout.blocks + 1, dtype=torch.int64)
-    indices = q.new_empty(int(DENSITY * B * h * layout.blocks**2), dtype=torch.int32)
-    return block_sparse_attention(q, k, v, BlockMask(offsets, indices, layout), layout)
+
+    name = "known_density"
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention over a share of the blocks."""
+        layout = call.layout
+        assert layout is not None  # by why_not
+        B, h = q.shape[:2]
+        offsets = q.new_empty(B, h, layout.blocks + 1, dtype=torch.int64)
+        indices = q.new_empty(int(DENSITY * B * h * layout.blocks**2), dtype=torch.int32)
+        return block_sparse_attention(q, k, v, BlockMask(offsets, indices, layout), layout)
 
 
 @contextmanager
@@ -135,7 +143,7 @@ def _patches(offload: bool) -> Iterator[None]:
     """
     activations = "k5kernels.offload.activations"
     with ExitStack() as stack:
-        stack.enter_context(patch("model.crossdit.nabla_attention", _attention))
+        stack.enter_context(patch.dict(ENGINES, {KnownDensity.name: KnownDensity()}))
         stack.enter_context(
             patch("torch.distributed._tools.mod_tracker.register_multi_grad_hook", lambda *args, **options: None)
         )

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from k5kernels import TokenLayout, __version__
-from k5kernels.attention import ENGINES, EngineUnavailableError, attention
+from k5kernels.attention import ENGINES, Call, Engine
 from k5kernels.device import choose_device
 from k5kernels.ops import library
 
@@ -66,7 +66,7 @@ def machine() -> Machine:
         cpu=CPU(torch.get_num_threads(), _instruction_set(), torch.backends.cpu.get_cpu_capability()),
         gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         operators=[_operator(name, device) for name in sorted(library.OPERATORS) for device in DEVICES],
-        engines=[_engine(name, device) for name in ENGINES if name != "auto"],
+        engines=[_engine(engine, device) for engine in ENGINES.values()],
     )
 
 
@@ -104,11 +104,14 @@ def _instruction_set_of(name: str) -> str | None:
     return instructions if file in torch.ops.k5_cpu.avx512_files().split(",") else "avx2"
 
 
-def _engine(name: str, device: str) -> AttentionEngine:
-    """Try it on one block: an installed package may still be broken, or built for another GPU."""
+def _engine(engine: Engine, device: str) -> AttentionEngine:
+    """Ask it about one block, and run that: an installed package may still be broken, or built for another GPU."""
     q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    try:
-        attention(q, q, q, engine=name, layout=TokenLayout(((1, 8, 8),)))
-    except (EngineUnavailableError, ImportError, RuntimeError) as error:
-        return AttentionEngine(name, device, False, " ".join(str(error).split()))
-    return AttentionEngine(name, device, True, f"runs on {device}")
+    call = Call.of(q, q, q, TokenLayout(((1, 8, 8),)))
+    reason = engine.why_not(call)
+    if reason is None:
+        try:
+            engine.run(q, q, q, call)
+        except Exception as error:  # whatever a foreign package raises is the reason that is shown
+            reason = f"it fails: {' '.join(str(error).split()) or type(error).__name__}"
+    return AttentionEngine(engine.name, device, reason is None, reason or f"runs on {device}")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
-from k5kernels.attention import DENSE, AttentionConfig, nabla_attention
-from k5kernels.attention import attention as dense_attention
+from k5kernels.attention import DENSE, AttentionConfig
+from k5kernels.attention import attention as run_attention
 from k5kernels.offload import offload_saved_tensors
 from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.gated_residual import gated_residual
@@ -85,7 +85,7 @@ class CrossDiT(nn.Module):
         patches = patchify(x, self.config.patch_size)
         grid = (patches.shape[1], patches.shape[2], patches.shape[3])
         # For NABLA the tokens go into fractal order once, before the blocks, and their positions with them.
-        layout = TokenLayout((grid,)) if attention.kind == "nabla" else None
+        layout = TokenLayout((grid,)) if attention.sparse else None
         rope = visual_rope(grid, self.config.axes_dims, rope_scale, x.device)
         if layout is not None:
             order = layout.permutation(x.device)
@@ -165,10 +165,7 @@ class CrossDiT(nn.Module):
 
 
 def _self_attention(attention: AttentionConfig, layout: TokenLayout | None) -> SelfAttend:
-    """Attention of the visual tokens: NABLA for tokens in the fractal order of a layout, dense without one."""
-    if layout is None:
-        return lambda q, k, v: dense_attention(q, k, v, engine="sdpa")
-    return lambda q, k, v: nabla_attention(q, k, v, layout, attention.thr, attention.sta)
+    return lambda q, k, v: run_attention(q, k, v, attention.engine, layout, attention.thr, attention.sta)
 
 
 class TextBlock(nn.Module):
@@ -182,7 +179,7 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return dense_attention(q, k, v, engine="sdpa", mask=mask)
+            return run_attention(q, k, v, mask=mask)
 
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.text_modulation(modulation)
         out = self.self_attention(layernorm_modulate(x, shift, scale, LAYERNORM_EPS), rope, attend)
@@ -245,7 +242,7 @@ class Attention(nn.Module):
         q = _rms_norm(self._heads(self.to_query(x)), self.query_norm.weight)
         k = _rms_norm(self._heads(self.to_key(text)), self.key_norm.weight)
         v = self._heads(self.to_value(text))
-        out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), engine="sdpa", mask=mask)
+        out = run_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask)
         return self._merge(out)
 
     def _heads(self, x: Tensor) -> Tensor:

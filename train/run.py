@@ -19,7 +19,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from k5kernels.attention import DENSE, AttentionConfig
+from k5kernels.attention import DENSE, RELEASED_WINDOW, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.device import choose_device
 from k5kernels.planner import H100, HardwareProfile, load_profile
@@ -42,7 +42,6 @@ from train.schedule import Schedule
 PROGRAM = "train.run"
 WEIGHTS = "crossdit.safetensors"
 TEXT_WIDTH = 384  # of MiniLM's tokens
-STA_WINDOW = (11, 3, 3)
 MLP_WIDENING = 4  # of the released models
 
 
@@ -193,7 +192,7 @@ def main(
 
     with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left):
         # What is wrong with the settings is said before anything is loaded.
-        window = STA_WINDOW if nabla_window else None
+        window = RELEASED_WINDOW if nabla_window else None
         attention = DENSE if nabla_thr is None else AttentionConfig("nabla", nabla_thr, window)
         schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
         config = FlowMatching(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from k5kernels.attention.engine import Call, Engine
 from k5kernels.block_mask import BlockMask
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.ops.nabla_mask import nabla_mask
@@ -42,3 +43,25 @@ def record_block_masks(observe: Callable[[BlockMask], None]) -> Iterator[None]:
         yield
     finally:
         _observers.remove(observe)
+
+
+class Nabla(Engine):
+    """`nabla_attention`, or attention over a BlockMask that the caller brings."""
+
+    name = "nabla"
+    kind = "sparse"
+
+    def why_not(self, call: Call) -> str | None:
+        """It needs a layout, and takes a mask of blocks alone."""
+        if call.layout is None:
+            return "layout: it needs the TokenLayout of the sequence, got None"
+        if call.mask is not None and not isinstance(call.mask, BlockMask):
+            return f"mask: it takes a BlockMask, got {type(call.mask).__name__}"
+        return None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """Attention inside each clip, over the blocks kept."""
+        assert call.layout is not None  # by why_not
+        if isinstance(call.mask, BlockMask):
+            return block_sparse_attention(q, k, v, call.mask, call.layout)
+        return nabla_attention(q, k, v, call.layout, call.thr, call.sta)

@@ -11,10 +11,40 @@ from tolerances import assert_matches
 from torch.nn.functional import scaled_dot_product_attention
 
 from k5kernels import TokenLayout, block_sparse_attention, nabla_attention
-from k5kernels.attention import ENGINES, EngineUnavailableError, attention, choose_engine, engines
+from k5kernels.attention import (
+    ENGINES,
+    Call,
+    DenseEngine,
+    EngineUnavailableError,
+    attention,
+    choose_engine,
+    engine,
+    register_engine,
+)
+from k5kernels.attention.flash import FlashAttention2
 
 CLIPS = TokenLayout([(2, 9, 17), (1, 8, 20)])
-PACKAGE_ENGINES = ["flash3", "flash2", "sage"]
+MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "sage": "sageattention"}
+CUDA = torch.device("cuda")
+
+
+class Halves(DenseEngine):
+    """An engine of someone else's: half of PyTorch's attention, in float32 alone."""
+
+    name = "halves"
+
+    def why_not(self, call):
+        return None if call.dtype == torch.float32 else "it takes float32"
+
+    def attend(self, q, k, v, mask):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask) / 2
+
+
+@pytest.fixture
+def halves():
+    register_engine(Halves())
+    yield
+    del ENGINES["halves"]
 
 
 @pytest.fixture
@@ -22,15 +52,15 @@ def gpu_with(monkeypatch):
     """Pretend that some engines' packages are installed and that the GPU has a compute capability."""
 
     def pretend(installed: list[str], capability: tuple[int, int]) -> None:
-        modules = [engines.PACKAGES[name].module for name in installed]
-        monkeypatch.setattr(engines, "find_spec", lambda module: module if module in modules else None)
+        modules = [MODULES[name] for name in installed]
+        monkeypatch.setattr(engine, "find_spec", lambda module: module if module in modules else None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     return pretend
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "seconds", "engine"),
+    ("height", "width", "seconds", "name"),
     [
         (512, 768, 5, "sdpa"),
         (768, 512, 121 / 24, "sdpa"),
@@ -41,120 +71,225 @@ def gpu_with(monkeypatch):
         (1024, 1024, 0, "sdpa"),
     ],
 )
-def test_long_or_large_videos_take_nabla_and_the_rest_is_dense_as_in_the_released_models(
-    height, width, seconds, engine
-):
-    assert choose_engine(height, width, seconds, "cpu") == engine
+def test_long_or_large_videos_take_nabla_and_the_rest_is_dense_as_in_the_released_models(height, width, seconds, name):
+    assert choose_engine(height, width, seconds, "cpu") == name
 
 
 @pytest.mark.parametrize(
-    ("installed", "capability", "engine"),
+    ("installed", "capability", "name"),
     [
-        (PACKAGE_ENGINES, (9, 0), "flash3"),
-        (PACKAGE_ENGINES, (8, 0), "flash2"),
+        (["flash3", "flash2", "sage"], (9, 0), "flash3"),
+        (["flash3", "flash2", "sage"], (8, 0), "flash2"),
         (["flash3", "sage"], (12, 0), "sage"),
         (["flash3"], (12, 0), "sdpa"),
-        (PACKAGE_ENGINES, (7, 5), "sdpa"),
+        (["flash3", "flash2", "sage"], (7, 5), "sdpa"),
         ([], (9, 0), "sdpa"),
     ],
 )
-def test_the_dense_engine_is_the_newest_that_is_installed_and_fits_the_gpu(gpu_with, installed, capability, engine):
+def test_the_dense_engine_is_the_newest_that_is_installed_and_fits_the_gpu(gpu_with, installed, capability, name):
     gpu_with(installed, capability)
-    assert choose_engine(512, 768, 5, "cuda") == engine
+    assert choose_engine(512, 768, 5, "cuda") == name
+    assert choose_engine(512, 768, 5, "cuda", torch.float32) == "sdpa"
     assert choose_engine(512, 768, 5, "cpu") == "sdpa"
+    assert choose_engine(512, 768, 10, "cuda") == "nabla"
 
 
-@pytest.mark.parametrize(("height", "width", "seconds"), [(0, 768, 5), (512, -1, 5), (512, 768, -1)])
-def test_sizes_that_are_none_are_refused(height, width, seconds):
-    with pytest.raises(ValueError, match="expected positive height and width"):
-        choose_engine(height, width, seconds)
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((0, 768, 5), "height: expected at least 1 pixel, got 0"),
+        ((512, -1, 5), "width: expected at least 1 pixel, got -1"),
+        ((512, 768, -1), "seconds: expected 0 for an image or the length of a video, got -1"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(size, words):
+    with pytest.raises(ValueError, match=words):
+        choose_engine(*size)
 
 
-@pytest.mark.parametrize("engine", ["auto", "sdpa"])
-def test_dense_is_pytorchs_attention(engine, device):
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_dense_is_pytorchs_attention(name, device):
     q, k, v = random_tokens(CLIPS, 2, 3, 16, device=device)
-    assert_matches(attention(q, k, v, engine), scaled_dot_product_attention(q, k, v))
+    assert_matches(attention(q, k, v, name), scaled_dot_product_attention(q, k, v))
     few_keys, few_values = k[:, :, :7], v[:, :, :7]
     mask = torch.rand(2, 1, 1, 7, device=device) < 0.7
     mask[..., 0] = True
     expected = scaled_dot_product_attention(q, few_keys, few_values, attn_mask=mask)
-    assert_matches(attention(q, few_keys, few_values, engine, mask=mask), expected)
+    assert_matches(attention(q, few_keys, few_values, name, mask=mask), expected)
 
 
 def test_dense_with_a_layout_stays_inside_each_clip(device):
     q, k, v = random_tokens(CLIPS, 2, 3, 16, device=device)
     mask = over_tokens(same_clip(CLIPS, device), CLIPS)
-    assert_matches(attention(q, k, v, "sdpa", CLIPS), scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    for name in ("auto", "sdpa"):
+        assert_matches(attention(q, k, v, name, CLIPS), scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-def test_nabla_is_nabla_attention_with_the_released_window_or_a_mask_of_ones_own(device):
+def test_nabla_is_nabla_attention_or_takes_a_mask_of_ones_own(device):
     q, k, v = random_tokens(CLIPS, 2, 3, 16, device=device)
-    out = attention(q, k, v, "nabla", CLIPS)
-    assert torch.equal(out, nabla_attention(q, k, v, CLIPS, 0.9, (11, 3, 3)))
+    assert torch.equal(attention(q, k, v, "nabla", CLIPS), nabla_attention(q, k, v, CLIPS, 0.9))
+    out = attention(q, k, v, "nabla", CLIPS, 0.5, (3, 3, 3))
+    assert torch.equal(out, nabla_attention(q, k, v, CLIPS, 0.5, (3, 3, 3)))
     mask = random_mask(CLIPS, 2, 3, device=device)
     out = attention(q, k, v, "nabla", CLIPS, mask=mask)
     assert torch.equal(out, block_sparse_attention(q, k, v, mask, CLIPS))
 
 
-@pytest.mark.parametrize("engine", PACKAGE_ENGINES)
-def test_an_engine_that_is_not_installed_says_which_package_and_what_else(monkeypatch, engine):
-    monkeypatch.setattr(engines, "find_spec", lambda module: None)
+def refusal(name: str, **call) -> str | None:
+    """Why the engine cannot run a call on a GPU, in bfloat16 with D = 64 unless told otherwise."""
+    return ENGINES[name].why_not(Call(**{"device": CUDA, "dtype": torch.bfloat16, "head_dim": 64} | call))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_engine_of_a_package_says_what_it_lacks(gpu_with, name):
+    gpu_with([], (9, 0))
+    assert "is not installed" in refusal(name)
+    gpu_with([name], (7, 5))
+    assert refusal(name).startswith("it is for GPUs of compute capability")
+    gpu_with([name], (9, 0))
+    assert refusal(name) is None
+    assert refusal(name, device=torch.device("cpu")) == "it runs on CUDA, the tensors are on cpu"
+    assert refusal(name, dtype=torch.float32) == "it takes float16 and bfloat16, the tensors are float32"
+    assert refusal(name, head_dim=264).endswith("the tensors have 264")
+    assert refusal(name, mask=torch.ones(1, 1, dtype=torch.bool)) == "mask: it takes none, got Tensor"
+    assert refusal(name, backward=True) == (
+        "it has no backward, and q, k or v require gradients" if name == "sage" else None
+    )
+
+
+def test_head_dims_are_told_in_words(gpu_with):
+    gpu_with(list(MODULES), (9, 0))
+    assert refusal("flash3", head_dim=60) == "it takes head dims that are multiples of 8 up to 256, the tensors have 60"
+    assert refusal("sage", head_dim=72) == "it takes head dims 64, 96, 128, the tensors have 72"
+
+
+def test_a_call_knows_whether_gradients_are_asked_for_and_autocasts_dtype():
+    q = torch.zeros(1, 1, 2, 4, requires_grad=True)
+    assert Call.of(q, q, q).backward
+    with torch.no_grad():
+        assert not Call.of(q, q, q).backward
+    assert Call.of(q, q, q).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Call.of(q, q, q).dtype == torch.bfloat16
+        assert Call.of(*[q.double()] * 3).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_engine_that_cannot_run_is_refused_with_the_reason_and_those_that_can(name):
     q, k, v = random_tokens(CLIPS, 1, 1, 16)
-    with pytest.raises(EngineUnavailableError, match=rf"(?s){engine}.*is not installed.*sdpa"):
-        attention(q, k, v, engine)
+    words = f"engine {name!r}: it runs on CUDA, the tensors are on cpu; 'sdpa' can run this call"
+    with pytest.raises(EngineUnavailableError, match=words):
+        attention(q, k, v, name)
+    with pytest.raises(EngineUnavailableError, match="'sdpa' or 'nabla' can run this call"):
+        attention(q, k, v, name, CLIPS)
 
 
-@pytest.mark.parametrize("engine", PACKAGE_ENGINES)
-def test_an_installed_engine_refuses_what_it_cannot_take(gpu_with, engine):
-    gpu_with([engine], (9, 0))
-    q, k, v = random_tokens(CLIPS, 1, 1, 16)
-    with pytest.raises(EngineUnavailableError, match="it runs on CUDA, the tensors are on cpu"):
-        attention(q, k, v, engine)
-    cuda = torch.device("cuda")
-    assert "takes float16 and bfloat16" in engines._obstacle(engine, cuda, torch.float32)
-    assert engines._obstacle(engine, cuda, torch.bfloat16) is None
-    gpu_with([engine], (7, 5))
-    assert "compute capability" in engines._obstacle(engine, cuda, torch.bfloat16)
+@pytest.fixture
+def played_package(monkeypatch):
+    """Put a module of PyTorch's attention in an engine's place, in the order of dimensions that its package wants."""
+
+    def play(name: str, returns_lse: bool = False) -> None:
+        def flash_attn_func(q, k, v):
+            assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+            out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+            return (out, None) if returns_lse else out
+
+        def sageattn(q, k, v, tensor_layout):
+            assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+            assert tensor_layout == "HND"
+            return scaled_dot_product_attention(q, k, v)
+
+        module = ModuleType(MODULES[name])
+        module.flash_attn_func, module.sageattn = flash_attn_func, sageattn
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(type(ENGINES[name]), "why_not", lambda self, call: None)
+
+    return play
 
 
-@pytest.mark.parametrize("engine", PACKAGE_ENGINES)
-@pytest.mark.parametrize("returns_lse", [False, True])
-def test_an_engine_gets_the_tensors_in_the_order_its_package_wants(monkeypatch, engine, returns_lse):
-    """The package is played by PyTorch: [B, S, h, D] for FlashAttention, [B, h, S, D] for SageAttention."""
-
-    def flash_attn_func(q, k, v):
-        out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        return (out, None) if returns_lse else out
-
-    def sageattn(q, k, v, tensor_layout):
-        assert tensor_layout == "HND"
-        return scaled_dot_product_attention(q, k, v)
-
-    module = ModuleType(engines.PACKAGES[engine].module)
-    module.flash_attn_func, module.sageattn = flash_attn_func, sageattn
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(engines, "_obstacle", lambda *arguments: None)
-    q, k, v = random_tokens(CLIPS, 2, 3, 16)
-    assert_matches(attention(q, k, v, engine), scaled_dot_product_attention(q, k, v))
+@pytest.mark.parametrize(
+    ("name", "returns_lse"), [("flash3", False), ("flash3", True), ("flash2", False), ("sage", False)]
+)
+def test_an_engine_gets_the_tensors_in_the_order_its_package_wants(played_package, name, returns_lse):
+    played_package(name, returns_lse)
+    q, k, v = random_tokens(CLIPS, 2, 3, 16, dtype=torch.bfloat16)
+    assert_matches(attention(q, k, v, name), scaled_dot_product_attention(q, k, v))
     mask = over_tokens(same_clip(CLIPS), CLIPS)
-    assert_matches(attention(q, k, v, engine, CLIPS), scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    assert_matches(attention(q, k, v, name, CLIPS), scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
-def test_arguments_that_do_not_fit_the_engine_are_refused():
+def test_auto_takes_an_exact_package_before_pytorchs_own_and_a_quantized_one_never(played_package):
+    played_package("sage")
+    q, k, v = random_tokens(CLIPS, 1, 1, 16)
+    assert_matches(attention(q, k, v), scaled_dot_product_attention(q, k, v))  # sage was played for bfloat16 alone
+    played_package("flash2")
+    with pytest.raises(AssertionError):
+        attention(q, k, v)
+
+
+def test_a_package_gets_autocasts_dtype(played_package):
+    played_package("flash2")
+    q, k, v = random_tokens(CLIPS, 1, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, "flash2")
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("halves")
+def test_an_engine_of_ones_own_is_asked_for_by_its_name_and_never_chosen():
+    q, k, v = random_tokens(CLIPS, 1, 2, 16)
+    expected = scaled_dot_product_attention(q, k, v)
+    assert_matches(attention(q, k, v, "halves"), expected / 2)
+    assert_matches(attention(q, k, v), expected)
+    assert choose_engine(512, 768, 5, "cpu", torch.float32) == "sdpa"
+    with pytest.raises(EngineUnavailableError, match="engine 'halves': it takes float32; 'sdpa' can run"):
+        attention(*(x.bfloat16() for x in (q, k, v)), "halves")
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "nabla"])
+def test_a_name_that_is_taken_is_refused(name):
+    taken = Halves()
+    taken.name = name
+    with pytest.raises(ValueError, match=f"engine: expected a name other than auto, .*, got '{name}'"):
+        register_engine(taken)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), "flash2"), ((7, 5), "sdpa")])
+def test_the_engine_is_chosen_and_run_inside_a_compiled_function_in_one_graph(monkeypatch, gpu_with, capability, runs):
+    class AskedAboutAGPU(FlashAttention2):
+        """Asked as if the tensors were on one, so that the package and the capability are looked up while tracing."""
+
+        def why_not(self, call):
+            return super().why_not(Call(CUDA, call.dtype, call.head_dim))
+
+    flash_attn = ModuleType("flash_attn")
+    flash_attn.flash_attn_func = lambda q, k, v: v
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    monkeypatch.setitem(ENGINES, "flash2", AskedAboutAGPU())
+    gpu_with(["flash2"], capability)
+    q, k, v = random_tokens(CLIPS, 1, 2, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, "auto", CLIPS), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), v if runs == "flash2" else attention(q, k, v, "sdpa", CLIPS))
+
+
+def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
     q, k, v = random_tokens(CLIPS, 2, 3, 16)
     block_mask = random_mask(CLIPS, 1, 1)
     token_mask = torch.ones(CLIPS.tokens, CLIPS.tokens, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"expected one of {', '.join(ENGINES)}, got 'flash'"):
+    with pytest.raises(
+        ValueError, match="engine: expected one of auto, flash3, flash2, sage, sdpa, nabla, got 'flash'"
+    ):
         attention(q, k, v, "flash")
-    with pytest.raises(ValueError, match="needs the TokenLayout"):
+    with pytest.raises(ValueError, match="layout: it needs the TokenLayout of the sequence, got None"):
         attention(q, k, v, "nabla")
-    with pytest.raises(ValueError, match="takes a BlockMask, got Tensor"):
+    with pytest.raises(ValueError, match="mask: it takes a BlockMask, got Tensor"):
         attention(q, k, v, "nabla", CLIPS, mask=token_mask)
-    with pytest.raises(ValueError, match='a BlockMask needs engine="nabla"'):
+    with pytest.raises(ValueError, match=r"mask: it takes a bool tensor, got a BlockMask.*'nabla' can run this call"):
         attention(q, k, v, "sdpa", CLIPS, mask=block_mask)
-    with pytest.raises(ValueError, match='only engine="sdpa" without a layout'):
-        attention(q, k, v, "sdpa", CLIPS, mask=token_mask)
-    with pytest.raises(ValueError, match='only engine="sdpa" without a layout'):
-        attention(q, k, v, "flash2", mask=token_mask)
+    for name in ("auto", "sdpa"):
+        with pytest.raises(ValueError, match="mask: it takes a tensor or a layout, got both; no engine can run"):
+            attention(q, k, v, name, CLIPS, mask=token_mask)
     with pytest.raises(ValueError, match="q: expected a floating"):
         attention(q[:, :, 1:], k, v, "sdpa", CLIPS)
+    with pytest.raises(ValueError, match="thr: expected"):
+        attention(q, k, v, "nabla", CLIPS, thr=1.5)

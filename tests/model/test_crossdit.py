@@ -381,9 +381,3 @@ def test_wrong_input_is_refused_with_what_was_expected():
 def test_an_impossible_config_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         replace(CONFIG, **change)
-
-
-@pytest.mark.parametrize("change", [{"kind": "sparse"}, {"thr": -0.1}, {"thr": 1.1}, {"sta": (3, 0, 3)}])
-def test_an_impossible_attention_is_refused(change):
-    with pytest.raises(ValueError, match="expected"):
-        replace(NABLA, **change)
