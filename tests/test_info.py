@@ -1,22 +1,39 @@
 """What `k5 info` tells of this machine."""
 
 import json
+import re
 from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from k5kernels import info
+from k5kernels.attention import ENGINES, Engine
 from k5kernels.cli import app
 from k5kernels.ops import library
 
+ROOT = Path(__file__).parent.parent
+NATIVE = (ROOT / "k5kernels" / "_native.so").exists()
+TRITON = find_spec("triton") is not None
 
-def test_every_operator_is_listed_with_its_kernel_on_both_devices():
-    listed = {(operator.name, operator.device): operator.kernel for operator in info.machine().operators}
-    assert listed == {
-        (name, device): library.kernel_for(name, device) for name in library.OPERATORS for device in ("cpu", "cuda")
-    }
+
+def written(pattern: str, sources: str) -> set[str]:
+    """What a pattern captures in the sources: the names of the kernels that somebody wrote."""
+    return {name for path in ROOT.glob(sources) for name in re.findall(pattern, path.read_text(), re.MULTILINE)}
+
+
+def test_every_operator_is_listed_with_the_kernel_that_was_written_for_each_device():
+    cpp = written(r'm\.impl\("(\w+)"', "csrc/*.cpp")
+    triton = written(r"^def (\w+)\(", "k5kernels/triton/*.py")
+    operators = written(r"opcheck\(\s*torch\.ops\.k5\.(\w+)", "tests/ops/test_*.py")
+    assert "layernorm_modulate" in operators & cpp
+    assert "nabla_mask" in operators & cpp & triton
+    expected = {(name, "cpu"): "C++" if NATIVE and name in cpp else "reference" for name in operators}
+    expected |= {(name, "cuda"): "Triton" if TRITON and name in triton else "reference" for name in operators}
+    assert {(o.name, o.device): o.kernel for o in info.machine().operators} == expected
 
 
 def test_the_instruction_set_is_the_one_in_use(isa):
@@ -68,23 +85,56 @@ def test_versions_are_those_of_the_installed_packages():
     assert versions["k5kernels"]
 
 
-def test_an_engine_that_cannot_run_here_says_why():
+PACKAGES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "sage": "sageattention"}
+
+
+def test_pytorchs_attention_and_nabla_run_on_every_machine_and_the_others_say_what_is_missing():
     engines = {engine.name: engine for engine in info.machine().engines}
-    assert engines["sdpa"].available
-    assert engines["nabla"].available
-    for name in ("flash2", "flash3", "sage"):
-        assert engines[name].available or "is not installed" in engines[name].reason or torch.cuda.is_available()
+    assert set(engines) == {"sdpa", "nabla", *PACKAGES}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("sdpa", "nabla"):
+        assert engines[name] == info.AttentionEngine(name, device, True, f"runs on {device}")
+    for name, module in PACKAGES.items():
+        if device == "cpu":
+            expected = "it runs on CUDA, the tensors are on cpu"
+            assert engines[name] == info.AttentionEngine(name, "cpu", False, expected)
+        elif find_spec(module) is None:
+            assert not engines[name].available
+            assert engines[name].reason.endswith("is not installed")
 
 
-@pytest.mark.parametrize("error", [ImportError("undefined symbol"), RuntimeError("no kernel\nimage")])
-def test_a_broken_engine_is_not_available(monkeypatch, error):
-    def broken(*_, **__):
-        raise error
+class Toy(Engine):
+    """An engine of someone else's, which refuses every call or fails in it."""
 
-    monkeypatch.setattr(info, "attention", broken)
-    engines = info.machine().engines
-    assert {engine.available for engine in engines} == {False}
-    assert {engine.reason for engine in engines} == {" ".join(str(error).split())}
+    name = "toy"
+
+    def __init__(self, refusal=None, failure=None):
+        self.refusal, self.failure = refusal, failure
+
+    def why_not(self, call):
+        return self.refusal
+
+    def run(self, q, k, v, call):
+        if self.failure is not None:
+            raise self.failure
+        return q
+
+
+@pytest.mark.parametrize(
+    ("toy", "available", "reason"),
+    [
+        (Toy(), True, "runs on "),
+        (Toy(refusal="it is for Sundays"), False, "it is for Sundays"),
+        (Toy(failure=ImportError("undefined symbol")), False, "it fails: undefined symbol"),
+        (Toy(failure=RuntimeError("no kernel\nimage")), False, "it fails: no kernel image"),
+        (Toy(failure=AssertionError()), False, "it fails: AssertionError"),
+    ],
+)
+def test_an_engine_that_refuses_or_fails_is_listed_with_the_reason(monkeypatch, toy, available, reason):
+    monkeypatch.setitem(ENGINES, "toy", toy)
+    engine = info.machine().engines[-1]
+    assert (engine.name, engine.available) == ("toy", available)
+    assert engine.reason.startswith(reason)
 
 
 def test_the_json_is_the_whole_description():
