@@ -21,6 +21,7 @@ from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_atte
 from k5kernels.attention import AttentionConfig
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 from model.flow_matching import TIME_UNITS, condition_input
+from model.latent_tokens import latent_velocity
 from model.nano import CROSSDIT_WEIGHTS
 from model.weights import load_crossdit
 from train.clips import NAMES
@@ -246,7 +247,9 @@ def tokens_of_nano(layout):
     noisy = 0.5 * (scene.latent + torch.randn(scene.latent.shape))
     with Captured() as captured:
         attention = AttentionConfig("nabla", THR, None)
-        model(condition_input(noisy, None), torch.tensor([TIME_UNITS / 2]), scene.text, attention=attention)
+        latent_velocity(
+            model, condition_input(noisy, None), torch.tensor([TIME_UNITS / 2]), scene.text, attention=attention
+        )
     q, k, v = captured.tokens[model.config.visual_blocks // 2]
     assert q.shape[2] == layout.tokens
     return q, k, v

@@ -26,6 +26,7 @@ from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.planner import MODELS, Memory, memory_terms
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
+from model.latent_tokens import latent_velocity
 from model.presets import PRESETS
 
 GPUS = 64
@@ -68,7 +69,7 @@ def track(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | 
         attention = AttentionConfig(KnownDensity.name)
 
         def backward() -> None:
-            model(*inputs, attention=attention).float().square().mean().backward()
+            latent_velocity(model, *inputs, attention=attention).float().square().mean().backward()
 
         # The first step sets up the optimizer's moments and FSDP's buffers: not tracked.
         backward()

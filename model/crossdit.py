@@ -5,13 +5,19 @@
     time         → sinusoids, MLP ────┴→ time embedding → modulation of a block ─┤
     latent patch → Linear → visual blocks (self-attention, cross-attention, MLP) ┴→ adaLN → Linear → velocity
 
+The model takes tokens and a TokenLayout, which says which clips the sequence holds and in which order their tokens are:
+several clips of different sizes can be packed in one sequence (§6.1.2). Each clip has its own time and text, and no
+token attends to another clip. `model.latent_tokens` makes tokens of latents.
+
 Parameter names and shapes are those of the released weights in diffusers' layout.
 
-Shapes: B batch, S visual tokens, L text tokens, d model width, h heads, D head dim.
+Shapes: B batch, S visual tokens, L text tokens, d model width, h heads, D head dim. N = B · clips: what there is one of
+for every clip has N rows, those of the first sample first.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention import attention as run_attention
 from k5kernels.offload import offload_saved_tensors
-from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import qk_norm_rope
@@ -35,11 +40,29 @@ RMSNORM_EPS = torch.finfo(torch.float32).eps
 
 Blocks = Callable[[Tensor], Tensor]
 Cache = Callable[[Blocks, Tensor], Tensor]
-SelfAttend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class VisualContext(NamedTuple):
+    """What every visual block of a pass is given beside its tokens.
+
+    A tuple, so that FSDP finds the tensors in it: it frees a block's weights once all inputs have their gradients.
+
+    layout: of the tokens. attention: how they attend to each other. rope: (cos, sin), each [S, D/2].
+    text: [N, L, d]. text_mask: bool [N, 1, 1, L], True where a text token may be read; None where all may.
+    modulation: SiLU of the time embedding, [N, time_dim] float32.
+    """
+
+    layout: TokenLayout
+    attention: AttentionConfig
+    rope: tuple[Tensor, Tensor]
+    text: Tensor
+    text_mask: Tensor | None
+    modulation: Tensor
 
 
 class CrossDiT(nn.Module):
-    """The velocity of a noisy latent, given time and text.
+    """The velocity of noisy tokens, given time and text.
 
     gradient_checkpointing: recompute each visual block in the backward instead of keeping its activations.
     offload: keep the checkpointed blocks' inputs in host memory until the backward asks for them (§6.1).
@@ -63,54 +86,50 @@ class CrossDiT(nn.Module):
         x: Tensor,
         time: Tensor,
         text: TextCondition,
+        layout: TokenLayout,
         *,
         rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
         attention: AttentionConfig = DENSE,
         cache: Cache | None = None,
     ) -> Tensor:
-        """velocity [B, T, H, W, out_visual_dim], in the dtype the model computes in.
+        """velocity [B, S, patch_cells · out_visual_dim], in the dtype the model computes in.
 
-        x: [B, T, H, W, C] latent, channels last, C = config.input_channels; sides are multiples of the patch.
-        time: [B], 0 (clean) … 1000 (noise). text: see TextCondition; masked tokens influence nothing.
-        rope_scale: divides visual positions on (t, h, w). attention: of the visual tokens to each other.
-        cache: called as cache(blocks, tokens) in place of blocks(tokens), where blocks runs all visual blocks.
+        x: [B, S, patch_cells · input_channels], the patch of each token, in the layout's order. layout: the clips of
+        the sequence; all samples of a batch hold the same. time: [N], 0 (clean) … 1000 (noise). text: N entries, see
+        TextCondition; masked tokens have no influence. rope_scale: divides visual positions on (t, h, w).
+        attention: of the visual tokens to those of their clip. cache: called as cache(blocks, tokens) in place of
+        blocks(tokens), where blocks runs all visual blocks.
 
-        Raises ValueError where a shape does not fit the config or the batch.
+        Raises ValueError where a shape does not fit the config, the layout or the batch.
         """
-        self._check(x, time, text)
+        self._check(x, time, text, layout)
         modulation = self._modulation(time, text.pooled)
-        text_tokens = self._refine_text(text, modulation)
-        text_mask = None if text.mask is None else text.mask[:, None, None]
-
-        patches = patchify(x, self.config.patch_size)
-        grid = (patches.shape[1], patches.shape[2], patches.shape[3])
-        # For NABLA the tokens go into fractal order once, before the blocks, and their positions with them.
-        layout = TokenLayout((grid,)) if attention.sparse else None
-        rope = visual_rope(grid, self.config.axes_dims, rope_scale, x.device)
-        if layout is not None:
-            order = layout.permutation(x.device)
-            rope = rope[0][order], rope[1][order]
-        attend = _self_attention(attention, layout)
+        context = VisualContext(
+            layout,
+            attention,
+            rope=visual_rope(layout, self.config.axes_dims, rope_scale, x.device),
+            text=self._refine_text(text, modulation),
+            text_mask=None if text.mask is None else text.mask[:, None, None],
+            modulation=modulation,
+        )
 
         def blocks(tokens: Tensor) -> Tensor:
-            return self._visual_blocks(tokens, text_tokens, text_mask, modulation, rope, attend)
+            return self._visual_blocks(tokens, context)
 
-        tokens = self.visual_embeddings(patches.flatten(1, 3) if layout is None else fractal_flatten(patches, layout))
+        tokens = self.visual_embeddings(x)
         tokens = blocks(tokens) if cache is None else cache(blocks, tokens)
-        patches = self.out_layer(tokens, modulation)
-        cells = patches.unflatten(1, grid) if layout is None else fractal_unflatten(patches, layout)
-        assert isinstance(cells, Tensor)  # the layout is of one clip
-        return unpatchify(cells, self.config.patch_size)
+        return self.out_layer(tokens, modulation, layout)
 
     def _modulation(self, time: Tensor, pooled_text: Tensor) -> Tensor:
-        """What all blocks are modulated by: [B, time_dim], float32."""
+        """What all blocks are modulated by: [N, time_dim], float32."""
         embedding = self.time_embeddings(time)
         return silu(embedding + self.pooled_text_embeddings(pooled_text).to(embedding.dtype))
 
     def _refine_text(self, text: TextCondition, modulation: Tensor) -> Tensor:
+        """The text tokens behind the LTF blocks: [N, L, d]."""
         tokens, mask = text.tokens, None
         if text.mask is not None:
-            # Whatever lies in the padding, NaN included, must not reach 0 · value in attention.
+            # Attention multiplies a masked value by 0, which leaves NaN as it is: padding is cleared first.
             tokens, mask = tokens.masked_fill(~text.mask[..., None], 0), text.mask[:, None, None]
         tokens = self.text_embeddings(tokens)
         rope = text_rope(tokens.shape[1], self.config.head_dim, tokens.device)
@@ -118,54 +137,32 @@ class CrossDiT(nn.Module):
             tokens = block(tokens, modulation, rope, mask)
         return tokens
 
-    def _visual_blocks(
-        self,
-        tokens: Tensor,
-        text: Tensor,
-        text_mask: Tensor | None,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attend: SelfAttend,
-    ) -> Tensor:
+    def _visual_blocks(self, tokens: Tensor, context: VisualContext) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         with offload_saved_tensors() if recompute and self.offload else nullcontext():
             for block in self.visual_transformer_blocks:
-                # Only the tokens are an argument: what all blocks share is not kept, or offloaded, once a block.
+                # The tokens alone are an argument of the recomputed function: a checkpoint saves its arguments, and
+                # the context, which all blocks share, would be saved and offloaded once a block.
                 if recompute:
-                    tokens = checkpoint(
-                        lambda tokens, block=block: block(tokens, text, text_mask, modulation, rope, attend),
-                        tokens,
-                        use_reentrant=False,
-                    )
+                    tokens = checkpoint(lambda tokens, block=block: block(tokens, context), tokens, use_reentrant=False)
                 else:
-                    tokens = block(tokens, text, text_mask, modulation, rope, attend)
+                    tokens = block(tokens, context)
         return tokens
 
-    def _check(self, x: Tensor, time: Tensor, text: TextCondition) -> None:
+    def _check(self, x: Tensor, time: Tensor, text: TextCondition, layout: TokenLayout) -> None:
         config = self.config
-        if x.ndim != 5 or x.shape[-1] != config.input_channels:
-            raise ValueError(f"x: expected [B, T, H, W, {config.input_channels}], got {list(x.shape)}")
-        if any(side % patch for side, patch in zip(x.shape[1:4], config.patch_size, strict=True)):
-            raise ValueError(
-                f"x: expected T, H, W that are multiples of the patch {config.patch_size}, got {list(x.shape[1:4])}; "
-                "crop or pad the latent"
-            )
-        if time.shape != x.shape[:1]:
-            raise ValueError(f"time: expected one value a sample, [{x.shape[0]}], got {list(time.shape)}")
-        if text.tokens.shape[0] != x.shape[0] or text.tokens.shape[2] != config.in_text_dim:
-            raise ValueError(
-                f"text tokens: expected [{x.shape[0]}, L, {config.in_text_dim}], got {list(text.tokens.shape)}"
-            )
+        width = config.patch_cells * config.input_channels
+        if x.ndim != 3 or x.shape[1:] != (layout.tokens, width):
+            raise ValueError(f"x: expected [B, {layout.tokens}, {width}] for this layout, got {list(x.shape)}")
+        rows = x.shape[0] * len(layout.clips)
+        if time.shape != (rows,):
+            raise ValueError(f"time: expected one value for each clip of each sample, [{rows}], got {list(time.shape)}")
+        if text.tokens.shape[0] != rows or text.tokens.shape[2] != config.in_text_dim:
+            raise ValueError(f"text tokens: expected [{rows}, L, {config.in_text_dim}], got {list(text.tokens.shape)}")
         if text.pooled.shape[1] != config.in_text_dim2:
-            raise ValueError(
-                f"pooled text: expected [{x.shape[0]}, {config.in_text_dim2}], got {list(text.pooled.shape)}"
-            )
+            raise ValueError(f"pooled text: expected [{rows}, {config.in_text_dim2}], got {list(text.pooled.shape)}")
         if self.offload and not self.gradient_checkpointing:
             raise ValueError("offload moves the inputs of checkpointed blocks: set gradient_checkpointing = True too")
-
-
-def _self_attention(attention: AttentionConfig, layout: TokenLayout | None) -> SelfAttend:
-    return lambda q, k, v: run_attention(q, k, v, attention.engine, layout, attention.thr, attention.sta)
 
 
 class TextBlock(nn.Module):
@@ -198,24 +195,21 @@ class VisualBlock(nn.Module):
         self.cross_attention = Attention(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        text_mask: Tensor | None,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attend: SelfAttend,
-    ) -> Tensor:
-        parts = self.visual_modulation(modulation)
+    def forward(self, x: Tensor, context: VisualContext) -> Tensor:
+        """x: [B, S, d] → [B, S, d]."""
+        layout, attention = context.layout, context.attention
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return run_attention(q, k, v, attention.engine, layout, attention.thr, attention.sta)
+
+        parts = self.visual_modulation(context.modulation)
         shift, scale, gate, text_shift, text_scale, text_gate, ff_shift, ff_scale, ff_gate = parts
-        out = self.self_attention(layernorm_modulate(x, shift, scale, LAYERNORM_EPS), rope, attend)
-        x = gated_residual(x, out, gate)
-        queries = layernorm_modulate(x, text_shift, text_scale, LAYERNORM_EPS)
-        out = self.cross_attention.to_text(queries, text, text_mask)
-        x = gated_residual(x, out, text_gate)
-        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, LAYERNORM_EPS))
-        return gated_residual(x, out, ff_gate)
+        out = self.self_attention(layernorm_modulate(x, shift, scale, LAYERNORM_EPS, layout), context.rope, attend)
+        x = gated_residual(x, out, gate, layout)
+        queries = layernorm_modulate(x, text_shift, text_scale, LAYERNORM_EPS, layout)
+        x = gated_residual(x, self.cross_attention.to_text(queries, context), text_gate, layout)
+        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, LAYERNORM_EPS, layout))
+        return gated_residual(x, out, ff_gate, layout)
 
 
 class Attention(nn.Module):
@@ -231,25 +225,38 @@ class Attention(nn.Module):
         self.key_norm = nn.RMSNorm(config.head_dim)
         self.out_layer = nn.Linear(config.model_dim, config.model_dim)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: SelfAttend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Self-attention of x [B, S, d] with rotary positions; attend takes q, k, v as [B, h, S, D]."""
         q, k, v = self._heads(self.to_query(x)), self._heads(self.to_key(x)), self._heads(self.to_value(x))
         q, k = qk_norm_rope(q, k, self.query_norm.weight, self.key_norm.weight, *rope, eps=RMSNORM_EPS)
         return self._merge(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
-    def to_text(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of x [B, S, d] to text [B, L, d]; mask: bool [B, 1, 1, L], True where a token may be read."""
+    def to_text(self, x: Tensor, context: VisualContext) -> Tensor:
+        """Attention of x [B, S, d] to the text of each token's clip."""
+        text = context.text
         q = _rms_norm(self._heads(self.to_query(x)), self.query_norm.weight)
         k = _rms_norm(self._heads(self.to_key(text)), self.key_norm.weight)
         v = self._heads(self.to_value(text))
-        out = run_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask)
-        return self._merge(out)
+        heads = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self._merge(_attend_per_clip(*heads, context.text_mask, context.layout))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
     def _merge(self, heads: Tensor) -> Tensor:
         return self.out_layer(heads.transpose(1, 2).flatten(2))
+
+
+def _attend_per_clip(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layout: TokenLayout) -> Tensor:
+    """Attention of the clips in q [B, h, S, D] each to its own row of k and v [N, h, L, D]; mask: [N, 1, 1, L]."""
+    clips = len(layout.clips)
+    if clips == 1:
+        return run_attention(q, k, v, mask=mask)
+    outs = []
+    for clip, queries in enumerate(q.split([T * H * W for T, H, W in layout.clips], dim=2)):
+        rows = slice(clip, None, clips)
+        outs.append(run_attention(queries, k[rows], v[rows], mask=None if mask is None else mask[rows]))
+    return torch.cat(outs, dim=2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -346,19 +353,6 @@ class OutLayer(nn.Module):
         self.modulation = Modulation(config.time_dim, config.model_dim, 2)
         self.out_layer = nn.Linear(config.model_dim, config.patch_cells * config.out_visual_dim)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, layout: TokenLayout) -> Tensor:
         shift, scale = self.modulation(modulation)
-        return self.out_layer(layernorm_modulate(x, shift, scale, LAYERNORM_EPS))
-
-
-def patchify(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, T, H, W, C] → [B, T/p, H/p, W/p, p·p·p·C], channels innermost."""
-    t, h, w = patch
-    x = x.unflatten(3, (-1, w)).unflatten(2, (-1, h)).unflatten(1, (-1, t))
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
-
-
-def unpatchify(patches: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """[B, T/p, H/p, W/p, C·p·p·p] → [B, T, H, W, C]; channels outermost in a patch, as the released weights give."""
-    x = patches.unflatten(4, (-1, *patch))
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return self.out_layer(layernorm_modulate(x, shift, scale, LAYERNORM_EPS, layout))

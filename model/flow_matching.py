@@ -13,6 +13,7 @@ from torch import Tensor
 from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
+from model.latent_tokens import latent_velocity
 
 TIME_UNITS = 1000.0
 
@@ -94,7 +95,7 @@ def flow_matching_loss(
     if model.config.visual_cond:
         x = torch.where(given[:, None, None, None, None], condition_input(x, latents[:, :1]), condition_input(x))
     x = x.to(text.tokens.dtype)
-    velocity = model(x, time * TIME_UNITS, text, rope_scale=rope_scale, attention=attention)
+    velocity = latent_velocity(model, x, time * TIME_UNITS, text, rope_scale=rope_scale, attention=attention)
     error = (velocity.float() - (noise - latents)).square().mean(dim=(2, 3, 4))
     counted = torch.ones_like(error)
     counted[given, 0] = 0

@@ -12,6 +12,7 @@ from k5kernels.attention import DENSE, AttentionConfig
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
+from model.latent_tokens import latent_velocity
 
 
 class Cache(Protocol):
@@ -80,7 +81,8 @@ def sampling_steps(
     def velocity(x: Tensor, condition: TextCondition, branch: str, time: float) -> Tensor:
         channels = condition_input(x, first_frame) if model.config.visual_cond else x
         run = None if cache is None else cache.branch(branch)
-        return model(
+        return latent_velocity(
+            model,
             channels.to(text.tokens.dtype),
             torch.full(shape[:1], time * TIME_UNITS, device=device),
             condition,

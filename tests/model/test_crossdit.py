@@ -2,50 +2,22 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
 from diffusers.models.transformers import transformer_kandinsky
+from small_crossdit import CONFIG, inputs, random_model, relative_difference
 from torch import Tensor
 
-from model import DENSE, AttentionConfig, CrossDiT, CrossDiTConfig, TextCondition
-from model.crossdit import Float32Linear, patchify, unpatchify
+from model import DENSE, AttentionConfig, CrossDiT, TextCondition
+from model.crossdit import Float32Linear
+from model.latent_tokens import latent_velocity as velocity
 from model.weights import config_to_json
 
-CONFIG = CrossDiTConfig(
-    model_dim=64,
-    time_dim=24,
-    ff_dim=96,
-    text_blocks=1,
-    visual_blocks=2,
-    axes_dims=(8, 12, 12),
-    in_text_dim=20,
-    in_text_dim2=12,
-)
 ROPE_SCALE = (1.0, 2.0, 3.16)
 NABLA = AttentionConfig("nabla", thr=0.5, sta=(3, 1, 1))
-
-
-def random_model(config: CrossDiTConfig = CONFIG, seed: int = 0) -> CrossDiT:
-    """Weights under which every layer moves the output: modulation not zero, attention far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    model = CrossDiT(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            if "_norm." in name:
-                parameter.copy_(1.5 + parameter)
-    return model.eval()
-
-
-def inputs(batch: int, grid: tuple[int, int, int], config: CrossDiTConfig = CONFIG, length: int = 7, seed: int = 1):
-    """A latent, times and text for a grid of (frames, latent height, latent width)."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, *grid, config.input_channels, generator=generator)
-    tokens = torch.randn(batch, length, config.in_text_dim, generator=generator)
-    pooled = torch.randn(batch, config.in_text_dim2, generator=generator)
-    return x, torch.linspace(100, 900, batch), TextCondition(tokens, None, pooled)
 
 
 def diffusers_model(model: CrossDiT) -> Kandinsky5Transformer3DModel:
@@ -61,10 +33,6 @@ def run_diffusers(
     return model(
         x, text.tokens, time, text.pooled, positions, torch.arange(text.tokens.shape[1]), ROPE_SCALE, sparse
     ).sample
-
-
-def relative_difference(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.fixture
@@ -92,7 +60,7 @@ def test_output_equals_diffusers(grid, batch, visual_cond):
     model = random_model(replace(CONFIG, visual_cond=visual_cond))
     x, time, text = inputs(batch, grid, model.config)
     expected = run_diffusers(diffusers_model(model), x, time, text)
-    actual = model(x, time, text, rope_scale=ROPE_SCALE)
+    actual = velocity(model, x, time, text, rope_scale=ROPE_SCALE)
     assert actual.shape == expected.shape == (batch, *grid, 16)
     assert relative_difference(actual, expected) < 1e-4
 
@@ -103,7 +71,7 @@ def test_without_rounding_q_and_k_the_output_differs_from_diffusers_by_bfloat16_
     model = random_model()
     x, time, text = inputs(2, (3, 6, 10))
     expected = run_diffusers(diffusers_model(model), x, time, text)
-    difference = relative_difference(model(x, time, text, rope_scale=ROPE_SCALE), expected)
+    difference = relative_difference(velocity(model, x, time, text, rope_scale=ROPE_SCALE), expected)
     assert 1e-5 < difference < 2e-3
 
 
@@ -130,7 +98,7 @@ def test_nabla_equals_diffusers(monkeypatch, thr):
     expected = run_diffusers(
         diffusers_model(model), x, time, text, {"sta_mask": sta[None, None], "P": thr, "to_fractal": True}
     )
-    actual = model(x, time, text, rope_scale=ROPE_SCALE, attention=AttentionConfig("nabla", thr, window))
+    actual = velocity(model, x, time, text, rope_scale=ROPE_SCALE, attention=AttentionConfig("nabla", thr, window))
     assert all(0.1 < density < 0.95 for density in densities)
     assert relative_difference(actual, expected) < 1e-4
 
@@ -150,8 +118,8 @@ def test_parameters_are_those_of_diffusers(visual_cond):
 def test_nabla_that_keeps_everything_equals_dense_on_any_grid(grid):
     model = random_model()
     x, time, text = inputs(2, grid)
-    dense = model(x, time, text, rope_scale=ROPE_SCALE)
-    nabla = model(x, time, text, rope_scale=ROPE_SCALE, attention=AttentionConfig("nabla", 1.0, None))
+    dense = velocity(model, x, time, text, rope_scale=ROPE_SCALE)
+    nabla = velocity(model, x, time, text, rope_scale=ROPE_SCALE, attention=AttentionConfig("nabla", 1.0, None))
     torch.testing.assert_close(nabla, dense, rtol=1e-4, atol=1e-5)
 
 
@@ -159,7 +127,10 @@ def test_nabla_that_keeps_everything_equals_dense_on_any_grid(grid):
 def test_nabla_drops_blocks():
     model = random_model()
     x, time, text = inputs(1, (3, 34, 34))
-    dense, nabla = model(x, time, text), model(x, time, text, attention=AttentionConfig("nabla", 0.2, None))
+    dense, nabla = (
+        velocity(model, x, time, text),
+        velocity(model, x, time, text, attention=AttentionConfig("nabla", 0.2, None)),
+    )
     assert relative_difference(nabla, dense) > 1e-3
 
 
@@ -167,10 +138,10 @@ def test_nabla_drops_blocks():
 def test_rope_scale_divides_positions():
     model = random_model()
     x, time, text = inputs(1, (3, 6, 6))
-    base = model(x, time, text)
+    base = velocity(model, x, time, text)
     for axis in range(3):
         scale = tuple(2.0 if i == axis else 1.0 for i in range(3))
-        assert relative_difference(model(x, time, text, rope_scale=scale), base) > 1e-4
+        assert relative_difference(velocity(model, x, time, text, rope_scale=scale), base) > 1e-4
 
 
 @pytest.mark.parametrize("attention", [DENSE, NABLA], ids=["dense", "nabla"])
@@ -181,8 +152,8 @@ def test_masked_text_does_not_change_the_output(attention, padding):
     x, time, text = inputs(2, (2, 18, 6), length=6)
     tokens = torch.cat([text.tokens, torch.full((2, 3, CONFIG.in_text_dim), padding)], dim=1)
     mask = torch.arange(9).expand(2, -1) < 6
-    expected = model(x, time, text, attention=attention)
-    actual = model(x, time, TextCondition(tokens, mask, text.pooled), attention=attention)
+    expected = velocity(model, x, time, text, attention=attention)
+    actual = velocity(model, x, time, TextCondition(tokens, mask, text.pooled), attention=attention)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -191,8 +162,8 @@ def test_each_sample_has_its_own_text_length():
     model = random_model()
     x, time, text = inputs(2, (1, 4, 4), length=5)
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
-    together = model(x, time, replace(text, mask=mask))
-    alone = model(x[1:], time[1:], TextCondition(text.tokens[1:, :2], None, text.pooled[1:]))
+    together = velocity(model, x, time, replace(text, mask=mask))
+    alone = velocity(model, x[1:], time[1:], TextCondition(text.tokens[1:, :2], None, text.pooled[1:]))
     torch.testing.assert_close(together[1:], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -201,7 +172,7 @@ def test_no_mask_means_every_token_is_valid():
     model = random_model()
     x, time, text = inputs(2, (1, 4, 4))
     valid = torch.ones(text.tokens.shape[:2], dtype=torch.bool)
-    torch.testing.assert_close(model(x, time, replace(text, mask=valid)), model(x, time, text))
+    torch.testing.assert_close(velocity(model, x, time, replace(text, mask=valid)), velocity(model, x, time, text))
 
 
 @torch.no_grad()
@@ -209,14 +180,17 @@ def test_a_text_with_no_valid_token_gives_a_finite_output():
     model = random_model()
     x, time, text = inputs(1, (1, 4, 4))
     nothing = torch.zeros(text.tokens.shape[:2], dtype=torch.bool)
-    assert model(x, time, replace(text, mask=nothing)).isfinite().all()
+    assert velocity(model, x, time, replace(text, mask=nothing)).isfinite().all()
 
 
 @torch.no_grad()
 def test_the_blocks_of_a_fresh_model_are_the_identity():
     model = CrossDiT(CONFIG)
     x, time, text = inputs(1, (2, 4, 4))
-    torch.testing.assert_close(model(x, time, text), model(x, time, text, cache=lambda blocks, tokens: tokens))
+    torch.testing.assert_close(
+        velocity(model, x, time, text),
+        velocity(model, x, time, text, cache=lambda blocks, tokens: tokens),
+    )
 
 
 @pytest.mark.parametrize("attention", [DENSE, NABLA], ids=["dense", "nabla"])
@@ -233,9 +207,9 @@ def test_cache_stands_around_the_visual_blocks(attention):
     def reuse(blocks, tokens):
         return tokens + residuals[-1]
 
-    expected = model(x, time, text, attention=attention)
-    torch.testing.assert_close(model(x, time, text, attention=attention, cache=compute), expected)
-    torch.testing.assert_close(model(x, time, text, attention=attention, cache=reuse), expected)
+    expected = velocity(model, x, time, text, attention=attention)
+    torch.testing.assert_close(velocity(model, x, time, text, attention=attention, cache=compute), expected)
+    torch.testing.assert_close(velocity(model, x, time, text, attention=attention, cache=reuse), expected)
     assert residuals[0].shape == (1, 2 * 9 * 3, CONFIG.model_dim)
 
 
@@ -243,7 +217,7 @@ def gradients(model: CrossDiT, attention: AttentionConfig) -> dict[str, Tensor]:
     model.zero_grad()
     x, time, text = inputs(2, (2, 18, 6))
     mask = torch.arange(7).expand(2, -1) < torch.tensor([[7], [4]])
-    model(x, time, replace(text, mask=mask), attention=attention).square().mean().backward()
+    velocity(model, x, time, replace(text, mask=mask), attention=attention).square().mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
@@ -267,7 +241,7 @@ def saved_bytes(model: CrossDiT) -> int:
 
     x, time, text = inputs(1, (2, 12, 12))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x, time, text)
+        velocity(model, x, time, text)
     return total
 
 
@@ -291,7 +265,7 @@ def test_offload_moves_exactly_the_inputs_of_the_visual_blocks(monkeypatch):
     model = random_model().train()
     model.gradient_checkpointing = model.offload = True
     x, time, text = inputs(1, (2, 12, 12))
-    model(x, time, text)
+    velocity(model, x, time, text)
     assert moved == [(1, 72, CONFIG.model_dim)] * CONFIG.visual_blocks
 
 
@@ -303,9 +277,9 @@ def test_the_modulation_path_stays_float32_in_a_bfloat16_model():
     for name in kept:
         assert torch.equal(model.get_parameter(name), reference.get_parameter(name))
     x, time, text = inputs(1, (2, 6, 6))
-    out = model(x, time, text)
+    out = velocity(model, x, time, text)
     assert out.dtype == torch.bfloat16
-    assert relative_difference(out, reference(x, time, text)) < 0.05
+    assert relative_difference(out, velocity(reference, x, time, text)) < 0.05
 
 
 def test_autocast_trains_with_modulation_in_float32():
@@ -316,12 +290,12 @@ def test_autocast_trains_with_modulation_in_float32():
         if isinstance(module, Float32Linear):
             module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(x, time, text)
+        out = velocity(model, x, time, text)
     out.float().square().mean().backward()
     assert set(dtypes) == {torch.float32}
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
-        assert relative_difference(out, model(x, time, text)) < 0.05
+        assert relative_difference(out, velocity(model, x, time, text)) < 0.05
 
 
 @pytest.mark.parametrize("attention", [DENSE, NABLA], ids=["dense", "nabla"])
@@ -329,21 +303,12 @@ def test_autocast_trains_with_modulation_in_float32():
 def test_compiled_in_one_graph_gives_the_same_at_every_size(attention):
     torch._dynamo.reset()
     model = random_model(replace(CONFIG, visual_blocks=1))
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(partial(velocity, model), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, grid, length in [(1, (2, 18, 6), 5), (2, (3, 12, 20), 7), (2, (5, 4, 34), 4)]:
         x, time, text = inputs(batch, grid, length=length)
-        expected = model(x, time, text, rope_scale=ROPE_SCALE, attention=attention)
+        expected = velocity(model, x, time, text, rope_scale=ROPE_SCALE, attention=attention)
         actual = compiled(x, time, text, rope_scale=ROPE_SCALE, attention=attention)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_a_patch_holds_its_cells_channels_innermost_going_in_and_outermost_coming_out():
-    x = torch.arange(2 * 4 * 6 * 3).view(1, 2, 4, 6, 3)
-    patches = patchify(x, (1, 2, 2))
-    assert patches.shape == (1, 2, 2, 3, 12)
-    assert torch.equal(patches[0, 1, 0, 2], x[0, 1, :2, 4:6].flatten())
-    back = unpatchify(patches.unflatten(-1, (4, 3)).transpose(-1, -2).flatten(-2), (1, 2, 2))
-    assert torch.equal(back, x)
 
 
 def test_wrong_input_is_refused_with_what_was_expected():
@@ -354,20 +319,20 @@ def test_wrong_input_is_refused_with_what_was_expected():
     for wrong, words in [
         ((x[..., :16], time, text), r"\[B, T, H, W, 33\]"),
         ((x[:, :, :3], time, text), "multiples of the patch"),
-        ((x, time[:1], text), r"time: expected one value a sample, \[2\]"),
+        ((x, time[:1], text), r"time: expected one value for each clip of each sample, \[2\]"),
         ((x[:1], time[:1], text), "text tokens: expected"),
         ((x, time, narrow), "text tokens: expected"),
         ((x, time, short), "pooled text: expected"),
     ]:
         with pytest.raises(ValueError, match=words):
-            model(*wrong)
+            velocity(model, *wrong)
     with pytest.raises(ValueError, match="text mask: expected bool"):
         replace(text, mask=torch.ones(2, 7))
     with pytest.raises(ValueError, match="rope_scale"):
-        model(x, time, text, rope_scale=(1.0, 0.0, 1.0))
+        velocity(model, x, time, text, rope_scale=(1.0, 0.0, 1.0))
     model.offload = True
     with pytest.raises(ValueError, match="gradient_checkpointing"):
-        model(x, time, text)
+        velocity(model, x, time, text)
 
 
 @pytest.mark.parametrize(

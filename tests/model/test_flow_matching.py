@@ -1,10 +1,8 @@
 """Flow matching: the path, the model's input in each regime, and what the loss counts."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
+from latent_models import LatentModel
 
 from model.conditioning import TextCondition
 from model.flow_matching import condition_input, flow_matching_loss, noisy_latent, shift_time
@@ -24,15 +22,14 @@ TEXT = TextCondition(torch.zeros(B, 2, 8), None, torch.zeros(B, 4))
 LATENTS = draw(1)
 
 
-class Velocity(nn.Module):
+class Velocity(LatentModel):
     """Answers what `answer(x, time)` says and keeps what it was asked."""
 
     def __init__(self, answer, visual_cond=True):
-        super().__init__()
-        self.config = SimpleNamespace(visual_cond=visual_cond)
+        super().__init__(visual_cond)
         self.answer = answer
 
-    def forward(self, x, time, text, *, rope_scale, attention):
+    def velocity(self, x, time, text, cache=None):
         self.x, self.time = x, time
         return self.answer(x, time)
 

@@ -1,10 +1,10 @@
 """The sampler: its time grid, guidance, a given first frame, repeatability and caching."""
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
+from latent_models import LatentModel
 from torch import nn
 
 from k5kernels.cache import MagCache, MagCalibration
@@ -22,16 +22,15 @@ def condition(value):
 TEXT, NEGATIVE = condition(1), condition(-1)
 
 
-class Velocity(nn.Module):
+class Velocity(LatentModel):
     """A smooth field that depends on the latent, the time, the text and the mask; keeps the calls."""
 
     def __init__(self, visual_cond=True):
-        super().__init__()
-        self.config = SimpleNamespace(visual_cond=visual_cond)
+        super().__init__(visual_cond)
         self.calls = []
         self.inputs = []
 
-    def forward(self, x, time, text, *, rope_scale, attention, cache=None):
+    def velocity(self, x, time, text, cache=None):
         self.calls.append((time[0].item(), text.tokens[0, 0, 0].item()))
         self.inputs.append(x)
         mean = text.tokens.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
@@ -65,7 +64,7 @@ def test_euler_steps_equal_diffusers(scale):
     torch.testing.assert_close(time_grid(steps, scale), scheduler.sigmas)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
     for time in scheduler.timesteps:
-        cond, uncond = (model(x, time.repeat(2), text, rope_scale=None, attention=None) for text in (TEXT, NEGATIVE))
+        cond, uncond = (model.velocity(x, time.repeat(2), text) for text in (TEXT, NEGATIVE))
         x = scheduler.step(uncond + 5.0 * (cond - uncond), time, x, return_dict=False)[0]
     ours = sample(model, TEXT, NEGATIVE, SHAPE, steps=steps, scheduler_scale=scale, seed=3)
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
@@ -75,7 +74,7 @@ def test_the_straight_field_is_followed_exactly_to_its_latent():
     target = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
 
     class Straight(Velocity):
-        def forward(self, x, time, text, **_):
+        def velocity(self, x, time, text, cache=None):
             return (x[..., :16] - target) / (time / 1000).view(-1, 1, 1, 1, 1)
 
     for scale in (None, 10):
@@ -95,7 +94,7 @@ def test_guidance_costs_a_second_pass_and_guidance_one_does_not():
 
 def test_guidance_extrapolates_from_negative_to_text():
     class OfText(Velocity):
-        def forward(self, x, time, text, **_):
+        def velocity(self, x, time, text, cache=None):
             return text.tokens.mean() * torch.ones_like(x[..., :16])
 
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -190,7 +189,7 @@ class Learned(Velocity):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, x, time, text, **_):
+    def velocity(self, x, time, text, cache=None):
         self.calls.append(time[0].item())
         return x[..., :16] * self.weight
 

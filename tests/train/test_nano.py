@@ -8,6 +8,7 @@ import torch
 from k5kernels.attention import AttentionConfig, record_block_masks
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.flow_matching import condition_input, noisy_latent
+from model.latent_tokens import latent_velocity
 from model.nano import CROSSDIT_WEIGHTS, SETTINGS, VAE_WEIGHTS, load_settings
 from model.presets import PRESETS
 from model.text_encoders import MiniLMTextEncoder
@@ -54,7 +55,7 @@ def test_nabla_finds_sparse_masks_that_follow_the_threshold():
     for thr in (0.9, 0.7, 0.4):
         seen: list[float] = []
         with record_block_masks(lambda mask, seen=seen: seen.append(mask.density)):
-            model(channels, torch.tensor([500.0]), text, attention=AttentionConfig("nabla", thr, None))
+            latent_velocity(model, channels, torch.tensor([500.0]), text, attention=AttentionConfig("nabla", thr))
         densities.append(sum(seen) / len(seen))
     assert 0.02 < densities[2] < densities[1] < densities[0] < 0.95, densities
 
