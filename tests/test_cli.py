@@ -56,7 +56,7 @@ def test_encode_keeps_the_good_videos_names_the_bad_one_and_exits_with_1(folder,
     ("options", "words"),
     [
         ("{folder}/clip.mp4 --vae {folder}/none --out {out}", ["none", "expected a safetensors file"]),
-        ("{folder}/clip.mp4 --vae {folder}/clip.mp4 --out {out}", ["clip.mp4", "expected a whole VAE"]),
+        ("{folder}/clip.mp4 --vae {folder}/clip.mp4 --out {out}", ["clip.mp4", "not a whole safetensors file"]),
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {folder}/text.mp4", ["text.mp4"]),
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {out} --resolution 300", ["resolution", "300"]),
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {out} --clip-frames 8", ["frames", "8"]),

@@ -5,25 +5,19 @@ One safetensors file holds encoder and decoder under the released names (`encode
 tensors of our file and of a diffusers VAE folder are the same, and either loads.
 """
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from k5kernels.atomic import replacing
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
 from k5kernels.vae.decoder import HunyuanDecoder
 from k5kernels.vae.encoder import HunyuanEncoder
+from k5kernels.weight_files import VAE, WeightsError, open_weights, write_weights
 
 Half = TypeVar("Half", HunyuanEncoder, HunyuanDecoder)
 
-FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What this library builds; a configuration that says otherwise is another model.
 FIXED = {
@@ -38,9 +32,11 @@ FIXED = {
 
 
 def load_encoder(path: str | Path) -> HunyuanEncoder:
-    """Encoder in float32, in eval mode, from a safetensors file of `save_vae` or a diffusers VAE folder.
+    """Encoder in float32, in eval mode.
 
-    Raises ValueError where the file is missing, damaged, or holds another model.
+    path: a safetensors file of `save_vae`, a VAE folder of diffusers, or a pipeline's folder that has it in `vae`.
+    Raises WeightsError, a ValueError, where the path is missing, damaged, or holds another model; OSError where it
+    cannot be read.
     """
     return _load(path, HunyuanEncoder, "encoder.", "quant_conv.")
 
@@ -63,72 +59,30 @@ def save_vae(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
     tensors = {
-        _released_name(name, prefix, conv): tensor.detach().to("cpu", dtype).contiguous()
+        _released_name(name, prefix, conv): tensor
         for half, prefix, conv in ((encoder, "encoder.", "quant_conv."), (decoder, "decoder.", "post_quant_conv."))
         for name, tensor in half.state_dict().items()
     }
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name}: expected finite weights in {dtype}, got inf or nan; save as torch.float32")
-    with replacing(path) as partial:
-        try:
-            save_file(tensors, partial, {"format": "pt", "config": json.dumps(_to_json(encoder.config))})
-        except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({error})") from error
+    write_weights(path, tensors, _to_json(encoder.config), dtype)
 
 
 def _load(path: str | Path, half: type[Half], prefix: str, conv: str) -> Half:
-    with _open(Path(path)) as (file, settings):
-        with torch.device("meta"):
-            model = half(_from_json(settings, path))
-        stored = set(file.keys())
-        names = {name: _released_name(name, prefix, conv) for name in model.state_dict()}
-        _check_names(path, set(names.values()), {name for name in stored if name.startswith((prefix, conv))})
-        # Parameters are allocated without initialization, so that loading draws no random numbers.
-        model.to_empty(device="cpu")
-        with torch.no_grad():
-            for name, parameter in model.state_dict().items():
-                _copy(path, names[name], file.get_tensor(names[name]), parameter)
+    stored = open_weights(path, VAE)
+    config = _from_json(stored.config, path)
+    model = stored.build(lambda: half(config), config.layers_per_block)
+    named = {_released_name(name, prefix, conv): tensor for name, tensor in model.state_dict().items()}
+    tensors = stored.read(named, within=(prefix, conv))
+    # Parameters are allocated without initialization, so that loading draws no random numbers.
+    model.to_empty(device="cpu")
+    parameters = {_released_name(name, prefix, conv): parameter for name, parameter in model.state_dict().items()}
+    with torch.no_grad():
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor)
     return model.eval()
 
 
 def _released_name(name: str, prefix: str, conv: str) -> str:
     return name if name.startswith(conv) else prefix + name
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open safetensors file, and the configuration beside it or in its metadata."""
-    weights = path / FOLDER_WEIGHTS if path.is_dir() else path
-    if not weights.is_file():
-        expected = "a diffusers VAE folder" if path.is_dir() else "a safetensors file or a diffusers VAE folder"
-        raise ValueError(f"{path}: expected {expected}, found no file {weights.name}")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            if path.is_dir():
-                text = (path / FOLDER_CONFIG).read_text() if (path / FOLDER_CONFIG).is_file() else None
-            else:
-                text = (file.metadata() or {}).get("config")
-            if text is None:
-                where = f"a {FOLDER_CONFIG} in the folder" if path.is_dir() else "`config` in the file's metadata"
-                raise ValueError(f"{path}: expected {where}, found none; is this a VAE that save_vae wrote?")
-            yield file, json.loads(text)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected a whole VAE in safetensors format ({error})") from error
-
-
-def _check_names(path: str | Path, expected: set[str], stored: set[str]) -> None:
-    for problem, names in (("lacks", expected - stored), ("has unknown", stored - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path}: expected the VAE of its configuration, {problem} {len(names)} tensors: {some}")
-
-
-def _copy(path: str | Path, name: str, stored: Tensor, parameter: Tensor) -> None:
-    if stored.shape != parameter.shape or not stored.is_floating_point():
-        expected, got = f"{list(parameter.shape)} floating", f"{list(stored.shape)} {stored.dtype}"
-        raise ValueError(f"{path}: {name}: expected {expected}, got {got}")
-    parameter.copy_(stored)
 
 
 def _to_json(config: VAEConfig) -> dict[str, Any]:
@@ -141,21 +95,22 @@ def _to_json(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _from_json(settings: Any, path: str | Path) -> VAEConfig:
+def _from_json(settings: dict[str, Any], path: str | Path) -> VAEConfig:
     """Keys that are left out have diffusers' defaults, which are HunyuanVideo's values."""
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected a JSON object as configuration, got {type(settings).__name__}")
     for key, value in FIXED.items():
         if settings.get(key, value) != value:
-            raise ValueError(f"{path}: expected the VAE of HunyuanVideo ({key} = {value}), got {settings[key]}")
+            raise WeightsError(f"{path}: expected the VAE of HunyuanVideo ({key} = {value}), got {settings[key]}")
     default = VAEConfig()
     try:
-        return VAEConfig(
+        config = VAEConfig(
             widths=tuple(settings.get("block_out_channels", default.widths)),
             groups=int(settings.get("norm_num_groups", default.groups)),
             layers_per_block=int(settings.get("layers_per_block", default.layers_per_block)),
             latent_channels=int(settings.get("latent_channels", default.latent_channels)),
             scaling_factor=float(settings.get("scaling_factor", default.scaling_factor)),
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a VAE configuration ({error})") from error
+    except (OverflowError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: expected a VAE configuration ({error})") from error
+    if not (math.isfinite(config.scaling_factor) and config.scaling_factor > 0):
+        raise WeightsError(f"{path}: expected a positive scaling_factor, got {config.scaling_factor}")
+    return config

@@ -1,6 +1,7 @@
 """Weights in and out: whole, exact, in the released layout, with clear errors."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -116,32 +117,80 @@ def test_a_corrupt_or_cut_file_is_refused(model, tmp_path):
 
 
 def test_a_path_without_weights_or_config_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match="no such file"):
+    with pytest.raises(WeightsError, match="no such file; expected a safetensors file"):
         load_crossdit(tmp_path / "nothing.safetensors")
     with pytest.raises(WeightsError, match=r"expected config\.json"):
         load_crossdit(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="no config in the metadata"):
+    with pytest.raises(WeightsError, match="no config: expected `config` in the metadata"):
         load_crossdit(tmp_path / "other.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors", {"config": json.dumps({"channels": [8]})})
-    with pytest.raises(WeightsError, match="not the config of a CrossDiT"):
+    with pytest.raises(
+        WeightsError,
+        match=r"vae\.safetensors: expected the config of a CrossDiT, with model_dim; got that of another model",
+    ):
         load_crossdit(tmp_path / "vae.safetensors")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"unreadable config\.json"):
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_dim", 32.0),
+        ("model_dim", True),
+        ("model_dim", "32"),
+        ("ff_dim", 0),
+        ("ff_dim", 10**30),
+        ("num_visual_blocks", 10**12),
+        ("num_text_blocks", -1),
+        ("axes_dims", 16),
+        ("axes_dims", [4, 6]),
+        ("axes_dims", [4.0, 6.0, 6.0]),
+        ("patch_size", [1, 2, 0]),
+        ("in_text_dim", [10, 10]),
+        ("visual_cond", 1),
+    ],
+)
+def test_a_config_of_no_sizes_is_refused_in_one_line(model, tmp_path, name, value):
+    path = tmp_path / "model.safetensors"
+    save_crossdit(path, model)
+    save_file(load_file(path), path, {"config": json.dumps(config_to_json(CONFIG) | {name: value})})
+    with pytest.raises(WeightsError) as caught:
+        load_crossdit(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_another_model_is_named(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsError, match="got that of FluxTransformer2DModel"):
         load_crossdit(tmp_path)
 
 
-def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(model, tmp_path, monkeypatch):
+def test_integer_weights_are_refused_by_name(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_crossdit(path, model)
-    before = path.read_bytes()
+    name = "visual_transformer_blocks.1.feed_forward.in_layer.weight"
+    rewrite(path, lambda state: state.update({name: torch.ones_like(state[name], dtype=torch.int8)}))
+    with pytest.raises(WeightsError, match=rf"{name}: stored as I8; quantized weights are not read"):
+        load_crossdit(path)
 
-    def disk_full(state, file, metadata):
-        file.write_bytes(b"half")
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr("model.weights.save_file", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        save_crossdit(path, model)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+def test_one_model_saved_twice_gives_the_same_bytes_and_an_ordinary_mode(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        save_crossdit(tmp_path / "one", model)
+        save_crossdit(tmp_path / "two", load_crossdit(tmp_path / "one"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert (tmp_path / "two").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_model_that_is_not_finite_is_not_saved(model, tmp_path):
+    with torch.no_grad():
+        model.out_layer.out_layer.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"out_layer\.out_layer\.bias: expected finite weights"):
+        save_crossdit(tmp_path / "model.safetensors", model)
+    assert list(tmp_path.iterdir()) == []
