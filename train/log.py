@@ -18,7 +18,7 @@ class Log:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row, whole or not at all. JSON has no word for NaN and infinity: they are written as null."""
-        line = (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        line = (json.dumps(finite(row), allow_nan=False) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
@@ -63,9 +63,10 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same JSON value with null for every infinity and NaN in it."""
     if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

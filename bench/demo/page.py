@@ -1,72 +1,61 @@
-"""What the demo shows of a finished Job: figures and tables, every number from that run."""
+"""The demo's page of a finished Job: figures, and tables that format the numbers of results.json."""
 
 import json
-from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bench.demo.figures import draw_block_masks, draw_loss, draw_schedule
-from bench.demo.job import PLAIN, Job
+from bench.demo.job import Job
 from bench.demo.report import Table, write_report
-from bench.harness import machine
+from bench.demo.results import PLANNED_GPUS, collect
 from k5kernels.atomic import replacing
 from k5kernels.latents.video import BUCKETS
-from k5kernels.planner import MODELS, ClipShape, memory_bytes, step_time_ms
 from k5kernels.token_layout import TokenLayout
-from train.evaluation import psnr
+from train.log import finite
 
 GIB = 2**30
-PLANNED_GPUS = 64
+Results = dict[str, Any]
 
 
-def setting() -> str:
-    """Machine, threads and version, for every table's reader."""
-    return f"{machine()}; {torch.get_num_threads()} threads, k5kernels {version('k5kernels')}"
-
-
-def sampling_table(job: Job) -> Table:
-    """Time, ratio, density and distance of each path to the plain one."""
-    plain = job.samples[PLAIN]
-    rows = []
-    for name, sample in job.samples.items():
-        same = sample is plain
-        cache = job.paths[name][1]
-        passes = [ran for schedule in cache.schedule.values() for ran in schedule] if cache else [True] * sample.passes
-        rows.append(
-            (
-                name,
-                f"{sample.seconds:.1f}",
-                f"{plain.seconds / sample.seconds:.2f}×",
-                f"{sample.density:.1%}",
-                f"{sum(passes)} of {len(passes)}",
-                "–" if same else f"{psnr(sample.frames, plain.frames):.1f}",
-            )
+def sampling_table(results: Results) -> Table:
+    """A row a path."""
+    sampling = results["sampling"]
+    rows = tuple(
+        (
+            path["path"],
+            f"{path['time_s']:.1f}",
+            f"{path['speed_up']:.2f}×",
+            f"{path['density']:.1%}",
+            f"{path['passes_that_ran_the_blocks']} of {path['passes']}",
+            "–" if path["psnr_to_full_attention_db"] is None else f"{path['psnr_to_full_attention_db']:.1f}",
         )
+        for path in sampling["paths"]
+    )
     note = (
-        f"{plain.passes // 2} steps with classifier-free guidance {job.nano.guidance}; NABLA thr {job.nano.thr}, "
-        f"STA window {job.nano.sta}. One run each: on a busy machine the times move."
+        f"{sampling['steps']} steps with classifier-free guidance {sampling['guidance']}; NABLA thr "
+        f"{sampling['nabla_thr']}, STA window {tuple(sampling['sta_window_blocks'])}. One run each: on a busy machine "
+        "the times move."
     )
     columns = ("path", "time [s]", "speed-up", "density", "passes that ran the blocks", "PSNR to full attention [dB]")
-    return Table("Sampling one clip", columns, tuple(rows), note)
+    return Table("Sampling one clip", columns, rows, note)
 
 
-def job_table(job: Job) -> Table:
+def job_table(results: Results) -> Table:
     """Encoding, reconstruction, training."""
-    training = job.training
+    training = results["training"]
     rows = (
-        ("encode the clip [s]", f"{job.encode_seconds:.1f}"),
-        ("reconstruction of the scene, PSNR [dB]", f"{job.reconstruction_db:.2f}"),
-        ("training step [s]", f"{training.seconds / len(training.losses):.2f}"),
-        ("loss before training, fixed noise", f"{training.before:.4f}"),
-        ("loss after training, same noise", f"{training.after:.4f}"),
+        ("encode the clip [s]", f"{results['encode_s']:.1f}"),
+        ("reconstruction of the scene, PSNR [dB]", f"{results['reconstruction_psnr_db']:.2f}"),
+        ("training step [s]", f"{training['step_s']:.2f}"),
+        ("loss before training, fixed noise", f"{training['fixed_noise_loss_before']:.4f}"),
+        ("loss after training, same noise", f"{training['fixed_noise_loss_after']:.4f}"),
     )
-    return Table(f"{len(training.losses)} training steps", ("measured", "value"), rows)
+    return Table(f"{training['steps']} training steps", ("measured", "value"), rows)
 
 
-def memory_table(job: Job) -> Table:
+def memory_table(results: Results) -> Table:
     """Peak memory of a training step."""
-    rows = tuple((name, f"{peak / GIB:.2f}") for name, peak in job.memory.items())
+    rows = tuple((name, f"{peak / GIB:.2f}") for name, peak in results["training_step_memory_bytes"].items())
     note = (
         "Activation offload moves tensors from an accelerator to the host; on the CPU there is nothing to move. "
         "What it saves on a GPU is the planner's answer, below."
@@ -74,20 +63,21 @@ def memory_table(job: Job) -> Table:
     return Table("Peak memory that one training step adds", ("activations", "GiB"), rows, note)
 
 
-def planner_table() -> Table:
-    """The report's two formulas for a 5 s clip at 512×768."""
-    clip = ClipShape(512, 768, 121)
-    rows = []
-    for name in ("video_lite", "video_pro"):
-        shape = MODELS[name]
-        sizes = (shape.model_dim, shape.time_dim, shape.ff_dim, shape.blocks)
-        memory = [memory_bytes(*sizes, clip.tokens, PLANNED_GPUS, offload) / GIB for offload in (False, True)]
-        time = step_time_ms(shape.model_dim, clip.pixels, shape.blocks, 1) / 1e3
-        rows.append((name, f"{time:.2f}", f"{memory[0]:.1f}", f"{memory[1]:.1f}"))
+def planner_table(results: Results) -> Table:
+    """A row a model."""
+    rows = tuple(
+        (
+            row["model"],
+            f"{row['h100_step_s']:.2f}",
+            f"{row['gpu_memory_bytes'] / GIB:.1f}",
+            f"{row['gpu_memory_with_offload_bytes'] / GIB:.1f}",
+        )
+        for row in results["planner"]
+    )
     columns = ("model", "step on an H100 [s]", "memory a GPU [GiB]", "memory a GPU with activation offload [GiB]")
     note = "Formulas of the Kandinsky 5.0 report, §7.3; predicted, not measured."
     caption = f"Planner: one clip of 5 s at 512×768 a GPU, dense attention, {PLANNED_GPUS} shards"
-    return Table(caption, columns, tuple(rows), note)
+    return Table(caption, columns, rows, note)
 
 
 def mask_figure(job: Job, path: Path) -> Path:
@@ -103,25 +93,25 @@ def write_page(job: Job) -> Path:
     loss = draw_loss(job.training.losses, job.out / "loss.png")
     masks = mask_figure(job, job.out / "block_masks.png")
     schedule = draw_schedule(job.magcache.schedule, job.nano.mag_ratios, job.out / "magcache.png")
-    tables = {"job": job_table(job), "sampling": sampling_table(job), "memory": memory_table(job)}
-    results = {name: {"columns": table.columns, "rows": table.rows} for name, table in tables.items()}
+    results = finite(collect(job))
     with replacing(job.out / "results.json") as partial:
-        partial.write_text(json.dumps({"machine": setting()} | results, indent=1) + "\n")
+        partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     page = job.out / "report.html"
-    height, width = job.sample_record.height, job.sample_record.width
+    clip = results["clip"]
     write_report(
         page,
         f"k5kernels on {job.video.name}",
-        f"{setting()}. Bucket {height}×{width} of {sorted(BUCKETS)}.",
+        f"{results['machine']}; ran on {results['device']}. Bucket {clip['height_px']}×{clip['width_px']} of "
+        f"{sorted(BUCKETS)}.",
         job.out / "samples.mp4",
         "Left to right: source, reconstruction by the VAE, " + ", ".join(job.samples),
         [
-            ("Sampling", [tables["sampling"]]),
+            ("Sampling", [sampling_table(results)]),
             ("Which blocks attention reads", [masks]),
             ("MagCache", [schedule]),
-            ("Encoding and training", [tables["job"], loss]),
-            ("Memory", [tables["memory"]]),
-            ("Planner", [planner_table()]),
+            ("Encoding and training", [job_table(results), loss]),
+            ("Memory", [memory_table(results)]),
+            ("Planner", [planner_table(results)]),
         ],
     )
     return page

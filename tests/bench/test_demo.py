@@ -11,6 +11,7 @@ import av
 import pytest
 import torch
 import typer
+from full_disk import fill_disk_under, needs_full_disk
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -203,6 +204,15 @@ class Page(HTMLParser):
         return next(row for row in self.rows if row[0] == name)
 
 
+def text_in(value) -> set[str]:
+    """The values in nested JSON that are text."""
+    if isinstance(value, dict):
+        return text_in(list(value.values()))
+    if isinstance(value, list):
+        return set().union(*map(text_in, value))
+    return {value} if isinstance(value, str) else set()
+
+
 def assert_is_whole_report(out: Path, width: int, height: int, frames: int):
     """Every promised file, and on the page every section, path and model, with nothing fetched from elsewhere."""
     assert sorted(path.name for path in out.iterdir()) == sorted([*job.FILES, job.LATENTS])
@@ -215,10 +225,14 @@ def assert_is_whole_report(out: Path, width: int, height: int, frames: int):
     assert len(page.links) == 4
     assert all(link.startswith("data:") for link in page.links)
     results = json.loads((out / "results.json").read_text())
-    assert [row[0] for row in results["sampling"]["rows"]] == PATHS
-    for row in results["sampling"]["rows"]:
-        assert page.row(row[0]) == row
-        assert row[-1] == "–" if row[0] == PATHS[0] else float(row[-1]) > 0
+    assert [row["path"] for row in results["sampling"]["paths"]] == PATHS
+    for row in results["sampling"]["paths"]:
+        shown = page.row(row["path"])
+        assert shown[1] == f"{row['time_s']:.1f}"
+        assert shown[3] == f"{row['density']:.1%}"
+        assert (row["psnr_to_full_attention_db"] is None) == (row["path"] == PATHS[0])
+        assert shown[-1] == "–" if row["path"] == PATHS[0] else float(shown[-1]) > 0
+    assert text_in(results) == {results["machine"], "cpu", results["clip"]["video"], *PATHS, "video_lite", "video_pro"}
     for model in ("video_lite", "video_pro"):
         assert all(float(cell) > 0 for cell in page.row(model)[1:])
 
@@ -266,17 +280,11 @@ def test_a_damaged_video_is_never_shown_as_done(small, tmp_path, monkeypatch):
     assert all(done < total for done, total in shown)
 
 
-FULL_DISK = Path("/dev/full")
-
-
-@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs a device that is always full")
+@needs_full_disk
 @pytest.mark.parametrize("name", job.FILES)
 def test_a_full_disk_is_one_line_that_names_the_file(finished, invoke, tmp_path, monkeypatch, name):
-    """The file on its way to that name is a device that is always full."""
-
     def write(_, console):
-        partial = tmp_path / "out" / f"{name}.partial"
-        partial.symlink_to(FULL_DISK)
+        fill_disk_under(name, monkeypatch)
         last = copy.copy(finished)
         last.out = tmp_path / "out"
         last.write_video()
@@ -310,8 +318,8 @@ def test_a_memory_measurement_that_fails_is_one_line(monkeypatch):
 def test_the_whole_job_on_the_shipped_clip(tmp_path):
     demo.run(clip_path("bigbuckbunny"), tmp_path, CAPTIONS["bigbuckbunny"], CPU, Console(quiet=True))
     results = json.loads((tmp_path / "results.json").read_text())
-    values = {name: float(value) for name, value in results["job"]["rows"]}
-    assert values["loss after training, same noise"] < values["loss before training, fixed noise"]
-    density = float(next(row for row in results["sampling"]["rows"] if row[0] == "NABLA")[3].rstrip("%"))
-    assert 2 < density < 90, "NABLA's masks are degenerate"
+    training = results["training"]
+    assert training["fixed_noise_loss_after"] < training["fixed_noise_loss_before"]
+    density = next(row["density"] for row in results["sampling"]["paths"] if row["path"] == "NABLA")
+    assert 0.02 < density < 0.9, "NABLA's masks are degenerate"
     assert_is_whole_report(tmp_path, 384, 256, 25)

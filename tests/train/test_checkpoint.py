@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import fill_disk_under, needs_full_disk
 from tiny_stage import parameters, tiny_loop
 
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, refuse_others, save_checkpoint
 from train.log import Log
 
 CHECKPOINT = Checkpoint(3, {"seed": 0, "model": {"blocks": 2}}, {"weights": torch.arange(5000.0)})
-FULL_DISK = Path("/dev/full")
 
 
 @pytest.fixture
@@ -127,10 +127,10 @@ def test_another_model_is_refused_even_so(tmp_path, change):
     assert "seed" not in str(refused.value)
 
 
-@pytest.mark.skipif(not FULL_DISK.exists(), reason="needs a device that is always full")
-def test_a_disk_that_is_full_from_the_start_is_an_oserror_that_names_the_file(path):
+@needs_full_disk
+def test_a_disk_that_is_full_from_the_start_is_an_oserror_that_names_the_file(path, monkeypatch):
     before = path.read_bytes()
-    path.with_name("checkpoint.pt.partial").symlink_to(FULL_DISK)
+    fill_disk_under(path.name, monkeypatch)
     with pytest.raises(OSError, match="No space left on device") as full:
         save_checkpoint(CHECKPOINT, path)
     assert str(path) in str(full.value)
@@ -158,6 +158,7 @@ TRAINING = """
 import os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, "tests")
+from full_disk import fill_disk_under, needs_full_disk
 from tiny_stage import tiny_loop
 import train.checkpoint as checkpoint
 out, moment, number = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -244,7 +245,7 @@ def test_a_run_killed_while_it_saves_goes_on_to_the_same_end(tmp_path, undisturb
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_go_on_to_the_same_end(tmp_path, undisturbed):
     chosen, killed = random.Random(0), 0
-    for number in range(10):
+    for number in range(5):
         out = tmp_path / str(number)
         for _ in range(chosen.choice((1, 2, 3))):
             moments = ("inside a write", "before the rename", "before a log row")
@@ -252,4 +253,4 @@ def test_runs_killed_at_any_moment_go_on_to_the_same_end(tmp_path, undisturbed):
             killed += kill_and_resume(out, "after seconds", chosen.uniform(0, 0.2))
         assert train(out) == 0
         assert_ends_as_undisturbed(out, undisturbed)
-    assert killed > 20
+    assert killed >= 10
