@@ -1,4 +1,4 @@
-"""Fractal order and back, tokens of Video Lite's width, against the index_select that defines it."""
+"""Tokens of Video Lite's width into fractal order and back, checked against the index_select that defines it."""
 
 import torch
 

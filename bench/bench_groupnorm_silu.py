@@ -23,7 +23,7 @@ def in_float64(tensors):
 def test_groupnorm_silu(benchmark, dtype, memory_format):
     x, weight, bias = inputs(dtype, memory_format)
     exact = groupnorm_silu_reference(x.double(), weight.double(), bias.double(), GROUPS, EPS)
-    # PyTorch's own channels-last kernel errs by some 6e-6 of the largest value in float32.
+    # PyTorch's own channels-last kernel is off by about 6e-6 of the largest value in float32.
     tolerance = max(4 * torch.finfo(dtype).eps, 1e-5) * exact.abs().max().item()
     compiled = torch.compile(groupnorm_silu_reference)
     compare(

@@ -31,7 +31,7 @@ LAYOUT = TokenLayout(((4, 32, 32),))
 LONG = TokenLayout(((16, 32, 32),))
 BLOCK = 64
 DENSITY, THR = 0.1, 0.9
-SPREAD = 1.5  # of blocks, so that some matter and others not
+SPREAD = 1.5  # between blocks, so that attention to some is much larger than to others
 DENSE, FLEX = "dense SDPA", "compiled flex_attention"
 # How many times as fast as each variant the forward must be.
 FORWARD_FLOORS: dict[torch.dtype, dict[str, float]] = {torch.float32: {DENSE: 10, FLEX: 1.8}, torch.bfloat16: {FLEX: 3}}
@@ -42,19 +42,19 @@ def random_tokens(layout, heads, dim, dtype=torch.float32):
 
 
 def placements(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The tensors again and again, in turn at several places in memory: FlexAttention's speed depends on the place."""
+    """Endless copies of the tensors at different addresses, in turn: FlexAttention's speed depends on the address."""
     return cycle([(q.clone(), k.clone(), v.clone()) for _ in range(ROUNDS)])
 
 
 def random_mask(layout, heads, density=DENSITY):
-    """With its diagonal, so that no row is empty."""
+    """A random mask of this density; the diagonal is kept, so that no row is empty."""
     diagonal = torch.eye(layout.blocks, dtype=torch.bool)
     others = (density * layout.blocks - 1) / (layout.blocks - 1)
     return BlockMask.from_dense((torch.rand(1, heads, layout.blocks, layout.blocks) < others) | diagonal, layout)
 
 
 def compiled_flex_attention():
-    """Compiled anew: after several sizes it would be for any size, and at the limit of compilations not at all."""
+    """Compiled afresh for one size. After several sizes, torch.compile would make it general, or stop compiling it."""
     torch._dynamo.reset()
     return torch.compile(flex_attention)
 

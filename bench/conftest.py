@@ -6,7 +6,7 @@ import torch
 from bench import harness
 from train.resident import reuse_memory
 
-reuse_memory(True)  # fresh pages cost more than the kernels that fill them
+reuse_memory(True)  # faulting in fresh pages takes longer than the kernels that fill them
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

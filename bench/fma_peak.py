@@ -1,4 +1,4 @@
-"""The most float32 operations the cores do in a second: what no kernel made of products can exceed."""
+"""The peak float32 rate of the cores, measured by fused multiply-adds on registers: the roof of every kernel here."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-STEPS = 1 << 23  # float32 counts that far exactly
+STEPS = 1 << 23  # float32 holds every integer up to twice this
 
 
 class FmaPeak:

@@ -1,7 +1,7 @@
-"""Times variants of one computation side by side, and only after each has shown that its output is right.
+"""Checks the outputs of several variants of one computation, then times them in turn.
 
-The variants take turns in one process, so that whatever else the machine does falls on all alike; only their
-ratios are meant to be quoted.
+The variants take turns in one process, so that other load on the machine slows all of them alike. Quote their ratios,
+not their times.
 """
 
 import os
@@ -66,7 +66,7 @@ ROWS: list[Row] = []
 
 @dataclass(frozen=True)
 class Trust:
-    """What a prediction was held against, its relative error, and the floor it has to keep to where it has one."""
+    """A prediction (claim), what it was compared with (case), its relative error, and the largest error allowed."""
 
     claim: str
     case: str

@@ -21,7 +21,7 @@ from bench.nabla_tokens import tokens_alike_in_blocks
 from k5kernels import BlockMask, TokenLayout, nabla_attention, nabla_mask
 from train.resident import peak_bytes, reuse_memory
 
-# Tokens of 512×768 pixels (32×48 a latent frame) up to ten seconds of video, 93,696 tokens; the first is a part of it.
+# Videos of 512×768 pixels (32×48 tokens a latent frame), up to ten seconds (93,696 tokens); smaller frames first.
 LAYOUTS = [TokenLayout(((4, 16, 32),))] + [TokenLayout(((frames, 32, 48),)) for frames in (4, 8, 16, 31, 61)]
 HEADS, DIM, DENSITY, SPREAD = 1, 64, 0.1, 1.0
 ROUNDS = 5
@@ -49,9 +49,9 @@ def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: BlockMask | 
 
 
 def added_bytes(call) -> int:
-    """What a call adds to the resident memory of this process at its highest."""
+    """How far the peak resident memory of this process rises during a call."""
     reuse_memory(False)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = peak_bytes()
     call()
     return peak_bytes() - before

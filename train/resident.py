@@ -35,10 +35,10 @@ def _status_bytes(name: str) -> int:
 
 
 def reuse_memory(reuse: bool) -> None:
-    """Whether large tensors reuse memory freed before, or take fresh pages and give them back (glibc alone).
+    """Let large tensors reuse freed memory, or let each take fresh pages and return them to the system (glibc only).
 
-    Fresh pages cost time; but memory that is kept for reuse falls to pieces between tensors of many sizes, and a
-    process can grow to twice what it holds.
+    Fresh pages cost time. Reused memory fragments where tensors have many sizes, and the process can grow to twice
+    what its tensors hold.
     """
     if SETS_ALLOCATOR:
         mmap_threshold, trim_threshold = -3, -1

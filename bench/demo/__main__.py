@@ -21,8 +21,10 @@ from train.clips import CAPTIONS, clip_path
 
 
 def run(video: Path, out: Path, caption: str, device: torch.device, console: Console) -> None:
-    """The whole job, a progress bar a step. A video that cannot be used leaves a former run's results as they are;
-    a run that fails later leaves none."""
+    """The whole job, with a progress bar for each step.
+
+    A video that cannot be used is found first, and a former run's results stay; a job that fails later deletes all.
+    """
     check_video(video)
     clear(out)
     try:
@@ -58,7 +60,7 @@ def main(
 ) -> None:
     """Run the demo; a second run overwrites the first."""
     console = Console()
-    disable_progress_bar()  # of the text encoder's weights: the job has its own bars
+    disable_progress_bar()  # that of the text encoder's weights
     with one_line_errors("demo"):
         chosen = choose_device(device)
         video = video or clip_path("bigbuckbunny")

@@ -32,7 +32,8 @@ def draw_loss(losses: list[float], path: Path) -> Path:
 
 
 def draw_block_masks(mask: BlockMask, layout: TokenLayout, frames: Tensor, path: Path) -> Path:
-    """Which key blocks one query block reads, as light on the frames: a row a head (three), a column a latent frame.
+    """Which key blocks one query block reads: they are bright in the frames. A row for each of three heads, a
+    column for each latent frame.
 
     frames: uint8 [T, H, W, 3], the video frame at each latent frame. The query block is the one in the middle
     of the first frame; it is outlined.

@@ -1,4 +1,4 @@
-"""The demo's steps. Each leaves what the next needs, and what the page shows, on the Job."""
+"""The demo's steps; each stores on the Job what later steps and the page need."""
 
 import shutil
 import time
@@ -38,7 +38,7 @@ from train.schedule import Schedule
 
 TRAIN_STEPS = 60
 SAMPLE_STEPS = 50
-MAX_CLIPS = 8  # of a long video: more would take time and memory, and change little in 60 steps
+MAX_CLIPS = 8  # of a long video; 60 training steps draw on few more
 SEED = 0
 STILL_RATE = Fraction(24)  # of a picture shown as a video
 PLAIN = "full attention"
@@ -56,7 +56,7 @@ def check_video(path: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Make the folder, without the results of a run: what is there afterwards is from one run. Other files stay."""
+    """Make the folder and delete a former run's results, so that those of two runs never mix. Other files stay."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / LATENTS, ignore_errors=True)
     for name in FILES:
@@ -101,7 +101,7 @@ class Job:
         }
 
     def encode(self, progress: Progress) -> None:
-        """The video's first clips to a latent shard; the last whole one becomes the scene, the others train."""
+        """Encode the video's first clips. The last of the longest is the scene to sample; the others are trained on."""
         began = time.perf_counter()
         summary = encode_videos(
             [self.video],
@@ -120,7 +120,7 @@ class Job:
         chosen = max(range(len(samples)), key=lambda i: (samples[i].record.frames, i))
         self.sample_record = samples[chosen].record
         self.scene = self._scene(samples[chosen])
-        # A video of one clip is trained on and sampled from; otherwise the scene stays unseen.
+        # Where the video has one clip only, the scene is trained on as well.
         others = samples[:chosen] + samples[chosen + 1 :] or samples
         self.data = LatentSet(others, {self.video.stem: self.caption})
 

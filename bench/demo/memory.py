@@ -48,5 +48,5 @@ def measure(grid: tuple[int, int, int], device: torch.device, *flags: str) -> in
 
 
 if __name__ == "__main__":
-    reuse_memory(False)  # the peak is then what the step holds
+    reuse_memory(False)  # so that the peak counts live tensors, not freed memory kept for reuse
     typer.run(main)
