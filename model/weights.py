@@ -88,10 +88,11 @@ def _size(name: str, value: Any) -> Any:
     """A value of the config, tuples in place of JSON's lists."""
     if name == "visual_cond":
         expected, fits = "true or false", isinstance(value, bool)
+    elif name in ("axes_dims", "patch_size"):
+        expected, fits = "a list of whole numbers", isinstance(value, list) and all(type(n) is int for n in value)
     else:
         least = 0 if name in _RENAMED.values() else 1
-        numbers = value if isinstance(value, list) else [value]
-        expected, fits = f"whole numbers from {least}", all(type(n) is int and n >= least for n in numbers)
+        expected, fits = f"a whole number from {least}", type(value) is int and value >= least
     if not fits:
         raise WeightsError(f"not the config of a CrossDiT: expected {expected} as {name}, got {value!r:.80}")
     return tuple(value) if isinstance(value, list) else value

@@ -142,6 +142,7 @@ def test_a_path_without_weights_or_config_is_refused(tmp_path):
         ("ff_dim", 10**30),
         ("num_visual_blocks", 10**12),
         ("num_text_blocks", -1),
+        ("num_text_blocks", [1]),
         ("axes_dims", 16),
         ("axes_dims", [4, 6]),
         ("axes_dims", [4.0, 6.0, 6.0]),
