@@ -8,7 +8,7 @@ The same command goes on where it was stopped. `k5 encode` is this with a progre
 import argparse
 from pathlib import Path
 
-from k5kernels.latents.encode import encode_videos
+from k5kernels.latents.job import encode_videos
 from k5kernels.latents.shards import read_shard
 from k5kernels.vae.weights import load_encoder
 from model.nano import VAE_WEIGHTS

@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         partial.chmod(mode)
         _flush(partial)
         os.replace(partial, path)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to tell
             partial.unlink(missing_ok=True)
@@ -52,7 +52,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where its file system can do that."""
     try:
         _flush(folder)
     except OSError as error:

@@ -16,13 +16,16 @@ DeviceName = Annotated[
 
 
 @contextmanager
-def one_line_errors(program: str = "k5") -> Iterator[None]:
-    """Ends the program with one line on stderr and exit code 1 on an error the user can mend."""
+def one_line_errors(program: str = "k5", refused: int = 1) -> Iterator[None]:
+    """Ends the program with one line on stderr and exit code 1 on an error the user can mend.
+
+    refused: exit code where what the user asked for cannot be (ValueError), rather than what the system could not do.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         complain(error, program)
-        raise typer.Exit(1) from None
+        raise typer.Exit(1 if isinstance(error, OSError) else refused) from None
 
 
 class Stopped(BaseException):
@@ -56,7 +59,13 @@ def one_line_stop(program: str, state: Callable[[], str]) -> Iterator[None]:
 
 def complain(message: object, program: str = "k5") -> None:
     """One line on stderr."""
-    typer.echo(f"{program}: {' '.join(str(message).split())}", err=True)
+    typer.echo(f"{program}: {printable(message)}", err=True)
+
+
+def printable(message: object) -> str:
+    """In one line, and what a terminal cannot show (control characters, bytes of a name that are no UTF-8) escaped."""
+    line = " ".join(str(message).split())
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in line)
 
 
 def console(stderr: bool = False) -> Console:
@@ -72,3 +81,10 @@ def table(title: str, header: list[str], rows: list[list[str]], inputs: Mapping[
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def _escaped(letter: str) -> str:
+    number = ord(letter)
+    if 0xDC80 <= number <= 0xDCFF:  # a byte, as os.fsdecode puts it
+        return f"\\x{number - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode()

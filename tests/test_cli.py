@@ -33,22 +33,30 @@ def test_encode_writes_the_clips_of_a_video_into_a_shard(folder, tmp_path):
     assert result.exit_code == 0, result.output
     (sample,) = read_shard(tmp_path / "out" / "00000.tar")
     assert sample.latent.shape == (16, 2, 32, 32)
-    assert sample.record.source == f"{folder}/clip.mp4"
+    assert sample.record.source == "clip.mp4"
     assert "1 clips in 1 shards" in result.stdout
 
 
 def test_encode_shows_its_progress_on_a_terminal(folder, tmp_path):
     video = shutil.copy(folder / "clip.mp4", tmp_path / "[x]clip.mp4")
     arguments = f"encode {video} --vae {folder}/vae.safetensors --out {tmp_path}/out"
-    assert "[x]clip.mp4" in k5(arguments, terminal=True).stderr
-    assert k5(arguments).stderr == ""
+    assert "1/1 [x]clip.mp4" in k5(arguments, terminal=True).stderr
+
+
+def test_encode_writes_a_line_a_source_where_there_is_no_terminal(folder, tmp_path):
+    result = k5(f"encode {folder} --vae {folder}/vae.safetensors --out {tmp_path}/out --clip-frames 5")
+    assert [line.split(" (")[0] for line in result.stderr.splitlines()[:3]] == [
+        f"[1/2] {folder}/clip.mp4: 1 clips",
+        f"[2/2] {folder}/text.mp4: expected a readable video file",
+        "left out by their names: 1 .safetensors",
+    ]
 
 
 def test_encode_keeps_the_good_videos_names_the_bad_one_and_exits_with_1(folder, tmp_path):
     result = k5(f"encode {folder}/text.mp4 {folder}/clip.mp4 --vae {folder}/vae.safetensors --out {tmp_path}/out")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"k5: {folder}/text.mp4: ")
-    assert result.stderr.count("\n") == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("k5: "))
+    assert line.startswith(f"k5: {folder}/text.mp4: ")
     assert len(list(read_shard(tmp_path / "out" / "00000.tar"))) == 1
 
 
@@ -60,12 +68,13 @@ def test_encode_keeps_the_good_videos_names_the_bad_one_and_exits_with_1(folder,
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {folder}/text.mp4", ["text.mp4"]),
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {out} --resolution 300", ["resolution", "300"]),
         ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {out} --clip-frames 8", ["frames", "8"]),
+        ("{folder}/clip.mp4 --vae {folder}/vae.safetensors --out {out} --index 2 --of 2", ["index", "got 2 of 2"]),
         ("{out} --vae {folder}/vae.safetensors --out {out}", ["paths", "found none"]),
     ],
 )
 def test_encode_refuses_what_it_cannot_use_in_one_line(folder, tmp_path, options, words):
     (tmp_path / "videos").mkdir()
-    fails("encode " + options.format(folder=folder, out=tmp_path / "videos"), 1, *words)
+    fails("encode " + options.format(folder=folder, out=tmp_path / "videos"), 2, *words)
 
 
 def test_the_package_runs_as_the_command_does():

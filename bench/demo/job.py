@@ -15,7 +15,8 @@ from bench.demo.memory import measure
 from k5kernels.atomic import replacing
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache
-from k5kernels.latents.encode import MIN_FRAMES, encode_videos
+from k5kernels.latents.encode import MIN_FRAMES
+from k5kernels.latents.job import Step, encode_videos
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.video import (
     VideoError,
@@ -102,6 +103,11 @@ class Job:
 
     def encode(self, progress: Progress) -> None:
         """Encode the video's first clips. The last of the longest is the scene to sample; the others are trained on."""
+
+        def show(step: Step) -> None:
+            if step.announced:
+                progress(step.frames, min(step.announced, MAX_CLIPS * CLIP_FRAMES))
+
         began = time.perf_counter()
         summary = encode_videos(
             [self.video],
@@ -110,7 +116,7 @@ class Job:
             resolution=RESOLUTION,
             clip_frames=CLIP_FRAMES,
             max_clips=MAX_CLIPS,
-            progress=lambda _, done, total: progress(done, min(total, MAX_CLIPS * CLIP_FRAMES)),
+            progress=show,
         )
         self.encode_seconds = time.perf_counter() - began
         if summary.failures:

@@ -17,13 +17,12 @@ from typing import Any
 import fsspec
 import torch
 import webdataset
-from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from k5kernels.atomic import replacing
+from k5kernels.latents.folder import naming, write_whole
 from k5kernels.latents.record import ClipRecord, from_json, to_json
 from k5kernels.vae.config import SPATIAL_STRIDE, VAEConfig, latent_frames
 
@@ -58,10 +57,11 @@ class ShardWriter:
     """Writes one shard, which appears under its name when the `with` block ends well, and not at all otherwise.
 
     Samples are held in memory until then: shards are small, and object stores take them in one piece.
+    bytes: size of the file, once it is there.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = path
+        self.path, self.bytes = path, 0
         self.keys: set[str] = set()
         self._bytes = io.BytesIO()
         self._tar = webdataset.TarWriter(self._bytes, encoder=False, mtime=0)
@@ -92,7 +92,9 @@ class ShardWriter:
     ) -> None:
         self._tar.close()
         if kind is None:
-            write_whole(self.path, self._bytes.getvalue())
+            data = self._bytes.getvalue()
+            write_whole(self.path, data)
+            self.bytes = len(data)
 
 
 def read_shard(path: str | Path) -> Iterator[Sample]:
@@ -102,7 +104,7 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
     as `ShardWriter` writes it.
     """
     seen: set[str] = set()
-    with fsspec.open(str(path), "rb") as file:
+    with naming(str(path)), fsspec.open(str(path), "rb") as file:
         members = tar_file_expander([{"url": str(path), "stream": file}])
         try:
             for stored in group_by_keys(members):
@@ -115,16 +117,6 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
             raise
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise ShardError(f"{path}: expected a whole tar, got one that cannot be read ({error.args[0]})") from error
-
-
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file that is never seen in part: renamed when whole on a local disk, one object elsewhere."""
-    filesystem, inner = fsspec.core.url_to_fs(str(path))
-    if isinstance(filesystem, LocalFileSystem):
-        with replacing(inner) as partial:
-            partial.write_bytes(data)
-    else:
-        filesystem.pipe_file(inner, data)
 
 
 def _decode(stored: dict[str, Any], path: str) -> Sample:

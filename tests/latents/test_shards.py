@@ -15,7 +15,7 @@ import webdataset
 from safetensors.torch import save
 
 from k5kernels.latents.record import ClipRecord, from_json, to_json
-from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard, write_whole
+from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard
 
 RECORD = ClipRecord(5, 32, 48, Fraction(30000, 1001), "a b.mp4", first_frame=0)
 
@@ -110,20 +110,6 @@ def test_failed_writer_leaves_the_former_shard(tmp_path: Path, folder: str) -> N
     assert_same(actual, sample())
     files, root = fsspec.core.url_to_fs(folder.format(tmp=tmp_path))
     assert len(files.ls(root)) == 1
-
-
-def test_full_disk_leaves_the_former_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "a", b"before")
-
-    def fail(path: Path, data: bytes) -> int:
-        path.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "a", b"after")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"before"
 
 
 @pytest.mark.parametrize(

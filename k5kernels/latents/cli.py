@@ -1,0 +1,87 @@
+"""`k5 encode`.
+
+Exit code 0: all is encoded. 1: some sources failed, or the job ended early; the same command goes on. 2: refused, as
+arguments do not fit, or the folder is another job's or is being written to.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from k5kernels.terminal import DeviceName, complain, console, one_line_errors
+
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def encode(
+    videos: Annotated[list[Path], typer.Argument(help="Videos and pictures, and folders of them.")],
+    vae: Annotated[Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers.")],
+    out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
+    resolution: Annotated[int, typer.Option(help="Class of the buckets: 256, 512 or 1024.")] = 256,
+    clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4.")] = 25,
+    index: Annotated[int, typer.Option(help="Number of this process, from 0, where several share the work.")] = 0,
+    of: Annotated[int, typer.Option(help="How many processes share the work, on one machine or many.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what another job left in the folder.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try sources again whose content could not be used.")
+    ] = False,
+    device: DeviceName = None,
+) -> None:
+    """Encode videos and pictures into shards of latents; the same command goes on where it was stopped."""
+    with _stopping(out), one_line_errors(refused=2):
+        from k5kernels.device import choose_device
+        from k5kernels.latents.display import display, left_out
+        from k5kernels.latents.job import encode_videos
+        from k5kernels.vae.weights import load_encoder
+
+        encoder = load_encoder(vae).to(choose_device(device))
+        terminal = console(stderr=True)
+        with display(terminal) as progress:
+            summary = encode_videos(
+                videos,
+                encoder,
+                out,
+                resolution=resolution,
+                clip_frames=clip_frames,
+                index=index,
+                of=of,
+                overwrite=overwrite,
+                retry_failed=retry_failed,
+                progress=progress,
+            )
+    for line in left_out(summary):
+        terminal.print(line, soft_wrap=True)
+    typer.echo(f"{out}: {summary.samples} clips in {summary.shards} shards, {summary.shards_kept} kept from before")
+    for failure in summary.failures.values():
+        complain(failure)
+    if summary.failures:
+        raise typer.Exit(1)
+
+
+class _Terminated(BaseException):
+    """SIGTERM."""
+
+
+@contextmanager
+def _stopping(out: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the block, and the program with one line."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as error:
+        complain(f"{out}: stopped; the same command goes on from what is finished")
+        raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,82 @@
+"""A folder of files that are each whole or not there: on a local disk, or wherever fsspec reaches (s3://…)."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from k5kernels.atomic import flush_folder, replacing
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file that is never seen in part: renamed when it is on the disk, one object elsewhere."""
+    filesystem, inner = fsspec.core.url_to_fs(str(path))
+    with naming(str(path)):
+        if isinstance(filesystem, LocalFileSystem):
+            with replacing(inner) as partial:
+                partial.write_bytes(data)
+        else:
+            filesystem.pipe_file(inner, data)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An OSError in the block that names no file leaves with this path in it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+class Folder:
+    """The folder at a path or URL. Errors of the file system are OSErrors that name the file."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = str(out).rstrip("/") or "/"
+        self._files, self._root = fsspec.core.url_to_fs(self.out)
+        self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
+
+    def path(self, name: str) -> str:
+        return f"{self.out}/{name}"
+
+    def create(self) -> None:
+        """Make the folder, on the disk too, where it is not there yet.
+
+        Raises ValueError where a file has that name, OSError where the folder cannot be made.
+        """
+        if self._files.isfile(self._root):
+            raise ValueError(f"{self.out}: expected a folder, or a name that is free, found a file")
+        with naming(self.out):
+            if self.local is None:
+                self._files.makedirs(self._root, exist_ok=True)
+                return
+            missing = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+            self.local.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                flush_folder(folder.parent)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name; folders are left out."""
+        with naming(self.out):
+            if self.local is not None:
+                with os.scandir(self.local) as entries:
+                    return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            self._files.invalidate_cache()
+            found = self._files.ls(self._root, detail=True)
+            return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in found if one["type"] == "file"}
+
+    def read(self, name: str) -> bytes:
+        with naming(self.path(name)):
+            return self._files.cat_file(f"{self._root}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        write_whole(self.path(name), data)
+
+    def remove(self, name: str) -> None:
+        with naming(self.path(name)):
+            self._files.rm_file(f"{self._root}/{name}")

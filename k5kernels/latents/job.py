@@ -1,0 +1,347 @@
+"""Sources to shards: a job that may be stopped at any moment and goes on from there (§6.1).
+
+A source is known by its path below what was given and by its content. Sources are encoded in the order of their
+arrival: those that one run adds, sorted by path, come after all that were there. The last shard of a run's sources may
+hold fewer samples than the others. So a run never changes a finished shard, and whatever stops it, the next one
+writes what an undisturbed run would have written.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+from k5kernels.latents.encode import Encoding
+from k5kernels.latents.failures import ending, told
+from k5kernels.latents.folder import Folder
+from k5kernels.latents.known import Known
+from k5kernels.latents.lock import locked, this_process
+from k5kernels.latents.manifest import Outcome, SourceEntry
+from k5kernels.latents.parts import job_id, lock_name, open_part, prefix_of
+from k5kernels.latents.shards import Sample
+from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
+from k5kernels.latents.video import VideoError
+from k5kernels.latents.writer import PartWriter
+from k5kernels.vae import HunyuanEncoder
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a job is. Reported when a source is begun, after each of its clips, and when it is done with.
+
+    source: its file. bytes: its size. number, sources: how many were begun, of how many. bytes_done, bytes_all: sizes
+    of the sources that are done with, and of all. frames, announced: frames of the source encoded so far, and those
+    that it announces (0 where it does not). clips: encoded of it in this run. outcome: None until it is done with; then
+    "", or what failed. compared: whether it is a finished source that is only read, to see that it is the same still.
+    """
+
+    source: str
+    bytes: int
+    number: int
+    sources: int
+    bytes_done: int
+    bytes_all: int
+    frames: int = 0
+    announced: int = 0
+    clips: int = 0
+    outcome: str | None = None
+    compared: bool = False
+
+
+@dataclass
+class EncodeSummary:
+    """What is in the folder after a run, and what is not.
+
+    shards, samples: in the folder. shards_kept: of them, from before this run. failures: file -> why it is not
+    encoded, or not to its end. left_out: file or folder -> why nothing is lost by it. others: suffix -> files that
+    hold no video by their names.
+    """
+
+    shards: int = 0
+    samples: int = 0
+    shards_kept: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)
+
+
+def encode_videos(
+    paths: Iterable[str | Path],
+    encoder: HunyuanEncoder,
+    out: str | Path,
+    *,
+    resolution: int = 256,
+    clip_frames: int = 25,
+    samples_per_shard: int = 16,
+    max_clips: int | None = None,
+    index: int = 0,
+    of: int = 1,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    caption_of: Callable[[Source], str | None] = lambda source: None,
+    progress: Callable[[Step], None] = lambda step: None,
+) -> EncodeSummary:
+    """Encode videos and pictures into shards `out/00000.tar`, …; `out` is a folder or an fsspec URL.
+
+    paths: files, and folders that stand for all that is in them. One that cannot be encoded is reported in the summary
+    and the others are; of one that breaks on its way, the clips before the break are kept.
+    resolution, clip_frames, max_clips: as in `Encoding`.
+    index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
+    overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
+    are tried again; the others are tried again anyway.
+    A second call goes on where the first ended, and encodes what is new. Finished shards are never touched; one that
+    is missing or damaged is made again.
+    Raises ValueError for arguments that do not fit, a folder of another job, and one that another process is writing
+    to; OSError where `out` cannot be written, or where what fails would fail for every source (no memory, no threads,
+    no open files).
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
+    if not 0 <= index < of <= 10_000:
+        raise ValueError(f"index, of: expected an index from 0 to of - 1, of up to 10000, got {index} of {of}")
+    encoding = Encoding(encoder, resolution, clip_frames, max_clips)
+    settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
+    folder = Folder(out)
+    listing = find_sources(paths, folder.local)
+    folder.create()
+    prefix = prefix_of(index, of)
+    with _memory_named(folder), locked(folder, lock_name(prefix), this_process(job_id(settings), of)) as lock:
+        part = open_part(folder, lock.holder, prefix, settings, overwrite)
+        known = Known(part.manifest, part.others, retry_failed)
+        mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
+        writer = PartWriter(part, lock, known, samples_per_shard)
+        return _Run(writer, known, encoding, listing, mine, caption_of, progress).run()
+
+
+@contextmanager
+def _memory_named(folder: Folder) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), folder.out) from error
+
+
+class _Run:
+    """One run of one part."""
+
+    def __init__(
+        self,
+        writer: PartWriter,
+        known: Known,
+        encoding: Encoding,
+        listing: Listing,
+        mine: list[Source],
+        caption_of: Callable[[Source], str | None],
+        progress: Callable[[Step], None],
+    ) -> None:
+        """mine: the listed sources that this process encodes."""
+        self.writer, self.known, self.encoding = writer, known, encoding
+        self.caption_of, self.progress = caption_of, progress
+        self.manifest = writer.part.manifest
+        self.summary = EncodeSummary(failures=listing.failures, left_out=listing.left_out, others=listing.others)
+        self.listed, self.mine = _by_path(listing.sources), _by_path(mine)
+        self.changed: dict[tuple[str, str], None] = {}
+        self.hashes: dict[str, str | None] = {}
+        self.step = Step("", 0, 0, 0, 0, 0)
+
+    def run(self) -> EncodeSummary:
+        self.writer.adopt()
+        damaged = self.writer.part.damaged_shards()
+        self.summary.shards_kept = self._count_shards() - len(damaged)
+        for number in damaged:
+            self._restore(number)
+        ended = [path for path in self.mine if self.known.is_ended(path)]
+        self.writer.arrive(self._new())
+        self._encode(list(pairwise([*self.manifest.batches, len(self.manifest.sources)])))
+        self._compare(ended)
+        if self.changed:
+            first = len(self.manifest.sources)
+            self.writer.arrive([SourceEntry(path, sha256) for path, sha256 in self.changed])
+            self._encode([(first, len(self.manifest.sources))])
+        self.writer.close()
+        return self._summarize()
+
+    def _new(self) -> list[SourceEntry]:
+        """The sources that arrive. Where several files have one path, their content tells them apart at once."""
+        new: dict[tuple[str, str | None], SourceEntry] = {}
+        for path, sources in self.mine.items():
+            if len(sources) == 1:
+                if self.known.is_new(path):
+                    new[path, None] = SourceEntry(path)
+                continue
+            for source in sources:
+                sha256 = self._hash(source)
+                if sha256 is not None and self.known.find(path, sha256) is None:
+                    new[path, sha256] = SourceEntry(path, sha256)
+        return list(new.values())
+
+    def _encode(self, batches: list[tuple[int, int]]) -> None:
+        """Encode what is open in these ranges of sources; what remains of a batch's clips becomes a shorter shard."""
+        todo = [[number for number in range(*batch) if self._is_todo(number)] for batch in batches]
+        sizes = [self.mine[self.manifest.sources[number].source][0].bytes for batch in todo for number in batch]
+        self.step = Step("", 0, 0, len(sizes), 0, sum(sizes))
+        for batch in todo:
+            for number in batch:
+                self._encode_source(number)
+            self.writer.flush()
+
+    def _is_todo(self, number: int) -> bool:
+        entry = self.manifest.sources[number]
+        return self.known.is_open(entry) and entry.source in self.mine
+
+    def _encode_source(self, number: int) -> None:
+        """Encode the rest of a source's clips, and note what became of it."""
+        path = self.manifest.sources[number].source
+        self._begin(self.mine[path][0])
+        found = self._find(number)
+        if found is None:
+            anew = f"{self.step.source}: was changed since it was begun; it is begun anew"
+            self._end(self.summary.failures.get(self.step.source, anew))
+            return
+        source, sha256 = found
+        first, end = self.known.clips(path, sha256), _End()
+        for clip, sample in enumerate(self._samples(source, sha256, first, end), start=first):
+            self.writer.add(number, clip, sample)
+        if end.whole or first or self.step.clips:
+            self.writer.end(Outcome(number, sha256, end.whole, end.failure))
+        why = end.passing or end.failure
+        if why is not None:
+            self._fail(source, why, lost=bool(end.passing or first or self.step.clips))
+        self._end("" if why is None else f"{source.file}: {why}")
+
+    def _samples(self, source: Source, sha256: str, first: int, end: "_End") -> Iterator[Sample]:
+        """Samples from clip `first` on. Whatever the source raises ends up in `end`, unless all would raise it."""
+
+        def progress(frames: int, announced: int) -> None:
+            self._report(frames=frames, announced=announced)
+
+        try:
+            before = _stamp(source.file)
+            for sample in self.encoding.samples(source, sha256, first, self.caption_of(source), progress):
+                self._report(clips=self.step.clips + 1)
+                yield sample
+            end.whole = True
+            if _stamp(source.file) != before:
+                end.whole, end.passing = False, "was changed while it was read; run the command again"
+        except VideoError as error:
+            end.whole, end.failure = True, str(error).removeprefix(f"{source.file}: ")
+        except Exception as error:
+            if ended := ending(error, source.file):
+                raise ended from error
+            end.passing = told(error)
+
+    def _find(self, number: int) -> tuple[Source, str] | None:
+        """The file of a source that is open, and its content's hash; None where it cannot be read, or is another."""
+        entry = self.manifest.sources[number]
+        for source in self.mine[entry.source]:
+            sha256 = self._hash(source)
+            if sha256 is None:
+                continue
+            if entry.sha256 in (None, sha256):
+                return source, sha256
+            if self.known.find(entry.source, sha256) is None:
+                self.changed[entry.source, sha256] = None
+            why = "was changed before it was encoded to its end; what there is of it is kept"
+            self.writer.end(Outcome(number, entry.sha256, whole=True, failure=why))
+        return None
+
+    def _compare(self, paths: list[str]) -> None:
+        """Read sources again that have ended, to see that they are the same still."""
+        sources = [source for path in paths for source in self.mine[path]]
+        self.step = Step("", 0, 0, len(sources), 0, sum(source.bytes for source in sources), compared=True)
+        for source in sources:
+            self._begin(source)
+            sha256 = self._hash(source)
+            entry = None if sha256 is None else self.known.find(source.path, sha256)
+            if entry is not None and entry.failure is not None:
+                self._fail(source, entry.failure, lost=entry.clips > 0)
+            elif entry is None and sha256 is not None:
+                self.changed[source.path, sha256] = None
+            self._end(self.summary.failures.get(source.file, ""))
+
+    def _restore(self, number: int) -> None:
+        """Make a shard again that is missing or damaged, where its sources are among those given."""
+        samples: list[Sample] = []
+        path, problem = self.writer.part.shard_path(number), ""
+        for piece in self.manifest.shards[number].pieces:
+            entry, end = self.manifest.sources[piece.source], _End()
+            same = (one for one in self.listed.get(entry.source, ()) if self._hash(one) == entry.sha256)
+            source = next(same, None)
+            if source is None or entry.sha256 is None:
+                problem = f"{entry.source}, of which it was made, is not among the given files"
+                break
+            clips = list(islice(self._samples(source, entry.sha256, piece.first_clip, end), piece.clips))
+            if len(clips) < piece.clips:
+                problem = f"{source.file}: {end.passing or end.failure or 'has fewer clips than before'}"
+                break
+            samples.extend(clips)
+        if problem:
+            self.summary.failures[path] = f"{path}: is missing or damaged, and was not made again: {problem}"
+        else:
+            self.writer.replace(number, samples)
+
+    def _hash(self, source: Source) -> str | None:
+        """sha256 of the content; None where it cannot be read, which is then among the failures."""
+        if source.file not in self.hashes:
+            self.hashes[source.file] = None
+            try:
+                self.hashes[source.file] = content_hash(source.file)
+            except OSError as error:
+                if ended := ending(error, source.file):
+                    raise ended from error
+                self._fail(source, told(error), lost=True)
+        return self.hashes[source.file]
+
+    def _fail(self, source: Source, why: str, lost: bool) -> None:
+        """Note a failure; where nothing is lost by it, and none was expected to be there, what was left out."""
+        noted = self.summary.failures if lost or source.is_expected else self.summary.left_out
+        noted[source.file] = f"{source.file}: {why}"
+
+    def _begin(self, source: Source) -> None:
+        number = self.step.number + 1
+        self._report(
+            source=source.file, bytes=source.bytes, number=number, frames=0, announced=0, clips=0, outcome=None
+        )
+
+    def _end(self, outcome: str) -> None:
+        self._report(bytes_done=self.step.bytes_done + self.step.bytes, outcome=outcome)
+
+    def _report(self, **changes: Any) -> None:
+        self.step = replace(self.step, **changes)
+        self.progress(self.step)
+
+    def _count_shards(self) -> int:
+        return sum(len(manifest.shards) for manifest in (self.manifest, *self.writer.part.others))
+
+    def _summarize(self) -> EncodeSummary:
+        self.summary.shards = self._count_shards()
+        manifests = (self.manifest, *self.writer.part.others)
+        self.summary.samples = sum(entry.clips for manifest in manifests for entry in manifest.sources)
+        return self.summary
+
+
+@dataclass
+class _End:
+    """How the reading of a source ended. failure: its content's fault. passing: another one, so that it is tried again.
+    Both are without the file, which may have another place the next time.
+    """
+
+    whole: bool = False
+    failure: str | None = None
+    passing: str | None = None
+
+
+def _by_path(sources: list[Source]) -> dict[str, list[Source]]:
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        found.setdefault(source.path, []).append(source)
+    return found
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns

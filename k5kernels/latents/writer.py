@@ -1,0 +1,116 @@
+"""Samples to the shards of one part of a folder, and what they were made from to its manifest.
+
+The order makes a job safe: a shard is on the disk before its name is, its name before the manifest knows it, and a
+source has ended in the manifest only when all its clips are in shards.
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from k5kernels.latents.known import Known
+from k5kernels.latents.lock import Lock
+from k5kernels.latents.manifest import Change, Outcome, Piece, ShardEntry, SourceEntry
+from k5kernels.latents.parts import JobError, Part
+from k5kernels.latents.shards import Sample, ShardWriter, read_shard
+
+# So many sources that gave no clips, and so no shard, are written to the manifest together.
+OUTCOMES_TOGETHER = 64
+
+
+class PartWriter:
+    """Collects samples and writes a shard whenever there are enough of them."""
+
+    def __init__(self, part: Part, lock: Lock, known: Known, samples_per_shard: int) -> None:
+        self.part, self.lock, self.known, self.samples_per_shard = part, lock, known, samples_per_shard
+        self._samples: list[tuple[int, int, Sample]] = []
+        self._outcomes: list[Outcome] = []
+
+    def adopt(self) -> None:
+        """Take in a shard that a stopped run has finished without telling the manifest.
+
+        Raises JobError where it is not of this job, ShardError where it is none.
+        """
+        path = self.part.next_shard()
+        if path is None:
+            return
+        clips: list[tuple[int, int]] = []
+        outcomes: dict[int, Outcome] = {}
+        for sample in read_shard(path):
+            source, sha256 = sample.record.source, sample.record.source_sha256
+            number = None if sha256 is None else self.known.number(source, sha256)
+            if number is None or sha256 is None:
+                raise JobError(
+                    f"{path}: expected a shard of this job, found one of {source}; move it to another folder"
+                )
+            first = self.known.clips(source, sha256) + sum(before == number for before, _ in clips)
+            clips.append((number, first))
+            outcomes[number] = Outcome(number, sha256, whole=False)
+        shard = ShardEntry(self.part.next_shard_bytes(), _pieces(clips))
+        self._commit(Change(shards=((len(self.part.manifest.shards), shard),), outcomes=tuple(outcomes.values())))
+
+    def arrive(self, sources: list[SourceEntry]) -> None:
+        """Put new sources into the manifest, before anything is made of them."""
+        if sources:
+            self._commit(Change(arrived=(len(self.part.manifest.sources), tuple(sources))))
+
+    def add(self, source: int, clip: int, sample: Sample) -> None:
+        """Add a sample of a source, by its number, and of the clip of this number in it."""
+        self._samples.append((source, clip, sample))
+        if len(self._samples) == self.samples_per_shard:
+            sha256 = sample.record.source_sha256
+            assert sha256 is not None
+            self._write_shard(Outcome(source, sha256, whole=False))
+
+    def end(self, outcome: Outcome) -> None:
+        """Note what became of a source; the manifest learns it when all its clips are in shards."""
+        self._outcomes.append(outcome)
+        waiting = {source for source, _, _ in self._samples}
+        free = [one for one in self._outcomes if one.source not in waiting]
+        if len(free) >= OUTCOMES_TOGETHER:
+            self._commit(Change(outcomes=tuple(free)))
+            self._outcomes = [one for one in self._outcomes if one.source in waiting]
+
+    def flush(self) -> None:
+        """Write what is left into a shard that may be shorter, and what is known of the sources."""
+        if self._samples:
+            self._write_shard()
+        if self._outcomes:
+            self._commit(Change(outcomes=tuple(self._outcomes)))
+            self._outcomes = []
+
+    def replace(self, number: int, samples: Iterable[Sample]) -> None:
+        """Write a shard again that was in the manifest."""
+        size = self._write(number, samples)
+        before = self.part.manifest.shards[number]
+        if size != before.bytes:
+            self._commit(Change(shards=((number, ShardEntry(size, before.pieces)),)))
+
+    def close(self) -> None:
+        """Leave the manifest in one file."""
+        self.lock.verify()
+        self.part.journal.close()
+
+    def _write_shard(self, *outcomes: Outcome) -> None:
+        number = len(self.part.manifest.shards)
+        size = self._write(number, (sample for _, _, sample in self._samples))
+        shard = ShardEntry(size, _pieces([(source, clip) for source, clip, _ in self._samples]))
+        self._commit(Change(shards=((number, shard),), outcomes=(*self._outcomes, *outcomes)))
+        self._samples, self._outcomes = [], []
+
+    def _write(self, number: int, samples: Iterable[Sample]) -> int:
+        self.lock.verify()
+        with ShardWriter(self.part.shard_path(number)) as shard:
+            for sample in samples:
+                shard.write(sample)
+        return shard.bytes
+
+    def _commit(self, change: Change) -> None:
+        self.lock.verify()
+        self.part.journal.commit(change)
+
+
+def _pieces(clips: list[tuple[int, int]]) -> tuple[Piece, ...]:
+    """What follows in a shard, (source, clip) by (source, clip), as pieces of one source each."""
+    runs = ([clip for _, clip in run] for _, run in groupby(clips, key=lambda one: one[0]))
+    sources = [source for source, _ in groupby(clips, key=lambda one: one[0])]
+    return tuple(Piece(source, run[0], len(run)) for source, run in zip(sources, runs, strict=True))
