@@ -9,12 +9,13 @@ that short steps count as much as long ones.
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
-from k5kernels.planner.checks import positive_integer, positive_number, share
+from k5kernels.planner.checks import positive_integer, positive_number, read_text, share
 from k5kernels.planner.csv_rows import write_rows
 from k5kernels.planner.least_squares import relative_fit
 from k5kernels.planner.profile import H100, HardwareProfile
@@ -72,7 +73,7 @@ def fit(steps: Sequence[MeasuredStep], name: str, base: HardwareProfile = H100) 
     """
     if len(steps) < COEFFICIENTS:
         raise ValueError(f"steps: expected at least {COEFFICIENTS} measured steps, got {len(steps)}")
-    unit = replace(base, name=name, constant_ms=1, tokens_ms=1, width_ms=1)
+    unit = replace(base, name=name, tokenwise_ms=1, attention_ms=1, linear_ms=1)
     terms = np.array([_terms(step, unit) for step in steps])
     if np.linalg.matrix_rank(terms / terms.max(axis=0)) < COEFFICIENTS:
         raise ValueError(
@@ -80,7 +81,7 @@ def fit(steps: Sequence[MeasuredStep], name: str, base: HardwareProfile = H100) 
             f"apart by, got {len(steps)} that do not"
         )
     constant, tokens, width = relative_fit(terms, np.array([step.step_ms for step in steps])).tolist()
-    return replace(unit, constant_ms=constant, tokens_ms=tokens, width_ms=width)
+    return replace(unit, tokenwise_ms=constant, attention_ms=tokens, linear_ms=width)
 
 
 def held_out_errors(steps: Sequence[MeasuredStep]) -> list[Errors]:
@@ -100,11 +101,13 @@ def read_steps(path: str | Path) -> list[MeasuredStep]:
     Raises OSError where it cannot be read, ValueError that names the file, the line and the column where a row is
     not a step.
     """
-    with Path(path).open(newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(StringIO(read_text(Path(path), "measured steps as CSV"), newline=""))
+    try:
         if missing := [name for name in COLUMNS if name not in (rows.fieldnames or [])]:
             raise ValueError(f"{path}: expected the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}")
         return [_step(row, f"{path}:{rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: expected measured steps as CSV: {error}") from None
 
 
 def write_steps(path: str | Path, steps: Sequence[MeasuredStep]) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from k5kernels.planner.checks import positive_integer, positive_number, share
+from k5kernels.planner.checks import positive_integer, positive_number, share, switch
 from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
 from k5kernels.planner.extensions import FULL, Extensions
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.workload import Workload
 
 MOST_CANDIDATES = 5_000_000
+MOST_GPUS, MOST_BATCH = 2**20, 2**40  # products of the axes stay within 64 bits
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Problem:
     fixed: dict[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        positive_integer("gpus", self.gpus)
+        positive_integer("gpus", self.gpus, MOST_GPUS)
+        positive_integer("batch", self.workload.batch, MOST_BATCH)
         positive_number("memory_bytes", self.memory_bytes)
         share("batch_tolerance", self.batch_tolerance)
         if unknown := sorted(self.fixed.keys() - set(AXES)):
@@ -52,8 +54,7 @@ def _check_axis(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected at least one value, got none")
     for value in values:
         if name in ("checkpointing", "offload"):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: expected True or False, got {value!r}")
+            switch(name, value)
         else:
             positive_integer(name, value)
 

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from k5kernels.planner.checks import positive_integer
+from k5kernels.planner.checks import positive_integer, switch
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 Switch = TypeVar("Switch", bool, NDArray[np.bool_])
@@ -89,8 +89,10 @@ def checked(layout: ClusterLayout) -> ClusterLayout:
     for field in ("shards", "replicas", "sequence_parallel", "micro_batch", "accumulation"):
         positive_integer(field, getattr(layout, field))
     for field in ("checkpointing", "offload"):
-        if not isinstance(getattr(layout, field), bool):
-            raise ValueError(f"{field}: expected True or False, got {getattr(layout, field)!r}")
+        switch(field, getattr(layout, field))
+    positive_integer("shards × replicas", layout.gpus)
+    if layout.groups:
+        positive_integer("clips of a step", layout.batch)
     if layout.offload and not layout.checkpointing:
         raise ValueError("offload: expected False without checkpointing, which keeps no block inputs; got True")
     return layout

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from k5kernels.planner.checks import one_of, switch
+
 OPTIMIZER_DTYPES = ("float32", "bfloat16")
 
 
@@ -25,11 +27,8 @@ class Extensions:
 
     def __post_init__(self) -> None:
         for name in ("communication", "text_encoder", "ema", "buffers", "reserve"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        if self.optimizer_dtype not in OPTIMIZER_DTYPES:
-            expected = ", ".join(OPTIMIZER_DTYPES)
-            raise ValueError(f"optimizer_dtype: expected one of {expected}, got {self.optimizer_dtype!r}")
+            switch(name, getattr(self, name))
+        one_of("optimizer_dtype", self.optimizer_dtype, OPTIMIZER_DTYPES)
 
 
 PLAIN = Extensions()

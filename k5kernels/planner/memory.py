@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from k5kernels.planner import text_encoder
-from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.planner.checks import positive_integer, positive_number, switch
 from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
 from k5kernels.planner.extensions import PLAIN, Extensions
 from k5kernels.planner.profile import H100, HardwareProfile
@@ -164,8 +164,7 @@ def memory_terms(
     """
     parameters(model_dim, time_dim, ff_dim, blocks)  # refuses numbers that no model has
     held, shards = positive_number("tokens", tokens), positive_integer("gpus", gpus)
-    if not isinstance(offload, bool):
-        raise ValueError(f"offload: expected True or False, got {offload!r}")
+    switch("offload", offload)
     model = ModelShape(model_dim, time_dim, ff_dim, blocks)
     return training_memory(model, held, ClusterLayout(shards=shards, offload=offload))
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from k5kernels.planner.candidates import AXES, DOES_NOT_FIT, RULES, Problem, broken_rule, candidates
+from k5kernels.planner.checks import one_of, positive_integer
 from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
 from k5kernels.planner.layout_step import LayoutStepTime, layout_step_time
 from k5kernels.planner.memory import Memory, layout_memory
@@ -93,10 +94,8 @@ def search(problem: Problem, goal: str = "gpu-hours", keep: int = 10) -> SearchR
     (the fewest; then the fewest GPU-hours); among equals the one with least memory. keep: how many to return.
     Raises ValueError where the goal is unknown, NothingFitsError where no layout is possible.
     """
-    if goal not in GOALS:
-        raise ValueError(f"goal: expected one of {', '.join(GOALS)}, got {goal!r}")
-    if not isinstance(keep, int) or keep < 1:
-        raise ValueError(f"keep: expected an integer from 1, got {keep!r}")
+    one_of("goal", goal, GOALS)
+    positive_integer("keep", keep)
     layouts = candidates(problem)
     allowed, dropped = _apply_rules(problem, layouts)
     layouts = layouts.select(allowed)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from k5kernels.planner.checks import positive_integer, positive_number
+from k5kernels.planner.checks import one_of, positive_integer, positive_number
 from k5kernels.presets import MODEL_SIZES, CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
 
@@ -53,9 +53,7 @@ MODELS: dict[str, ModelShape] = {name: ModelShape.of(config) for name, config in
 
 def model_shape(name: str) -> ModelShape:
     """The shape of a released model; ValueError where there is none of that name."""
-    if name not in MODELS:
-        raise ValueError(f"preset: expected one of {', '.join(MODELS)}, got {name!r}")
-    return MODELS[name]
+    return MODELS[one_of("preset", name, MODELS)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from k5kernels.planner.checks import positive_integer
+from k5kernels.planner.checks import one_of, positive_integer
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import MODELS, ClipShape
@@ -23,9 +23,7 @@ def stages() -> dict[str, tuple[str, Workload]]:
 
 def stage(name: str) -> Workload:
     """The workload of a stage of Table 4; ValueError where there is none of that name."""
-    if name not in stages():
-        raise ValueError(f"stage: expected one of {', '.join(stages())}, got {name!r}")
-    return stages()[name][1]
+    return stages()[one_of("stage", name, stages())][1]
 
 
 def _workload(row: dict) -> Workload:
@@ -65,8 +63,8 @@ def stage_costs(model: str | None = None, gpus: int = 64, profile: HardwareProfi
     """
     positive_integer("gpus", gpus)
     names = dict.fromkeys(trained for trained, _ in stages().values())
-    if model is not None and model not in names:
-        raise ValueError(f"model: expected one of {', '.join(names)}, got {model!r}")
+    if model is not None:
+        one_of("model", model, names)
     return [
         _cost(name, trained, workload, gpus, profile)
         for name, (trained, workload) in stages().items()

@@ -48,9 +48,9 @@ def step_time_terms(
     work = d * s * positive_integer("blocks", blocks) * positive_number("batch", batch)
     # Integers are multiplied out before the one division, so that each term is exact to its last digit.
     return StepTime(
-        tokenwise_ms=profile.constant_ms * work / (d0 * s0),
-        attention_ms=profile.tokens_ms * work * s / (d0 * s0**2),
-        linear_ms=profile.width_ms * work * d / (d0**2 * s0),
+        tokenwise_ms=profile.tokenwise_ms * work / (d0 * s0),
+        attention_ms=profile.attention_ms * work * s / (d0 * s0**2),
+        linear_ms=profile.linear_ms * work * d / (d0**2 * s0),
     )
 
 

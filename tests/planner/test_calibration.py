@@ -19,7 +19,7 @@ coefficient = st.floats(0.01, 1e4)
 
 def synthetic(constant: float, tokens: float, width: float) -> list[MeasuredStep]:
     """Steps that follow the formula exactly."""
-    profile = replace(H100, constant_ms=constant, tokens_ms=tokens, width_ms=width)
+    profile = replace(H100, tokenwise_ms=constant, attention_ms=tokens, linear_ms=width)
     sizes = product((256, 1024, 4096), (1_000, 20_000, 100_000), ((8, 1), (32, 2)), (1.0, 0.3))
     steps = [MeasuredStep(d, s, *depth, density, 1.0) for d, s, depth, density in sizes]
     return [replace(step, step_ms=predict_ms(step, profile)) for step in steps]
@@ -48,9 +48,9 @@ def test_density_scales_attention_alone():
 def test_a_coefficient_that_would_be_negative_is_zero():
     steps = [replace(step, step_ms=step.step_ms / step.tokens**0.4) for step in synthetic(1.0, 1.0, 1.0)]
     profile = fit(steps, "sublinear")
-    assert profile.constant_ms >= 0
-    assert profile.tokens_ms >= 0
-    assert profile.width_ms >= 0
+    assert profile.tokenwise_ms >= 0
+    assert profile.attention_ms >= 0
+    assert profile.linear_ms >= 0
 
 
 def test_all_else_comes_from_the_base():

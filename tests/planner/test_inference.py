@@ -106,7 +106,7 @@ def test_a_longer_clip_takes_more_time_and_no_less_memory(generation):
 
 
 def test_on_a_machine_twice_as_fast_computation_takes_half_and_offload_the_same():
-    fast = replace(H100, constant_ms=4.5, tokens_ms=7, width_ms=3)
+    fast = replace(H100, tokenwise_ms=4.5, attention_ms=7, linear_ms=3)
     here, there = generation_time(PRO), generation_time(PRO, profile=fast)
     assert there.linear_s == pytest.approx(here.linear_s / 2)
     assert there.attention_s == pytest.approx(here.attention_s / 2)

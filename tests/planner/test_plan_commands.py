@@ -268,7 +268,7 @@ def test_stages_shows_the_whole_of_table_4_and_the_totals():
 @pytest.fixture
 def half_as_fast(tmp_path) -> Path:
     path = tmp_path / "slow.json"
-    save_profile(HardwareProfile("slow", constant_ms=18, tokens_ms=28, width_ms=12), path)
+    save_profile(HardwareProfile("slow", tokenwise_ms=18, attention_ms=28, linear_ms=12), path)
     return path
 
 

@@ -9,13 +9,15 @@ from k5kernels.planner import H100, HardwareProfile, load_profile, save_profile
 
 
 def test_the_default_has_the_reports_coefficients():
-    assert (H100.constant_ms, H100.tokens_ms, H100.width_ms) == (9, 14, 6)
+    assert (H100.tokenwise_ms, H100.attention_ms, H100.linear_ms) == (9, 14, 6)
     assert H100.memory_bytes == 80 * 2**30
     assert H100.speed == 1
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path):
-    profile = replace(H100, name="half", constant_ms=18, tokens_ms=28, width_ms=12, memory_bytes=24e9, gpus_per_node=4)
+    profile = replace(
+        H100, name="half", tokenwise_ms=18, attention_ms=28, linear_ms=12, memory_bytes=24e9, gpus_per_node=4
+    )
     save_profile(profile, tmp_path / "half.json")
     assert load_profile(tmp_path / "half.json") == profile
     assert profile.speed == 0.5
@@ -34,9 +36,9 @@ def test_a_figure_that_cannot_be_is_named(field, value):
 
 
 def test_a_coefficient_may_be_zero_but_not_all():
-    assert replace(H100, constant_ms=0).speed == pytest.approx(29 / 20)
-    with pytest.raises(ValueError, match="constant_ms, tokens_ms, width_ms: expected one above 0"):
-        replace(H100, constant_ms=0, tokens_ms=0, width_ms=0)
+    assert replace(H100, tokenwise_ms=0).speed == pytest.approx(29 / 20)
+    with pytest.raises(ValueError, match="tokenwise_ms, attention_ms, linear_ms: expected one above 0"):
+        replace(H100, tokenwise_ms=0, attention_ms=0, linear_ms=0)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,8 @@ def test_a_coefficient_may_be_zero_but_not_all():
         ("not json", "expected a hardware profile as JSON"),
         ("[1, 2]", "expected a JSON object with a name"),
         ('{"memory_bytes": 1}', "expected a JSON object with a name"),
-        ('{"name": "a", "memory": 1}', "expected the fields name, constant_ms, .* got memory$"),
-        ('{"name": "a", "tokens_ms": -1}', "tokens_ms: expected"),
+        ('{"name": "a", "memory": 1}', "expected the fields name, tokenwise_ms, .* got memory$"),
+        ('{"name": "a", "attention_ms": -1}', "attention_ms: expected"),
         ('{"name": ""}', "name: expected a text"),
     ],
 )

@@ -86,6 +86,6 @@ def test_a_field_of_a_workload_that_cannot_be_is_named(field, value, words):
 
 
 def test_stages_on_a_profile_half_as_fast_cost_twice_as_much():
-    slow = replace(H100, constant_ms=18, tokens_ms=28, width_ms=12)
+    slow = replace(H100, tokenwise_ms=18, attention_ms=28, linear_ms=12)
     for fast, twice in zip(stage_costs(), stage_costs(profile=slow), strict=True):
         assert twice.gpu_hours == pytest.approx(2 * fast.gpu_hours)

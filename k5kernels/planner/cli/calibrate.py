@@ -53,7 +53,7 @@ def calibrate(
     terminal = console()
     header = ["model dim", "tokens", "blocks", "batch", "density", "measured [ms]", "fitted [ms]", "error"]
     terminal.print(table("Measured steps", header, [_cells(step, profile) for step in measured]))
-    coefficients = [("tokenwise", "constant_ms"), ("attention", "tokens_ms"), ("linear", "width_ms")]
+    coefficients = [("tokenwise", "tokenwise_ms"), ("attention", "attention_ms"), ("linear", "linear_ms")]
     shown = [[term, f"{getattr(profile, c):,.1f}", f"{getattr(H100, c):,.1f}"] for term, c in coefficients]
     terminal.print(
         table(f"Coefficients of {profile.name}, a block and clip at d0 and S0", ["term", "ms", "H100, ms"], shown)
