@@ -10,12 +10,19 @@ Conditional and unconditional passes are separate branches, each with its own ra
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Blocks = Callable[[Tensor], Tensor]
-Branch = Callable[[Blocks, Tensor], Tensor]
+
+
+class Branch(Protocol):
+    """One pass of a step: blocks(x), or what stands in for it. step: from 0; the one after the last call's if None."""
+
+    def __call__(self, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor: ...
 
 
 def compute_schedule(ratios: Sequence[float], threshold: float, max_skips: int, retention: float) -> list[bool]:
@@ -65,8 +72,11 @@ class MagCache:
     always run. The defaults are the released models'.
 
     One sampling run is `reset(steps)`, then every branch called once a step. A branch that finished its steps starts
-    over by itself; after an interrupted run `reset()` is needed, and `sample` always calls it. Memory: at most one
-    residual a branch, kept only as long as a coming step reuses it.
+    over by itself; after an interrupted run `reset()` is needed, and the sampler always calls it. Memory: at most one
+    residual a branch, kept only as long as a coming step may reuse it.
+
+    A branch that is called on some of the steps only, as with guidance on part of them, is told which `step` each call
+    is. Where the schedule counts on the residual of a step that was left out, the blocks run instead.
 
     Raises ValueError where the ratios are not finite, not negative numbers, as many for every branch, or a setting is
     out of range.
@@ -123,22 +133,34 @@ class MagCache:
         }
         self._step = dict.fromkeys(self._calibrated, 0)
         self._residual: dict[str, Tensor] = {}
+        self._residual_step: dict[str, int] = {}
 
     def branch(self, name: str) -> Branch:
-        """The callable (blocks, x) -> blocks(x), or x + the last residual, for one branch of this run."""
+        """The callable (blocks, x, step=None) -> blocks(x), or x + the last residual, for one branch of this run.
+
+        A step that is not after the last call's begins a new run of the branch. Raises ValueError where the branch has
+        no ratios; the callable does where the step is not one of the run's, or x has another shape than the residual.
+        """
         if name not in self._calibrated:
             raise ValueError(f"branch: no ratios for {name!r}, only for {sorted(self._calibrated)}; calibrate it")
-        return lambda blocks, x: self._run(name, blocks, x)
+        return partial(self._run, name)
 
-    def _run(self, name: str, blocks: Blocks, x: Tensor) -> Tensor:
-        schedule, step = self.schedule[name], self._step[name]
+    def _run(self, name: str, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor:
+        schedule = self.schedule[name]
+        if step is None:
+            step = self._step[name]
+        elif not 0 <= step < len(schedule):
+            raise ValueError(f"step: expected 0 to {len(schedule) - 1}, as the run has steps, got {step}")
+        elif step < self._step[name]:
+            self._forget(name)
         reused_next = not all(schedule[step + 1 : step + 2])
-        if schedule[step]:
+        if schedule[step] or not self._has_residual_for(name, step):
             # Freed before the blocks run: two residuals never stand side by side.
-            self._residual.pop(name, None)
+            self._forget(name)
             out = blocks(x)
             if reused_next:
                 self._residual[name] = (out - x).detach()
+                self._residual_step[name] = step
         else:
             residual = self._residual[name]
             if residual.shape != x.shape:
@@ -148,9 +170,18 @@ class MagCache:
                 )
             out = x + residual
             if not reused_next:
-                del self._residual[name]
+                self._forget(name)
         self._step[name] = (step + 1) % len(schedule)
         return out
+
+    def _has_residual_for(self, name: str, step: int) -> bool:
+        """Whether the residual is of the step that the schedule last computes before this one, or of a later step."""
+        last_computed = max(index for index in range(step) if self.schedule[name][index])
+        return self._residual_step.get(name, -1) >= last_computed
+
+    def _forget(self, name: str) -> None:
+        self._residual.pop(name, None)
+        self._residual_step.pop(name, None)
 
 
 class MagCalibration:
@@ -169,10 +200,16 @@ class MagCalibration:
         self._norm: dict[str, Tensor] = {}
 
     def branch(self, name: str) -> Branch:
-        """The callable (blocks, x) -> blocks(x) that measures one branch."""
-        return lambda blocks, x: self._run(name, blocks, x)
+        """The callable (blocks, x, step=None) -> blocks(x) that measures one branch.
 
-    def _run(self, name: str, blocks: Blocks, x: Tensor) -> Tensor:
+        It raises ValueError where the step given is not the next one: every ratio needs the step before.
+        """
+        return partial(self._run, name)
+
+    def _run(self, name: str, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor:
+        following = len(self.ratios[name]) + 1 if name in self._norm else 0
+        if step not in (None, following):
+            raise ValueError(f"step: expected {following}, the next one, got {step}; calibrate on every step")
         out = blocks(x)
         norm = torch.linalg.vector_norm((out - x).detach().float(), dim=-1)
         measured = self.ratios.setdefault(name, [])

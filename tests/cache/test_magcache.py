@@ -187,6 +187,72 @@ def test_reset_to_another_number_of_steps_resamples_the_calibrated_ratios():
     assert len(cache.schedule["cond"]) == 25
 
 
+def run_steps(branch, blocks, steps):
+    """Residuals that the steps given add, and the number of them that ran the blocks."""
+    before = blocks.calls
+    outputs = [branch(blocks, torch.zeros(1, 2, 3), step=step) for step in steps]
+    return [float(out[0, 0, 0]) for out in outputs], blocks.calls - before
+
+
+def test_steps_given_in_order_are_the_steps_counted():
+    counted, given = (MagCache({"cond": [1.01] * 19}, retention=0.2).branch("cond") for _ in range(2))
+    expected = [float(counted(blocks, torch.zeros(1, 2, 3))[0, 0, 0]) for blocks in [Blocks()] for _ in range(20)]
+    assert run_steps(given, Blocks(), range(20))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "residuals"),
+    [
+        ([0, 1, 2, 5, 6, 7], [1, 1, 1, 2, 3, 3]),  # 3 computes and was left out: 5 runs in its place
+        ([4, 5, 6], [1, 1, 2]),  # nothing before: 4 runs, 5 reuses it
+        ([0, 2, 3, 5], [1, 1, 2, 2]),  # a reused step left out costs nothing
+        ([0, 3, 6], [1, 2, 3]),
+        ([1, 4, 7], [1, 2, 3]),
+    ],
+)
+def test_a_branch_on_part_of_the_steps_runs_where_the_residual_it_counts_on_is_missing(steps, residuals):
+    cache = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    assert cache.schedule["cond"] == [True, False, False] * 3 + [True]
+    assert run_steps(cache.branch("cond"), Blocks(), steps) == (residuals, max(residuals))
+
+
+@given(
+    st.sets(st.integers(0, 29), min_size=1), st.integers(1, 4), st.lists(st.floats(0.9, 1.1), min_size=29, max_size=29)
+)
+def test_no_step_reuses_what_the_schedule_would_have_replaced(steps, max_skips, ratios):
+    cache = MagCache({"cond": ratios}, max_skips=max_skips, retention=0.0)
+    schedule, branch, computed_at = cache.schedule["cond"], cache.branch("cond"), []
+    for step in sorted(steps):
+        blocks = Blocks()
+        out = branch(lambda x, step=step, blocks=blocks: blocks(x) + step, torch.zeros(1, 2, 3), step=step)
+        if blocks.calls:
+            computed_at.append(step)
+        last_scheduled = max(index for index in range(step + 1) if schedule[index])
+        assert last_scheduled <= computed_at[-1] <= step
+        assert float(out[0, 0, 0]) == 1 + computed_at[-1]
+        assert not schedule[step] or blocks.calls
+
+
+def test_a_step_before_the_last_one_begins_a_new_run_of_the_branch():
+    branch = MagCache({"cond": [1.0] * 9}, retention=0.0).branch("cond")
+    run_steps(branch, Blocks(scale=7.0), [3, 4])
+    assert run_steps(branch, Blocks(), [1, 2]) == ([1, 1], 1)
+
+
+@pytest.mark.parametrize("step", [-1, 10])
+def test_a_step_that_the_run_has_not_is_refused(step):
+    with pytest.raises(ValueError, match=f"step: expected 0 to 9, as the run has steps, got {step}"):
+        MagCache({"cond": [1.0] * 9}).branch("cond")(Blocks(), torch.zeros(1, 2, 3), step=step)
+
+
+def test_calibration_takes_every_step_and_refuses_a_gap():
+    branch = MagCalibration().branch("cond")
+    for step in range(3):
+        branch(Blocks(), torch.zeros(1, 2, 3), step=step)
+    with pytest.raises(ValueError, match="step: expected 3, the next one, got 5"):
+        branch(Blocks(), torch.zeros(1, 2, 3), step=5)
+
+
 def test_residuals_are_detached_and_not_kept_when_no_step_reuses_them():
     cache = MagCache({"cond": [1.0] * 3}, retention=0.0, max_skips=1)
     branch, weight = cache.branch("cond"), torch.ones(1, 2, 3, requires_grad=True)
