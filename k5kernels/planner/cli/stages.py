@@ -29,8 +29,7 @@ def stages(
     if as_json:
         print_json("stages", {"gpus": gpus, "profile": hardware.name}, {"stages": rows, "totals": totals})
         return
-    header = ["stage", "steps", "batch", "density", "step [s]", "GPU-hours", "days"]
-    header += ["NABLA: step [s]", "GPU-hours", "days"]
+    header = ["stage", "steps × batch", "step [s]", "GPU-hours", "days"]
     shown = [_cells(cost) for cost in costs] + [_total_cells(model, total) for model, total in totals.items()]
     console().print(table(f"Table 4 on {gpus} GPUs", header, shown, {"profile": hardware.name}))
 
@@ -40,13 +39,16 @@ def _total(costs: list[StageCost], model: str) -> dict[str, float]:
 
 
 def _cells(cost: StageCost) -> list[str]:
-    return [
-        cost.stage, f"{cost.steps:,}", f"{cost.batch:,}", f"{cost.nabla_density:.0%}",
-        f"{cost.step_s:,.1f}", f"{cost.gpu_hours:,.0f}", f"{cost.days:,.1f}",
-        f"{cost.nabla_step_s:,.1f}", f"{cost.nabla_gpu_hours:,.0f}", f"{cost.nabla_days:,.1f}",
-    ]  # fmt: skip
+    """The stage dense and, on a second line where it is sparse, with NABLA: five columns fit 80 characters."""
+    dense = [f"{cost.step_s:,.1f}", f"{cost.gpu_hours:,.0f}", f"{cost.days:,.1f}"]
+    nabla = [f"{cost.nabla_step_s:,.1f}", f"{cost.nabla_gpu_hours:,.0f}", f"{cost.nabla_days:,.1f}"]
+    names = [cost.stage, f"{cost.steps:,} × {cost.batch:,}"]
+    if cost.nabla_density == 1:
+        return [*names, *dense]
+    return [f"{names[0]}\n  NABLA, {cost.nabla_density:.0%}", names[1], *map("\n".join, zip(dense, nabla, strict=True))]
 
 
 def _total_cells(model: str, total: dict[str, float]) -> list[str]:
-    plain, nabla = ([f"{total[f'{kind}gpu_hours']:,.0f}", f"{total[f'{kind}days']:,.1f}"] for kind in ("", "nabla_"))
-    return [f"{model}, total", "", "", "", "", *plain, "", *nabla]
+    hours = [f"{total[f'{kind}gpu_hours']:,.0f}" for kind in ("", "nabla_")]
+    days = [f"{total[f'{kind}days']:,.1f}" for kind in ("", "nabla_")]
+    return [f"{model}, total\n  with NABLA", "", "", "\n".join(hours), "\n".join(days)]
