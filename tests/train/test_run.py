@@ -204,7 +204,7 @@ def test_going_on_with_another_setting_is_refused_before_anything_is_loaded(late
     for options, words in (
         (("--seed", "3", "--batch", "2"), "seed 0 (now 3), batch 1 (now 2); give those"),
         (("--learning-rate", "1e9"), "learning_rate 0.0001 (now 1000000000.0)"),
-        (("--nabla-thr", "0.5"), 'attention.kind "dense" (now "nabla")'),
+        (("--nabla-thr", "0.5"), 'attention.engine "auto" (now "nabla")'),
         (("--model-dim", "128"), "another model's checkpoint: model.model_dim 192 (now 128)"),
         (("--blocks", "2", "--set-on-resume"), "another model's checkpoint: model.visual_blocks 8 (now 2)"),
         (("--init", str(trained / "crossdit.safetensors")), "another model's checkpoint: init null (now \"sha256 "),
