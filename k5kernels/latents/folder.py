@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import fsspec
@@ -33,6 +34,15 @@ def naming(path: str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, path) from error
 
 
+def _is_missing(path: Path) -> bool:
+    """Whether nothing has this name; `Path.exists` would say so after other errors too."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
+
+
 class Folder:
     """The folder at a path or URL. Errors of the file system are OSErrors that name the file."""
 
@@ -49,14 +59,15 @@ class Folder:
 
         Raises ValueError where a file has that name, OSError where the folder cannot be made.
         """
-        if self._files.isfile(self._root):
-            raise ValueError(f"{self.out}: expected a folder, or a name that is free, found a file")
         with naming(self.out):
             if self.local is None:
                 self._files.makedirs(self._root, exist_ok=True)
                 return
-            missing = [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
-            self.local.mkdir(parents=True, exist_ok=True)
+            missing = list(takewhile(_is_missing, (self.local, *self.local.parents)))
+            try:
+                self.local.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise ValueError(f"{self.out}: expected a folder, or a name that is free, found a file") from None
             for folder in missing:
                 flush_folder(folder.parent)
 

@@ -219,16 +219,19 @@ class _Run:
         def progress(frames: int, announced: int) -> None:
             self._report(frames=frames, announced=announced)
 
+        failure = None
         try:
             before = _stamp(source.file)
-            for sample in self.encoding.samples(source, sha256, first, self.caption_of(source), progress):
-                self._report(clips=self.step.clips + 1)
-                yield sample
-            end.whole = True
-            if _stamp(source.file) != before:
-                end.whole, end.passing = False, "was changed while it was read; run the command again"
-        except VideoError as error:
-            end.whole, end.failure = True, str(error).removeprefix(f"{source.file}: ")
+            try:
+                for sample in self.encoding.samples(source, sha256, first, self.caption_of(source), progress):
+                    self._report(clips=self.step.clips + 1)
+                    yield sample
+            except VideoError as error:
+                failure = str(error).removeprefix(f"{source.file}: ")
+            if _stamp(source.file) == before:
+                end.whole, end.failure = True, failure
+            else:
+                end.passing = "was changed while it was read; run the command again"
         except Exception as error:
             if ended := ending(error, source.file):
                 raise ended from error

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from k5kernels.latents.folder import Folder
+from k5kernels.latents.folder import Folder, naming
 
 RENEW_SECONDS = 10.0
 # How long a lock of another machine is watched before it counts as left behind.
@@ -104,7 +104,8 @@ class Lock:
         data = json.dumps(asdict(replace(self.holder, renewed=renewed))).encode().ljust(BYTES)
         if self.number is None:
             self.folder.write(self.name, data)
-        else:
+            return
+        with naming(self.folder.path(self.name)):
             os.pwrite(self.number, data, 0)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,16 +73,14 @@ def find_sources(paths: Iterable[str | Path], exclude: Path | None = None) -> Li
     """
     walk = _Walk(exclude)
     given = list(dict.fromkeys(os.fspath(path) for path in paths))
-    for path in given:
-        if os.path.isdir(path):
-            walk.folder(path, "")
+    files = [path for path in given if not walk.is_folder(path)]
     walk.links()
-    for path in given:
-        if not os.path.isdir(path):
-            walk.named(path)
+    for path in files:
+        walk.named(path)
     listing = walk.listing
     if not (listing.sources or listing.failures):
-        raise ValueError("paths: expected video files, pictures or folders with some, found none")
+        where = f" in {', '.join(given)}" if given else ""
+        raise ValueError(f"paths: expected video files, pictures or folders with some, found none{where}")
     listing.sources.sort(key=lambda source: source.path.split("/"))
     return listing
 
@@ -116,8 +114,17 @@ class _Walk:
         self._folders: dict[tuple[int, int], str] = {}
         self._files: dict[tuple[int, int], str] = {}
         self._links: list[tuple[str, str]] = []
-        if exclude is not None and exclude.is_dir():
-            self._folders[_number(os.stat(exclude))] = "the one to write to"
+        if exclude is not None:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self._folders[_number(os.stat(exclude))] = "the one to write to"
+
+    def is_folder(self, path: str) -> bool:
+        """Whether a given path is a folder, which is then walked, or cannot be asked, which is a failure."""
+        with self._failing(path):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                return False
+            self.folder(path, "")
+        return True
 
     def folder(self, root: str, path: str) -> None:
         """All that is below a folder, of which the paths begin with `path`."""

@@ -16,7 +16,7 @@ import av
 import torch
 from torch import Tensor
 
-from k5kernels.latents.video.errors import VideoError
+from k5kernels.latents.video.errors import VideoError, translated
 from k5kernels.latents.video.frames import fit
 
 # Sources that would be enlarged beyond this have no detail to learn from.
@@ -48,7 +48,7 @@ def decode(
     A stream may change its frame size on the way. max_upscale: how much larger than the source a frame may become.
     Raises VideoError where the file is missing or is not a video, is damaged or cut off (as far as the container
     tells: a Matroska file that ends early is a shorter video), has frames that are too small, or holds fewer than
-    `min_frames`.
+    `min_frames`; OSError where the system does not let it be read.
     """
     count = 0
     with _open(path) as (container, stream):
@@ -91,19 +91,16 @@ def read_video(
 
 @contextmanager
 def _open(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The open container and its first video stream; FFmpeg's errors inside the block become VideoError."""
+    """The open container and its first video stream; FFmpeg's errors inside the block are translated."""
     if not Path(path).is_file():
         found = "found a folder" if Path(path).is_dir() else "found no such file"
         raise VideoError(f"{path}: expected a video file, {found}")
-    try:
-        # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
-        with av.open(str(Path(path).absolute())) as container:
-            # FFmpeg plays text files as terminal art.
-            if container.format.name == "tty" or not container.streams.video:
-                raise VideoError(f"{path}: expected a video, found no video stream")
-            stream = container.streams.video[0]
-            if not stream.height or not stream.width:
-                raise VideoError(f"{path}: expected a video, found a stream without a frame size")
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: expected a readable video file ({error.strerror or error})") from error
+    # An absolute path, because FFmpeg takes what stands before a colon for a protocol.
+    with translated(path), av.open(str(Path(path).absolute()), metadata_errors="replace") as container:
+        # FFmpeg plays text files as terminal art.
+        if container.format.name == "tty" or not container.streams.video:
+            raise VideoError(f"{path}: expected a video, found no video stream")
+        stream = container.streams.video[0]
+        if not stream.height or not stream.width:
+            raise VideoError(f"{path}: expected a video, found a stream without a frame size")
+        yield container, stream
