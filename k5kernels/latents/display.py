@@ -40,21 +40,22 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._began: float | None = None
-        self._bytes_before, self._clips, self._source = 0.0, 0, (0, False)
+        self._compared: bool | None = None
+        self._began, self._number, self._clips, self._clips_before = 0.0, 0, 0, 0
 
     def update(self, step: Step) -> str:
-        if self._began is None or self._source[1] != step.compared:
-            self._began, self._bytes_before, self._clips = self._clock(), step.bytes_done, 0
-        if self._source != (step.number, step.compared):
-            self._source, self._clips_before = (step.number, step.compared), self._clips
-        self._clips = self._clips_before + step.clips
-        seconds = self._clock() - self._began
-        done = bytes_done(step)
-        if seconds <= 0 or done <= self._bytes_before:
+        """The pace in words; empty where it is not known yet. Encoding and comparing each have their own."""
+        if self._compared != step.compared:
+            self._compared, self._began, self._number = step.compared, self._clock(), step.number
+            self._clips, self._clips_before = 0, 0
+        if step.number != self._number:
+            self._number, self._clips_before = step.number, self._clips_before + self._clips
+        self._clips = step.clips
+        seconds, done = self._clock() - self._began, bytes_done(step)
+        if seconds <= 0 or done <= 0:
             return ""
-        left = timedelta(seconds=round((step.bytes_all - done) * seconds / (done - self._bytes_before)))
-        return f"{left} left" if step.compared else f"{self._clips / seconds:.3g} clips/s, {left} left"
+        left = f"{timedelta(seconds=round((step.bytes_all - done) * seconds / done))} left"
+        return left if step.compared else f"{(self._clips_before + self._clips) / seconds:.3g} clips/s, {left}"
 
 
 class Log:
