@@ -37,6 +37,7 @@ class Case:
         self.calls = jobs.run(self.videos, expected).calls
         self.expected = contents(expected)
         self.samples = latents(expected)
+        assert len(self.samples) == 3 + 2 + 1
 
     def begin(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
