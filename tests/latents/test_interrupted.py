@@ -76,7 +76,8 @@ def check_stopped(case: Case, stops: list[tuple[int, int]]) -> None:
         result = case.run(call, -number)
         if number != signal.SIGKILL and result.code != 0:
             assert result.code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signal.Signals(number)], result
-            assert len(result.report) == 1, result
+            # The first call looks at the argument, before the job has begun: there is nothing to tell of yet.
+            assert len(result.report) == 1 or result.calls == 1, result
     assert case.run().code == 0, stops
     assert contents(case.out) == case.expected, stops
 
