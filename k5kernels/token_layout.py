@@ -7,13 +7,14 @@ clip after clip. Where P does not divide H or W, the blocks at the bottom and ri
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import reduce
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from k5kernels.tensor_cache import cached_tensors
 
 Clip = tuple[int, int, int]
 Build = Callable[["TokenLayout", torch.device], Tensor]
@@ -152,20 +153,12 @@ def _ceil_div(length: int, side: int) -> int:
 
 
 def _shared(build: Build, layout: TokenLayout, device: torch.device | str) -> Tensor:
-    """The layout's tensor, built once for a device and cached.
-
-    Under torch.compile, or in a dispatch mode such as FakeTensorMode, it is built anew: a fake or traced tensor must
-    not enter the cache.
-    """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return build(layout, torch.device(device))
-    return _cached(build, layout, torch.device(device))
+    return _built(build, layout, torch.device(device))
 
 
-@lru_cache(maxsize=256)
-def _cached(build: Build, layout: TokenLayout, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not be saved for a backward
-        return build(layout, device)
+@cached_tensors(maxsize=256)
+def _built(build: Build, layout: TokenLayout, device: torch.device) -> Tensor:
+    return build(layout, device)
 
 
 # The functions below use operations of the device alone: copying a list of numbers to a GPU would wait for it.

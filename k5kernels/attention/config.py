@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from k5kernels.attention.engines import ENGINES, check_engine, choose_engine
+from k5kernels.ops.nabla_mask import check_thr
+from k5kernels.ops.sta_mask import check_window
 
 RELEASED_WINDOW = (11, 3, 3)  # of all released models that have NABLA attention
 
@@ -26,10 +28,9 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_engine(self.engine)
-        if not 0 <= self.thr <= 1:
-            raise ValueError(f"thr: expected the probability mass to keep, 0 to 1, got {self.thr}")
-        if self.sta is not None and (len(self.sta) != 3 or min(self.sta) < 1):
-            raise ValueError(f"sta: expected three positive numbers (w_T, w_H, w_W) or None, got {self.sta}")
+        check_thr(self.thr)
+        if self.sta is not None:
+            check_window("sta", self.sta)
 
     @property
     def sparse(self) -> bool:

@@ -52,16 +52,16 @@ class Nabla(Engine):
     kind = "sparse"
 
     def why_not(self, call: Call) -> str | None:
-        """It needs a layout, and takes a mask of blocks alone."""
-        if call.layout is None:
-            return "layout: it needs the TokenLayout of the sequence, got None"
+        """It needs a layout, which a BlockMask has too, and takes no mask of tokens."""
         if call.mask is not None and not isinstance(call.mask, BlockMask):
             return f"mask: it takes a BlockMask, got {type(call.mask).__name__}"
+        if call.layout is None and call.mask is None:
+            return "layout: it needs the TokenLayout of the sequence, got None"
         return None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """Attention inside each clip, over the blocks kept."""
-        assert call.layout is not None  # by why_not
         if isinstance(call.mask, BlockMask):
             return block_sparse_attention(q, k, v, call.mask, call.layout)
+        assert call.layout is not None  # by why_not
         return nabla_attention(q, k, v, call.layout, call.thr, call.sta)

@@ -40,8 +40,7 @@ def nabla_mask(
     check_tokens("q", q, layout)
     if k.shape != q.shape or k.dtype != q.dtype:
         raise ValueError(f"k: expected {q.dtype} {list(q.shape)} like q, got {k.dtype} {list(k.shape)}")
-    if not 0 <= thr <= 1:
-        raise ValueError(f"thr: expected the probability mass to keep, 0 to 1, got {thr}")
+    check_thr(thr)
     near = None
     if sta is not None:
         check_window("sta", sta)
@@ -58,6 +57,12 @@ def nabla_mask(
         None if near is None else near.indices,
     )
     return BlockMask(offsets, indices, layout)
+
+
+def check_thr(thr: float) -> None:
+    """Raise ValueError unless thr is a share of the probability mass."""
+    if not 0 <= thr <= 1:
+        raise ValueError(f"thr: expected the probability mass to keep, 0 to 1, got {thr}")
 
 
 def check_tokens(name: str, x: Tensor, layout: TokenLayout) -> None:

@@ -26,8 +26,8 @@ def test_every_share_of_the_probability_mass_can_be_kept(thr):
         (("nabla", -0.1), "thr: expected the probability mass to keep, 0 to 1, got -0.1"),
         (("nabla", 1.1), "thr: expected"),
         (("nabla", float("nan")), "thr: expected"),
-        (("nabla", 0.9, (3, 0, 3)), "sta: expected three positive numbers"),
-        (("nabla", 0.9, (3, 3)), "sta: expected three positive numbers"),
+        (("nabla", 0.9, (3, 0, 3)), "sta: expected three positive integers"),
+        (("nabla", 0.9, (3, 3)), "sta: expected three positive integers"),
     ],
 )
 def test_an_impossible_attention_is_refused_by_the_name_of_the_argument(values, words):

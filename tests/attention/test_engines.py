@@ -133,7 +133,8 @@ def test_nabla_is_nabla_attention_or_takes_a_mask_of_ones_own(device):
     assert torch.equal(out, nabla_attention(q, k, v, CLIPS, 0.5, (3, 3, 3)))
     mask = random_mask(CLIPS, 2, 3, device=device)
     out = attention(q, k, v, "nabla", CLIPS, mask=mask)
-    assert torch.equal(out, block_sparse_attention(q, k, v, mask, CLIPS))
+    assert torch.equal(out, block_sparse_attention(q, k, v, mask))
+    assert torch.equal(out, attention(q, k, v, "nabla", mask=mask))
 
 
 def refusal(name: str, **call) -> str | None:
