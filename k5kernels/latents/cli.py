@@ -4,19 +4,12 @@ Exit code 0: all is encoded. 1: some sources failed, or the job ended early; the
 arguments do not fit, or the folder is another job's or is being written to.
 """
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 
-from k5kernels.terminal import DeviceName, complain, console, one_line_errors
-
-INTERRUPTED, TERMINATED = 130, 143
+from k5kernels.terminal import DeviceName, complain, console, one_line_errors, one_line_stop
 
 
 def encode(
@@ -34,7 +27,8 @@ def encode(
     device: DeviceName = None,
 ) -> None:
     """Encode videos and pictures into shards of latents; the same command goes on where it was stopped."""
-    with _stopping(out), one_line_errors(refused=2):
+    left = f"{out}: the same command goes on from what is finished"
+    with one_line_stop("k5", lambda: left), one_line_errors(refused=2):
         from k5kernels.device import choose_device
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.job import encode_videos
@@ -62,26 +56,3 @@ def encode(
         complain(failure)
     if summary.failures:
         raise typer.Exit(1)
-
-
-class _Terminated(BaseException):
-    """SIGTERM."""
-
-
-@contextmanager
-def _stopping(out: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the block, and the program with one line."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
-    try:
-        yield
-    except (KeyboardInterrupt, _Terminated) as error:
-        complain(f"{out}: stopped; the same command goes on from what is finished")
-        raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED) from None
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)

@@ -8,7 +8,9 @@ import errno
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -62,11 +64,29 @@ def latents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
-    folder = tmp_path_factory.mktemp("faults") / "watched"
-    folder.mkdir()
-    with faulty_jobs(folder) as jobs:
-        yield Case(jobs)
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Case]]:
+    """Two of the same, each with a process of its own."""
+    with ExitStack() as stack:
+        folders = [tmp_path_factory.mktemp("faults") / "watched" for _ in range(2)]
+        for folder in folders:
+            folder.mkdir()
+        yield [Case(stack.enter_context(faulty_jobs(folder))) for folder in folders]
+
+
+@pytest.fixture
+def case(cases: list[Case]) -> Case:
+    return cases[0]
+
+
+def at_every_call(cases: list[Case], check: Callable[[Case, int], None]) -> None:
+    """Check each call of the job once, the cases sharing them side by side."""
+
+    def share(number: int) -> None:
+        for call in range(1 + number, cases[number].calls + 1, len(cases)):
+            check(cases[number], call)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(share, range(len(cases))))
 
 
 def check_stopped(case: Case, stops: list[tuple[int, int]]) -> None:
@@ -120,9 +140,8 @@ def test_many_stopped_runs_only_add_and_end_as_an_undisturbed_one(case: Case, se
 
 
 @pytest.mark.slow
-def test_a_run_may_be_killed_at_every_call(case: Case) -> None:
-    for call in range(1, case.calls + 1):
-        check_stopped(case, [(call, signal.SIGKILL)])
+def test_a_run_may_be_killed_at_every_call(cases: list[Case]) -> None:
+    at_every_call(cases, lambda case, call: check_stopped(case, [(call, signal.SIGKILL)]))
 
 
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
@@ -134,6 +153,5 @@ def test_a_failing_call_loses_nothing_and_is_told(case: Case, number: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
-def test_every_failing_call_loses_nothing_and_is_told(case: Case, number: int) -> None:
-    for call in range(1, case.calls + 1):
-        check_fault(case, call, number)
+def test_every_failing_call_loses_nothing_and_is_told(cases: list[Case], number: int) -> None:
+    at_every_call(cases, lambda case, call: check_fault(case, call, number))
