@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from groupnorm_sizes import any_sizes
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
@@ -48,16 +47,7 @@ def assert_about_as_accurate_as_eager(arguments):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(
-    B=st.integers(1, 2),
-    groups=st.integers(1, 5),
-    in_group=st.integers(1, 9),
-    size=st.lists(st.integers(1, 5), min_size=2, max_size=3),
-)
-@example(B=1, groups=1, in_group=1, size=[1, 1])
-@example(B=2, groups=2, in_group=8, size=[3, 7, 5])
-@example(B=1, groups=32, in_group=4, size=[1, 5, 3])
-@example(B=1, groups=2, in_group=3, size=[2, 13, 17])
+@any_sizes
 def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, channels_last, B, groups, in_group, size):
     arguments = inputs((B, groups * in_group, *size), groups, dtype, device, channels_last)
     assert_about_as_accurate_as_eager(arguments)

@@ -2,8 +2,7 @@ from functools import reduce
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from groupnorm_sizes import any_sizes
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
@@ -49,15 +48,7 @@ def relative_error(actual, exact):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(
-    B=st.integers(1, 2),
-    groups=st.integers(1, 5),
-    in_group=st.integers(1, 9),
-    size=st.lists(st.integers(1, 5), min_size=2, max_size=3),
-)
-@example(B=1, groups=1, in_group=1, size=[1, 1])
-@example(B=1, groups=32, in_group=4, size=[1, 5, 3])
-@example(B=1, groups=2, in_group=3, size=[2, 13, 17])
+@any_sizes
 def test_mean_and_variance_are_those_of_float64(isa, device, dtype, channels_last, B, groups, in_group, size):
     x = activation(B, groups * in_group, *size, dtype=dtype, device=device, channels_last=channels_last)
     exact = x.double().reshape(B, groups, -1)
