@@ -29,14 +29,14 @@ k5::BlockLists lists_of(const Tensor& offsets, const int64_t* offset_data, const
   return {offset_data, index_data, offsets.size(0) > 1 ? heads * rows : 0, heads > 1 ? rows : 0};
 }
 
-// A mask may have been built by hand: raises where its lists would have a kernel read what is not there.
+// Raises where the lists of a mask would make a kernel read out of bounds; a mask may have been built by hand.
 void check_lists(const Tensor& offsets, const Tensor& indices, int64_t blocks) {
   const int64_t count = offsets.numel(), kept = indices.numel();
   const int64_t* ends = data<int64_t>(offsets);
   STD_TORCH_CHECK(count == 0 || (ends[0] == 0 && ends[count - 1] == kept && std::is_sorted(ends, ends + count)),
                   "mask: expected offsets that ascend from 0 to the ", kept, " indices there are");
   const int32_t* keys = data<int32_t>(indices);
-  uint32_t largest = 0;  // negative numbers are larger than all others
+  uint32_t largest = 0;  // unsigned, so that a negative index is larger than any block
   for (int64_t entry = 0; entry < kept; entry++) largest = std::max(largest, static_cast<uint32_t>(keys[entry]));
   STD_TORCH_CHECK(largest < blocks || kept == 0, "mask: expected indices of blocks, 0 to ", blocks - 1);
 }
@@ -112,13 +112,14 @@ struct TransposedLists {
   std::vector<int32_t> readers;
 };
 
-// Whether pieces of five products each, which are not cut, take no longer than seven products each spread evenly.
+// Two schedules: `pieces` that compute five matrix products for each pair of blocks but are not divided among threads,
+// or many small pieces that compute seven but keep all threads equally busy. Whether the first takes no longer.
 bool shares_are_faster(int64_t pieces, int64_t threads) {
   const int64_t turns = (pieces + threads - 1) / threads;
   return 5 * turns * threads <= 7 * pieces;
 }
 
-// With shares of heads as pieces of work a pair of blocks takes five products, with blocks seven.
+// The two schedules of AttentionBackward.
 template <class T>
 void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
   const int64_t scratch_floats = k5::attention_backward_scratch(op.sizes), blocks = heads * op.sizes.blocks;
@@ -131,7 +132,7 @@ void run_attention_backward(const k5::AttentionBackward<T>& op, int64_t heads) {
               [&](int64_t item, float* scratch) { K5_DISPATCH_AVX512(key_block_gradients, op, item, scratch); });
     for_items(blocks, scratch_floats,
               [&](int64_t item, float* scratch) { K5_DISPATCH_AVX512(query_block_gradient, op, item, scratch); });
-  } else if (op.shares == 1) {  // many heads: a part for each thread, not each head
+  } else if (op.shares == 1) {  // many heads: each thread reuses one part instead of one for each head
     for_items(heads, scratch_floats + part, [&](int64_t head, float* scratch) {
       K5_DISPATCH_AVX512(share_gradients, op, head, scratch + part, scratch);
       for (int64_t block = 0; block < op.sizes.blocks; block++)

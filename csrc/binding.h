@@ -1,5 +1,6 @@
-// What the files that bind csrc/cpu to the operators share. k5kernels/ops defines the operators as `k5_cpu::` and has
-// checked the shapes; PyTorch's stable ABI makes one binary serve several torch releases.
+// Shared by the files that bind the kernels of csrc/cpu to the operators. k5kernels/ops defines the operators, in the
+// library `k5_cpu`, and has checked the shapes. The bindings use PyTorch's stable ABI only, so that one binary works
+// with several releases of torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -27,10 +28,10 @@ using torch::stable::Tensor;
 using torch::stable::contiguous;
 using torch::stable::parallel_for;
 
-// Rows a thread takes at once: enough work to pay for waking it.
+// Rows that a thread takes at a time: enough work to be worth waking it.
 inline int64_t grain(int64_t width) { return 1 + 16384 / (width + 1); }
 
-// Calls `run` with a value of the element type.
+// Calls `run` with a value of the tensor's element type; raises for dtypes that have no kernel.
 template <class Run>
 void for_dtype(const char* name, const Tensor& tensor, const Run& run) {
   const ScalarType dtype = tensor.scalar_type();
@@ -65,7 +66,7 @@ inline Tensor with_unit_stride(const Tensor& tensor) { return unit_stride(tensor
 
 inline Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-// Floats that start on a cache line, uninitialized.
+// Uninitialized floats, aligned to a cache line.
 class AlignedFloats {
  public:
   explicit AlignedFloats(int64_t floats)
@@ -79,9 +80,9 @@ class AlignedFloats {
   float* floats_;
 };
 
-// Calls run(item, scratch) for every item. Threads take the next few items as they get free, fewer towards the end:
-// items of different length then keep all of them busy, and a thread mostly goes on with the item behind the last one,
-// which kernels prefetch. Each thread has its own scratch memory of `floats` floats.
+// Calls run(item, scratch) for every item. A thread that is free takes the next few items, fewer of them towards the
+// end, so that items of different length keep all threads busy. Mostly a thread continues with the following item,
+// whose data the kernels prefetch. Each thread has scratch memory of its own, `floats` floats.
 template <class Run>
 void for_items(int64_t items, int64_t floats, const Run& run) {
   std::atomic<int64_t> next{0};
@@ -98,7 +99,8 @@ void for_items(int64_t items, int64_t floats, const Run& run) {
   });
 }
 
-// Calls run(wave, item, scratch) for every item of every wave, those of a wave after all of the wave before.
+// Calls run(wave, item, scratch) for every item of every wave. An item starts when all items of the previous wave are
+// done.
 template <class Run>
 void for_waves(int64_t waves, int64_t items, int64_t floats, const Run& run) {
   std::atomic<int64_t> next{0}, done{0};
@@ -114,7 +116,7 @@ void for_waves(int64_t waves, int64_t items, int64_t floats, const Run& run) {
   });
 }
 
-// Offsets [B, h, N_b + 1] of rows that stand one after another, and the number of entries.
+// Offsets [B, h, N_b + 1] of contiguous rows with these counts, and the number of entries of all rows.
 inline std::tuple<Tensor, int64_t> offsets_from_counts(const Tensor& like, int64_t batch, int64_t heads, int64_t blocks,
                                                        const std::vector<int64_t>& counts) {
   Tensor offsets = torch::stable::new_empty(like, {batch, heads, blocks + 1}, ScalarType::Long);

@@ -10,7 +10,7 @@ namespace {
 
 using namespace k5::binding;
 
-// Whether all of a sample stands in one piece; samples may stand apart, as those of a clip cut from a sequence do.
+// Whether each sample is contiguous. There may be gaps between samples, as in a clip cut from a longer sequence.
 bool dense_samples(const Tensor& tensor) {
   int64_t step = 1;
   for (int64_t axis = tensor.dim() - 1; axis > 0; axis--) {
@@ -24,7 +24,7 @@ struct Grid {
   int64_t frames, height, width;
 };
 
-// token_axis: the first axis of what a token is made of.
+// token_axis: the first of the axes that are inside a token.
 Tensor fractal_copy(const Tensor& x, std::vector<int64_t> shape, int64_t token_axis, const Grid& grid,
                     int64_t block_side, bool to_fractal) {
   int64_t token_bytes = x.element_size();

@@ -1,5 +1,5 @@
-// Where the blocks of attention stand in memory, for the files that compute it. Everything here is static or inlined,
-// for the reason in isa.h.
+// Addresses, prefetches and the end of the softmax, shared by the files that compute attention. Everything here is
+// static or inlined, for the reason in isa.h.
 #pragma once
 
 #include "block_sparse_attention.h"
@@ -41,7 +41,7 @@ K5_INLINE void fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; i++) target[i] = value;
 }
 
-// Calls run<width>() for whole blocks of a usual width, else run<0>().
+// Calls run<width>() for whole blocks of a common width, whose loops the compiler can unroll, else run<0>().
 template <class Run>
 K5_INLINE void for_width(bool whole, int64_t width, const Run& run) {
   if (whole && width == 64) run.template operator()<64>();
@@ -49,7 +49,7 @@ K5_INLINE void for_width(bool whole, int64_t width, const Run& run) {
   else run.template operator()<0>();
 }
 
-// The first part of a block.
+// Queues the first part of a block.
 template <class T>
 K5_INLINE void fetch_block(Prefetch& prefetch, const AttentionSizes& sizes, const Heads<T>& tensor, const Place& at,
                            int64_t block) {
@@ -58,8 +58,8 @@ K5_INLINE void fetch_block(Prefetch& prefetch, const AttentionSizes& sizes, cons
                smaller(kTileTokens, sizes.block_starts[block + 1] - first), sizes.width);
 }
 
-// What is needed after an entry of a list: the next entry's keys and values; behind the last one the next block's
-// queries with its first keys and values, and the place of the output.
+// Queues what is needed after an entry of a list: the keys and values of the next entry; after the last entry the
+// memory of the output, and the queries of the next block with its first keys and values.
 template <class T>
 K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Place& at, int64_t entry) {
   const int64_t* offsets = offsets_of(op.reads, at) + at.block;
@@ -73,13 +73,13 @@ K5_INLINE void fetch_next(Prefetch& prefetch, const Attention<T>& op, const Plac
   }
 }
 
-// From the base and the sum of the weights 2^(score - base) of each row: lse, and in place of the sum what the row is
-// to be multiplied with. base, total: [64], defined behind the rows as well.
+// Writes lse from the base of each row and the total of its weights 2^(score - base), and replaces the total with the
+// factor that normalizes the row. base, total: [64]; the values behind the last row are used but not stored.
 K5_INLINE void finish_rows(const float* base, float* total, int64_t rows, bool reads_nothing, float* lse) {
-  if (reads_nothing) return fill(lse, rows, -kInfinity);  // and no weights add up to zero
+  if (reads_nothing) return fill(lse, rows, -kInfinity);  // the totals are 0, which as factors give zeros
   for (int64_t row = 0; row < rows; row += kLanes) {
     const Vec8 bases = load(base + row), totals = load(total + row);
-    // All scores -inf: NaN, as 0/0 in the definition.
+    // Where all scores are -inf: NaN, as 0/0 in the definition.
     const Vec8 undefined = bases == -kInfinity ? splat(0.0f) / totals : Vec8{};
     const Vec8 logs = (bases + log2(totals)) * kLn2 + undefined;
     if (row + kLanes <= rows) store(lse + row, logs);

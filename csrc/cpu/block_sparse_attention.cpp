@@ -1,5 +1,6 @@
-// Scores stand transposed: keys down, sixteen queries across. Keys and values are then read as they lie in memory, one
-// number at a time against a panel of queries, and the softmax runs down columns without a horizontal sum.
+// Scores are transposed: a row for each key, sixteen queries across. Keys and values are then read in the order of
+// memory, each number multiplied with a panel of queries, and the softmax runs down columns: no sum over the lanes of a
+// vector.
 #include "block_sparse_attention.h"
 
 #include "attention_blocks.h"
@@ -7,7 +8,7 @@
 namespace k5::K5_ISA {
 namespace {
 
-// Rows as float32 with zeros up to padded(width): where they stand, or copied.
+// The rows as float32 with zeros up to padded(width): the rows themselves where they are so, else a copy in scratch.
 template <class T>
 K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, int64_t width, float* scratch) {
   if constexpr (sizeof(T) == sizeof(float))
@@ -16,12 +17,13 @@ K5_INLINE const float* dense_rows(const T* source, int64_t step, int64_t count, 
   return scratch;
 }
 
-// Weights that are ready before their rows are added; where registers are few, all of them.
+// Weights that are computed before the first row is added; all of them where there are few registers.
 constexpr int64_t kWeightsAhead = kVectorLanes > kLanes ? 4 : kTileTokens;
 
-// Σ_r rows[r][d] · weights[r][16] for each tile of d, which add(tile, d) gets: complete, for small terms added one by
-// one to what many blocks have gathered would round away. weigh(r) makes the weights of a row; it is called while the
-// first tile is summed, for a chain of operations as long as exp2 leaves gaps that products fill.
+// Calls add(tile, d) with Σ_r rows[r][d] · weights[r][16] for each tile of d. The sum over a block is completed before
+// it is added to the sum over all blocks: small terms added one by one to a large sum would be rounded away. weigh(r)
+// computes the weights of row r; it is called between the products of the first tile, because exp2 is a long chain of
+// dependent operations and the products fill the gaps.
 template <class Weigh, class Add>
 K5_INLINE void sum_weighed_rows(const float* rows, int64_t count, int64_t width, const float* weights,
                                 Prefetch& prefetch, const Weigh& weigh, const Add& add) {
@@ -40,28 +42,29 @@ K5_INLINE void sum_weighed_rows(const float* rows, int64_t count, int64_t width,
   });
 }
 
-// For sum_weighed_rows.
+// An `add` for sum_weighed_rows.
 K5_INLINE auto adding_to(float* panel) {
   return [panel]<int Rows>(const Tile<Rows>& tile, int64_t d) __attribute__((always_inline)) {
     Tile<Rows>::add_to(tile, panel + d * kPanel, kPanel);
   };
 }
 
-// Calls of Prefetch::next_lines in so many dot_products and sum_weighed_rows of a panel with a whole block.
+// The number of calls of Prefetch::next_lines in this many dot_products and sum_weighed_rows of a panel and a block.
 static inline int64_t fetches(int64_t dot_products, int64_t sums, int64_t width) {
   return (dot_products * tiles_of(kTileTokens) * width + sums * (tiles_of(width) - 1) * kTileTokens) / Prefetch::kSteps;
 }
 
-// The base of a row's weights 2^(score - base) lets the largest of them grow so many octaves before it moves.
+// A row's weights are 2^(score - base). The base is raised, which rescales the sums, only where a score exceeds it by
+// more than this: weights up to 2^8 do no harm.
 constexpr float kSlack = 8;
 
-// How the scores of a panel become weights; where `moves`, what was gathered before is to be multiplied with decay.
+// How the scores of a panel become weights. Where the base moves, the sums so far must be multiplied with `decay`.
 struct Softmax {
   Vector base[kVectors] = {}, decay[kVectors] = {};
   bool moves = false;
 };
 
-// base: [16], of the blocks before; moved where a score is too far above it.
+// base: [16], that of the previous blocks; raised where a score is too far above it.
 K5_INLINE Softmax make_softmax(const Vector (&highest)[kVectors], float* base) {
   Softmax softmax;
   for (int part = 0; part < kVectors; part++)
@@ -69,21 +72,21 @@ K5_INLINE Softmax make_softmax(const Vector (&highest)[kVectors], float* base) {
   for (int part = 0; part < kVectors; part++) {
     const Vector before = load_vector(base + part * kVectorLanes), now = softmax.moves ? highest[part] : before;
     store_vector(base + part * kVectorLanes, now);
-    softmax.base[part] = now == -kInfinity ? Vector{} : now;  // so that scores of -inf weigh nothing
+    softmax.base[part] = now == -kInfinity ? Vector{} : now;  // so that a score of -inf has weight 0
     softmax.decay[part] = softmax.moves ? exp2(before - softmax.base[part]) : Vector{} + 1.0f;
   }
   return softmax;
 }
 
-// Scratch of one block of queries: what stays while it reads its blocks of keys.
+// Scratch memory of one block of queries, kept while it reads its blocks of keys.
 struct QueryBlock {
   float *queries, *out;  // panels
-  float* scores;         // [2][64][16], of panels in turn
-  float *base, *total;   // [64], and the sums of the weights
+  float* scores;         // [2][64][16], for even and odd panels
+  float *base, *total;   // [64] each; total: the sum of the weights
   int64_t panels;
 };
 
-// Leaves the scores of a panel in block.scores.
+// Computes the scores of a panel, in block.scores, and how they become weights.
 K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* keys, int64_t count, int64_t width,
                         Prefetch& prefetch) {
   float* base = block.base + panel * kPanel;
@@ -102,7 +105,7 @@ K5_INLINE Softmax score(const QueryBlock& block, int64_t panel, const float* key
   return make_softmax(highest, base);
 }
 
-// Makes weights of them and adds the values that they weigh; where `first`, to nothing.
+// Turns those scores into weights and adds the weighed values to block.out; where `first`, overwrites it.
 K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax& softmax, const float* values,
                           int64_t count, int64_t width, bool first, Prefetch& prefetch) {
   float* scores = block.scores + panel % 2 * kTileTokens * kPanel;
@@ -130,9 +133,10 @@ K5_INLINE void add_values(const QueryBlock& block, int64_t panel, const Softmax&
   }
 }
 
-// All panels of queries and up to 64 keys, the first they read or more: scores, online softmax, values. The scores of
-// a panel are ready before the values of the one ahead of it are added, so that nothing waits for its maximum. kWidth:
-// the width of a whole block of 64 keys, or 0 for any width and count.
+// Attention of all panels of queries to up to 64 keys: scores, online softmax, values. The scores of a panel are
+// computed before the values of the previous panel are added, so that nothing waits for their maximum. first: whether
+// these are the first keys that the block reads. kWidth: the width of a whole block of 64 keys, or 0 for any width and
+// count.
 template <int64_t kWidth>
 __attribute__((noinline)) void attend(const QueryBlock& block, const float* keys, const float* values,
                                       int64_t any_count, int64_t any_width, bool first, Prefetch& prefetch) {
@@ -145,7 +149,7 @@ __attribute__((noinline)) void attend(const QueryBlock& block, const float* keys
   }
 }
 
-// Scratch of one block of keys: what stays while its readers pass.
+// Scratch memory of one block of keys, kept while the blocks of queries that read it are processed.
 struct KeyBlock {
   const float *key_rows;  // [64][width]
   float *keys, *values;   // panels
@@ -154,15 +158,15 @@ struct KeyBlock {
 
 // One part of the queries that read a block of keys.
 struct ReaderRows {
-  const float *queries;       // scaled as in the forward, so that scores have the bits from which lse was made and
-                              // probabilities add up to one
+  const float *queries;       // scaled as in the forward: scores then have the same bits as those from which lse was
+                              // computed, and probabilities add up to one
   const float *grads;         // of the output
   const float *base, *shift;  // of AttentionBackward
   float* grad_q;              // or null
 };
 
-// Its contribution to all three gradients. weights: [64][16]; slopes: [panels][64][16]. kWidth: the width of whole
-// blocks of 64 tokens, or 0 for any width and count.
+// Adds their contribution to all three gradients. weights: [64][16]; slopes: [panels][64][16]. kWidth: the width of
+// whole blocks of 64 tokens, or 0 for any width and count.
 template <int64_t kWidth>
 __attribute__((noinline)) void add_gradients(const KeyBlock& block, const ReaderRows& reader, int64_t any_keys,
                                              int64_t any_count, int64_t any_width, float* weights, float* slopes,
@@ -201,7 +205,7 @@ __attribute__((noinline)) void add_gradients(const KeyBlock& block, const Reader
     });
 }
 
-// Of a share.
+// The first block of keys of a share.
 template <class T>
 int64_t first_block(const AttentionBackward<T>& op, int64_t share) {
   return share * op.sizes.blocks / op.shares;
@@ -211,7 +215,8 @@ K5_INLINE void add_floats(float* sums, const float* terms, int64_t count) {
   for (int64_t i = 0; i < count; i++) sums[i] += terms[i];
 }
 
-// Gradients of k and v of a block, written; grad_q: float32 rows of the whole head, added to, or null.
+// Writes the gradients of k and v of a block, and adds its contribution to grad_q: float32 rows of the whole head, or
+// null.
 template <class T>
 void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* scratch, float* grad_q) {
   const AttentionSizes& sizes = op.sizes;
@@ -265,7 +270,7 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
         });
       });
     }
-    fill(factors, kTileTokens, kLn2);  // scale, and the scaling of queries undone
+    fill(factors, kTileTokens, kLn2);  // the queries were multiplied with scale · log2(e); this leaves scale
     write_panels(block.grad_keys, factors, keys, width, head_of(op.grad_k, at) + first * op.grad_k.step,
                  op.grad_k.step);
     fill(factors, kTileTokens, 1.0f);
@@ -274,7 +279,7 @@ void gradients_of_keys(const AttentionBackward<T>& op, const Place& at, float* s
   });
 }
 
-// One panel of queries and up to 64 keys: their contribution to the gradient of q, panels. kWidth: as in `attend`.
+// Adds the contribution of up to 64 keys to the gradient of q of one panel of queries. kWidth: as in `attend`.
 template <int64_t kWidth>
 __attribute__((noinline)) void add_query_gradient(const float* keys, const float* values, int64_t any_count,
                                                   int64_t any_width, const float* queries, const float* grads,

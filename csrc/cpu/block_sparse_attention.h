@@ -14,8 +14,8 @@ struct Heads {
   int64_t batch_stride, head_stride, step;
 };
 
-// Row r of (batch, head) reads the blocks indices[offsets[r]] to indices[offsets[r + 1] - 1]; strides are zero where
-// one mask serves all batches or heads.
+// Row r of (batch, head) reads the blocks indices[offsets[r]] to indices[offsets[r + 1] - 1]. A stride is zero where
+// all samples, or all heads, have one mask.
 struct BlockLists {
   const int64_t* offsets;
   const int32_t* indices;
@@ -38,12 +38,13 @@ struct Attention {
   BlockLists reads;
 };
 
-// Of every query, `shift` is Σ_d grad_out·out - grad_lse and `base` is its lse in base 2. `readers` lists the query blocks
-// that read each key block.
+// Of every query, `shift` is Σ_d grad_out·out - grad_lse and `base` is its lse in base 2. `readers` lists the query
+// blocks that read each key block.
 //
-// The key blocks of a head are divided into `shares`. The gradient of q is the sum, in order, of one part for each share.
-// Two schedules give the same bits: one pass over the key blocks that forms all three gradients, a share being a piece
-// of work; or two passes, over the key blocks for the gradients of k and v and over the query blocks for that of q.
+// The key blocks of a head are divided into `shares`. The gradient of q is the sum, in order, of one part for each
+// share. Two schedules give the same bits: one pass over the key blocks that forms all three gradients, a share being a
+// piece of work; or two passes, over the key blocks for the gradients of k and v and over the query blocks for that of
+// q.
 template <class T>
 struct AttentionBackward {
   AttentionSizes sizes;
@@ -89,14 +90,14 @@ static inline int64_t attention_grad_q_part(const AttentionSizes& sizes) {
   /* One block of queries: `item` counts (batch, head, block). */                                                \
   template <class T>                                                                                             \
   void block_sparse_attention(const Attention<T>& op, int64_t item, float* scratch);                             \
-  /* Shift and base of the queries numbered first to end, over (batch, head, sequence). */                       \
+  /* Shift and base of the queries from first to end, numbered over (batch, head, sequence). */                  \
   template <class T>                                                                                             \
   void prepare_attention_backward(const AttentionSaved<T>& op, int64_t first, int64_t end);                      \
-  /* Gradients of k and v of one share, and its part of that of q as float32 rows: `item` counts                 \
+  /* Gradients of k and v of one share, and its part of the gradient of q, float32 rows: `item` counts           \
      (batch, head, share). */                                                                                    \
   template <class T>                                                                                             \
   void share_gradients(const AttentionBackward<T>& op, int64_t item, float* scratch, float* grad_q_part);        \
-  /* Gradient of q of one block from the parts of its head, one behind the other: `item` counts                  \
+  /* Gradient of q of one block: the sum of the parts of its head, which are contiguous. `item` counts           \
      (batch, head, block). */                                                                                    \
   template <class T>                                                                                             \
   void add_grad_q_parts(const AttentionBackward<T>& op, int64_t item, float* scratch, const float* parts);       \

@@ -1,9 +1,10 @@
-// The forward of block-sparse attention where the processor multiplies pairs of bfloat16 into float32 sums. As in
-// block_sparse_attention.cpp scores stand transposed, keys down and queries across; every product is between bfloat16
-// inputs, the weights of the softmax are rounded to bfloat16 before they meet the values.
+// The forward of block-sparse attention for processors that multiply pairs of bfloat16 and add to float32
+// (AVX512_BF16). As in block_sparse_attention.cpp, scores are transposed: a row for each key, queries across. All
+// products have bfloat16 inputs: the weights of the softmax are rounded to bfloat16 before they are multiplied with the
+// values.
 //
-// A pair is two neighbours along the sum, in the halves of 32 bits. Queries and weights are panels of pairs, [n][32];
-// keys hold their pairs as they lie in memory, values are paired once a block.
+// A pair is two consecutive terms of a sum, in the two halves of 32 bits. Queries and weights are panels of pairs,
+// [n][32]. The pairs of keys are contiguous in memory; values are interleaved into pairs once for each block.
 #include <immintrin.h>
 
 #include "attention_blocks.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kColumns = 2 * kVectorLanes;  // queries of a panel
 constexpr int64_t kPanels = kTileTokens / kColumns, kPairs = kTileTokens / 2;
-constexpr int kRows = 12;  // of a tile: with two vectors of columns they fill 24 of the registers
+constexpr int kRows = 12;  // of a tile: with two vectors of columns they take 24 of the 32 registers
 
 K5_INLINE __m512bh pairs(__m512i bits) { return (__m512bh)bits; }
 
@@ -28,8 +29,8 @@ K5_INLINE void for_row_tiles(int64_t rows, const Body& body) {
 
 K5_INLINE int64_t row_tiles_of(int64_t rows) { return rows / kRows + rows % kRows / 4 + rows % kRows % 4; }
 
-// sums[row][column] = Σ_p a[row·row_step + p·pair_step] · panel[p][column], both halves of a pair, p upwards.
-// What comes next is fetched meanwhile.
+// sums[row][column] = Σ_p a[row·row_step + p·pair_step] · panel[p][column] over both halves of a pair, in the order of
+// p. Prefetches in between.
 template <int Rows>
 K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, const uint32_t* panel, int64_t count,
                         __m512 (&sums)[Rows][2], Prefetch& prefetch) {
@@ -51,7 +52,7 @@ K5_INLINE void multiply(const uint32_t* a, int64_t row_step, int64_t pair_step, 
   }
 }
 
-// Rows of bfloat16 with zeros up to padded(width): where they stand, or copied.
+// The rows with zeros up to padded(width): the rows themselves where they are so, else a copy in scratch.
 K5_INLINE const BFloat16* dense_rows(const BFloat16* source, int64_t step, int64_t count, int64_t width,
                                      BFloat16* scratch) {
   const int64_t padded_width = padded(width);
@@ -63,14 +64,14 @@ K5_INLINE const BFloat16* dense_rows(const BFloat16* source, int64_t step, int64
   return scratch;
 }
 
-// Panels of `count` queries; the columns behind them are zeros. rows: buffers.
+// Packs `count` queries into panels; the other columns are zeros. rows: scratch for [64][padded(width)].
 K5_INLINE void pack_queries(const BFloat16* source, int64_t step, int64_t count, int64_t width, BFloat16* rows,
                             uint32_t* panels) {
   const int64_t padded_width = padded(width), depth = padded_width / 2;
   std::memset(rows, 0, kTileTokens * padded_width * sizeof(BFloat16));
   for (int64_t row = 0; row < count; row++)
     std::memcpy(rows + row * padded_width, source + row * step, width * sizeof(BFloat16));
-  // Only bits are moved: a pair travels as if it were a float.
+  // Only bits are moved, so a pair can be transposed as a float.
   for (int64_t query = 0; query < kTileTokens; query += kLanes)
     for (int64_t p = 0; p < depth; p += kLanes) {
       const BFloat16* from = rows + query * padded_width + 2 * p;
@@ -82,7 +83,7 @@ K5_INLINE void pack_queries(const BFloat16* source, int64_t step, int64_t count,
     }
 }
 
-// Values of tokens 2p and 2p + 1 side by side: [(count + 1) / 2][width]; a missing last token is zeros.
+// Interleaves the values of tokens 2p and 2p + 1: [(count + 1) / 2][width] pairs; zeros for a missing last token.
 K5_INLINE void pair_values(const BFloat16* rows, int64_t width, int64_t count, uint32_t* out) {
   for (int64_t token = 0; token < count; token += 2)
     for (int64_t d = 0; d < width; d += kVectorLanes) {
@@ -95,7 +96,7 @@ K5_INLINE void pair_values(const BFloat16* rows, int64_t width, int64_t count, u
     }
 }
 
-// Two vectors of weights as pairs.
+// Interleaves two vectors of weights, rounded to bfloat16, into pairs.
 K5_INLINE __m512i pair_weights(__m512 first, __m512 second) {
   const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -108,7 +109,7 @@ struct PanelBuffers {
   BFloat16* rows;                        // [2][64][width]
 };
 
-// One panel of queries and up to 64 keys, as `attend` in block_sparse_attention.cpp; scale: of scores, in base 2.
+// As `attend` in block_sparse_attention.cpp, for one panel of queries. scale: of the scores, times log2(e).
 template <int64_t kWidth>
 __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, int64_t any_width, float scale,
                                       const PanelBuffers& buffers, int64_t panel, Prefetch& prefetch) {
@@ -137,7 +138,7 @@ __attribute__((noinline)) void attend(const BFloat16* keys, int64_t any_count, i
     const __m512 before = _mm512_load_ps(top + half * kVectorLanes);
     highest[half] = _mm512_max_ps(highest[half], before);
     const __mmask16 none = _mm512_cmp_ps_mask(highest[half], _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ);
-    base[half] = _mm512_mask_blend_ps(none, highest[half], _mm512_setzero_ps());  // so that -inf weighs nothing
+    base[half] = _mm512_mask_blend_ps(none, highest[half], _mm512_setzero_ps());  // a score of -inf then weighs 0
     decay[half] = exp2(_mm512_sub_ps(before, base[half]));
     _mm512_store_ps(top + half * kVectorLanes, highest[half]);
     sums[half] = _mm512_setzero_ps();

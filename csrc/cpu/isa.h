@@ -1,18 +1,18 @@
-// Which instruction set a kernel runs with. Every csrc/cpu/X.cpp is compiled once for each: K5_ISA names the
-// namespace its code goes to. Nothing else in those files may have external linkage, inline functions and templates of
-// the standard library included: the linker would merge the two builds' copies.
+// The instruction sets of the kernels. Each csrc/cpu/X.cpp is compiled once for each of them, into the namespace
+// K5_ISA. Nothing outside that namespace may have external linkage in these files, not even an inline function or a
+// template of the standard library: the linker would keep one copy for all builds, and an older processor might run the
+// wrong one.
 #pragma once
 
 namespace k5 {
 
-// avx512_bf16 has a build of attention of its own, with another kernel for its forward in bfloat16; everything else
-// runs as avx2 there.
+// For avx512_bf16 only the files in AVX512_FILES of CMakeLists.txt are compiled; the other kernels run as avx2 there.
 enum class Isa : int { portable = 0, avx2 = 1, avx512_bf16 = 2 };
 
-// The best one this processor runs, unless one was forced.
+// The best one that this processor has, or the one that was forced.
 Isa current_isa();
 
-// Force one (tests, bug reports); false where this build or this processor lacks it.
+// Forces one (for tests and bug reports); returns false where this build or this processor does not have it.
 bool force_isa(Isa isa);
 
 }  // namespace k5
@@ -24,7 +24,7 @@ bool force_isa(Isa isa);
 #define K5_DISPATCH(function, ...) k5::portable::function(__VA_ARGS__)
 #endif
 
-// For the files that are built for AVX-512 too.
+// For the kernels that are compiled for AVX-512 too.
 #ifdef K5_HAS_AVX512_BF16
 #define K5_DISPATCH_AVX512(function, ...)                                                    \
   (k5::current_isa() == k5::Isa::avx512_bf16 ? k5::avx512_bf16::function(__VA_ARGS__)      \

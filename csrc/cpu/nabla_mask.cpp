@@ -1,4 +1,4 @@
-// The selection needs no sort: non-negative floats stand in the order of their bits, so the value at which the mass is
+// The selection needs no sort: non-negative floats have the order of their bits, so the value at which the mass is
 // reached is found by bisection over bits, and only the last few candidates are sorted.
 #include "nabla_mask.h"
 
@@ -12,9 +12,9 @@ typedef double DVec4 __attribute__((vector_size(32)));
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kWordBits = 64;
 constexpr int64_t kStride = 4 * kLanes;
-// Candidates that are sorted instead of bisected further.
+// The bisection ends when so few candidates are left; these are sorted.
 constexpr int64_t kFew = 12;
-// How far from the guess the search looks next: a quarter of an octave.
+// The first step of the search away from its guess, in bits: a quarter of an octave.
 constexpr uint32_t kFirstReach = 1 << 21;
 
 K5_INLINE Vec8 where(IVec8 mask, Vec8 value) { return (Vec8)((IVec8)value & mask); }
@@ -39,7 +39,7 @@ K5_INLINE void add_in_double(DVec4* sums, Vec8 value) {
 #endif
 }
 
-// The probabilities of a row, with +inf behind them up to a multiple of kStride, and the bits to set.
+// The probabilities of a row, padded with +inf to a multiple of kStride, and its bits in NablaSelection.
 struct Row {
   const float* probabilities;
   int64_t count;
@@ -73,7 +73,7 @@ struct Mass {
   int64_t count;
 };
 
-// The same in float, and the number of these probabilities.
+// Their sum in float, and their number.
 Mass mass_below(const Row& row, float bound) {
   Vec8 sums[kStride / kLanes] = {};
   IVec8 counts[kStride / kLanes] = {};
@@ -93,7 +93,7 @@ Mass mass_below(const Row& row, float bound) {
   return mass;
 }
 
-// Calls body(word, its bits) for every word: bit i set where test holds for probability i.
+// Calls body(word, bits) for every word; bit i is set where the test holds for probability i of the word.
 template <class Test, class Body>
 K5_INLINE void for_words(const Row& row, const Test& test, const Body& body) {
   for (int64_t word = 0; word < words_of(row); word++) {
@@ -109,7 +109,7 @@ void keep_all(const Row& row) {
   for_words(row, [](Vec8) { return ~IVec8{}; }, [&](int64_t word, uint64_t bits) { row.bits[word] = bits; });
 }
 
-// Keeps the probabilities from `least` but the first `dropped` of those equal to it.
+// Keeps the probabilities that are at least `least`, except for the first `dropped` of those equal to it.
 void keep_from(const Row& row, float least, int64_t dropped) {
   for_words(row, [&](Vec8 value) { return value >= least; },
             [&](int64_t word, uint64_t bits) { row.bits[word] = bits; });
@@ -119,7 +119,7 @@ void keep_from(const Row& row, float least, int64_t dropped) {
   });
 }
 
-// Keeps one of the largest probabilities, the last of them.
+// Keeps the last of the largest probabilities.
 void keep_largest(const Row& row, float largest) {
   int64_t equal = 0;
   for_words(row, [&](Vec8 value) { return value == largest; },
@@ -127,7 +127,7 @@ void keep_largest(const Row& row, float largest) {
   keep_from(row, largest, equal - 1);
 }
 
-// The probabilities from `first` to below `end`, in order; `target` may be where the row stands. Returns how many.
+// Copies the probabilities p with first <= p < end, in order, and returns their number. `target` may be the row itself.
 int64_t gather(const Row& row, float first, float end, float* target) {
   int64_t found = 0;
   for_words(row, [&](Vec8 value) { return (value >= first) & (value < end); }, [&](int64_t word, uint64_t bits) {
@@ -145,13 +145,13 @@ K5_INLINE void sort(float* values, int64_t count) {
   }
 }
 
-// Where a cumulative sum reaches the mass: at value i, with the sums before it and with it.
+// The value i at which a cumulative sum reaches the mass, the sum before it and the sum with it.
 struct Crossing {
   int64_t i;
   double before, at;
 };
 
-// value(i): ascending.
+// value(i): the i-th value, in ascending order. sum: of all smaller values.
 template <class Value>
 K5_INLINE Crossing cross(const Value& value, int64_t count, double sum, float dropped_mass) {
   double before = sum;
@@ -171,16 +171,16 @@ void select(const Row& row, float least, float most, float dropped_mass, float& 
   if (!(dropped_mass > 0)) return keep_all(row);
   // Probabilities add up to one up to rounding: only a dropped mass this large may not be reached.
   if (dropped_mass > 0.99f && (float)sum_below(row, kInfinity) < dropped_mass) return keep_largest(row, most);
-  // More than sums in float err, relatively: in `mass_below` each lane adds count / kStride numbers, then lanes are
-  // added; more than rounding the sum to float changes, too.
+  // A bound of the relative error of `mass_below`, in which each lane adds count / kStride numbers before the lanes are
+  // added; it also exceeds the error of rounding a sum to float.
   const double error = (row.count / kStride + 10) * 0x1.1p-24;
   const double certainly_less = dropped_mass * (1 - error), certainly_more = dropped_mass * (1 + error);
-  // The sum below `low` misses the mass, the sum below `high` reaches it.
+  // Always: the sum of the probabilities below `low` is less than the mass, the sum of those below `high` reaches it.
   uint32_t low = bits_as<uint32_t>(least), high = bits_as<uint32_t>(most) + 1;
   int64_t below_low = 0, below_high = row.count;
   double sum_low = 0;
-  Row candidates = row;  // those not below an earlier `low`; of the others, sum and number:
-  double settled = 0;
+  Row candidates = row;  // the probabilities that may still matter, once those below some `low` are left out
+  double settled = 0;    // the sum and the number of those that are left out
   int64_t settled_count = 0;
   uint32_t middle = bits_as<uint32_t>(guess), reach = kFirstReach;
   while (below_high - below_low > kFew && high - low > 1) {
@@ -205,7 +205,7 @@ void select(const Row& row, float least, float most, float dropped_mass, float& 
       below_high = settled_count + mass.count;
       middle = high - reach;
     }
-    reach *= 4;  // beyond the bracket soon: then it is halved
+    reach *= 4;  // once this leads out of the bracket, the bracket is halved
   }
   const bool equal = high - low == 1;
   const int64_t count = below_high - below_low;
@@ -232,7 +232,7 @@ K5_INLINE float extreme(Vec8 values, bool largest) {
   return result;
 }
 
-// Logits to probabilities, in place, then the selection.
+// Turns the logits into probabilities, in place, and selects.
 void select_from_logits(float* logits, const Row& row, float factor, float dropped_mass, float& guess,
                         float* scratch) {
   pad(logits, row.count, -kInfinity);
@@ -246,7 +246,7 @@ void select_from_logits(float* logits, const Row& row, float factor, float dropp
     sums += weight;
   }
   const float total = sum(sums);
-  if (total != total) return keep_all(row);  // a NaN is left to the attention to pass on
+  if (total != total) return keep_all(row);  // so that attention passes the NaN on
   const float inverse = 1 / total;
   pad(logits, row.count, kInfinity);
   Vec8 lowest = Vec8{} + kInfinity;
@@ -264,7 +264,7 @@ K5_INLINE const T* tokens_of(const BlockMeans<T>& op, int64_t head, int64_t bloc
          op.block_starts[block] * op.step;
 }
 
-// Calls write(d, means of the elements d to d + 7) for the mean over the tokens of a block.
+// Calls write(d, means) with the means over the tokens of a block of the elements d to d + 7.
 template <class T, class Write>
 K5_INLINE void for_means(const BlockMeans<T>& op, int64_t head, int64_t block, const Write& write) {
   const int64_t count = op.block_starts[block + 1] - op.block_starts[block];
@@ -287,7 +287,7 @@ K5_INLINE void for_means(const BlockMeans<T>& op, int64_t head, int64_t block, c
   }
 }
 
-// Where the means of a head stand; `rows` of them are kept.
+// The means of a head. rows: the number of means of a head that there is memory for.
 template <class T>
 K5_INLINE float* means_of(const BlockMeans<T>& op, int64_t head, int64_t rows) {
   return op.pooled + head % 2 * rows * padded(op.width);
@@ -300,7 +300,7 @@ void pool_queries(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t 
     for_means(op, head, block, [&](int64_t d, Vec8 means) { store(rows + block * padded(op.width) + d, means); });
 }
 
-// The blocks of one panel; its columns behind them become zeros.
+// Writes the means of the blocks of one panel, and zeros to its other columns.
 template <class T>
 void pool_keys(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end) {
   float* panel = means_of(op, head, padded(op.blocks)) + first * padded(op.width);
@@ -312,7 +312,8 @@ void pool_keys(const BlockMeans<T>& op, int64_t head, int64_t first, int64_t end
     for (int64_t column = end - first; column < kPanel; column++) panel[d * kPanel + column] = 0;
 }
 
-// Up to kLogitRows rows of one clip, whose means of queries are given. keys: the means of the head.
+// Selects for the query blocks from first to last, at most kLogitRows of one clip. queries: their means. keys: the
+// means of all key blocks of the head.
 void select_rows(const NablaSelection& op, const float* queries, const float* keys, int64_t padded_width, int64_t head,
                  int64_t first, int64_t last, int64_t clip_start, int64_t clip_end, Prefetch& prefetch,
                  float* scratch) {

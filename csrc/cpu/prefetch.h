@@ -1,4 +1,4 @@
-// Memory that is read later, fetched while a kernel computes. Everything here is inlined, for the reason in isa.h.
+// Prefetching while a kernel computes. Everything here is inlined, for the reason in isa.h.
 #pragma once
 
 #include <cstdint>
@@ -6,13 +6,13 @@
 namespace k5 {
 namespace {
 
-// How lines are fetched, as __builtin_prefetch numbers it. Into the first-level cache (and from there, in time, into
-// the second): requests wait for each other, and the loads in work with them. Into the second level alone: dropped
-// where too many are under way.
+// Levels of locality of __builtin_prefetch. kInOrder fetches into the first-level cache: when too many requests are
+// outstanding, later ones wait, and so do the kernel's own loads. kMayDrop fetches into the second level only: when too
+// many are outstanding, the request is dropped.
 constexpr int kInOrder = 3, kMayDrop = 2;
 
-// Rows that come up soon, fetched a few lines at a time between products: all at once they would hold up the loads in
-// work.
+// A queue of rows that are needed soon. They are prefetched a few cache lines at a time, between products: all at once
+// they would delay the loads of the current computation.
 class Prefetch {
  public:
   void clear() { *this = {}; }
@@ -23,9 +23,9 @@ class Prefetch {
     queue_[queued_++] = {reinterpret_cast<const char*>(first), step * int64_t(sizeof(T)), bytes, count};
     lines_ += count * ((bytes + kLineBytes - 1) / kLineBytes);
   }
-  // After `calls` of next_lines all is fetched.
+  // Sets the pace so that `calls` calls of next_lines fetch all that is queued.
   void spread_over(int64_t calls) { pace_ = (lines_ + calls - 1) / calls; }
-  // Ahead of step k of a product: fetches in every kSteps-th.
+  // The `before` of Tile::add_product: fetches at every kSteps-th k.
   __attribute__((always_inline)) void operator()(int64_t k) {
     if (k % kSteps == 0) next_lines();
   }

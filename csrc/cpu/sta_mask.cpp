@@ -5,7 +5,7 @@ namespace {
 
 bool near(int64_t one, int64_t other, int64_t reach) { return one - other <= reach && other - one <= reach; }
 
-// The first block that does not stand before frame t of a clip.
+// The first block of frame t of a clip, or of what comes after it where there is no such frame.
 int64_t frame_start(const StaWindow& op, int64_t clip, int64_t t) {
   int64_t low = 0, high = op.blocks;
   while (low < high) {
@@ -19,7 +19,8 @@ int64_t frame_start(const StaWindow& op, int64_t clip, int64_t t) {
   return low;
 }
 
-// Calls found(key) for every block near a row's, ascending. Frames near it are neighbours, so only they are looked at.
+// Calls found(key) for every block that the row reads, in ascending order. Only the frames in reach are searched; they
+// are contiguous.
 template <class Found>
 void for_near(const StaWindow& op, int64_t row, const Found& found) {
   const int64_t* own = op.coordinates + 4 * row;

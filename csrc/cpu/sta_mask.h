@@ -1,4 +1,4 @@
-// Which blocks are within half a window of each other.
+// Sliding-Tile Attention: which blocks are within half a window of each other.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ struct StaWindow {
 
 #define K5_DECLARE_STA_MASK(isa)                                                                      \
   namespace isa {                                                                                     \
-  /* How many blocks each of the blocks numbered first to end reads. */                               \
+  /* The number of blocks that each of the blocks from first to end reads. */                         \
   void sta_counts(const StaWindow& op, int64_t* counts, int64_t first, int64_t end);                  \
-  /* Which ones, each list from indices + its offset on. */                                           \
+  /* Writes the lists of these blocks, each from its offset in indices on. */                         \
   void sta_lists(const StaWindow& op, const int64_t* offsets, int32_t* indices, int64_t first, int64_t end); \
   }
 K5_DECLARE_STA_MASK(portable)

@@ -1,6 +1,6 @@
-// Small dense products for the attention kernels: sixteen columns and some rows at a time in registers.
+// Small dense matrix products for the attention kernels, with tiles of a few rows and sixteen columns in registers.
 //
-// A panel is [n][16] in float32, its second index the sixteen columns. Everything here is static or inlined, for the
+// A panel is [n][16] in float32: sixteen columns of a matrix, row by row. Everything here is static or inlined, for the
 // reason in isa.h.
 #pragma once
 
@@ -16,8 +16,8 @@ namespace k5 {
 constexpr int64_t kPanel = 16;
 constexpr int64_t kTileTokens = 64;
 
-// Lanes of a vector of columns, and rows of a tile: as many as the registers hold; sixteen divide blocks and heads, and
-// make a tile read whole cache lines of values.
+// Lanes of a vector, and rows of a tile: as many as fit in the registers. Sixteen rows divide the usual blocks and head
+// dimensions, and let a tile read whole cache lines of values.
 #if defined(__AVX512F__)
 constexpr int64_t kVectorLanes = 16;
 constexpr int kTileRows = 16;
@@ -41,14 +41,14 @@ K5_INLINE Vector load_vector(const float* source) {
 
 K5_INLINE void store_vector(float* target, Vector value) { std::memcpy(target, &value, sizeof(value)); }
 
-// A width that panels divide; what it adds is kept at zero.
+// The width rounded up to a multiple of a panel's; the added columns are zeros.
 static inline int64_t padded(int64_t width) { return (width + kPanel - 1) / kPanel * kPanel; }
 
 static inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 static inline int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
 
-// Rows × 16 sums held in registers.
+// Rows × 16 sums in registers.
 template <int Rows>
 struct Tile {
   Vector sums[Rows][kVectors];
@@ -80,7 +80,7 @@ struct Tile {
       }
   }
 
-  // target = target · factors + tile, a factor a column.
+  // target = target · factors + tile, with a factor for each column.
   K5_INLINE void multiply_and_add_to(const Vector (&factors)[kVectors], const Tile& tile, float* target, int64_t step) {
 #pragma GCC unroll 16
     for (int row = 0; row < Rows; row++)
@@ -91,9 +91,9 @@ struct Tile {
       }
   }
 
-  // sums[row][column] += Σ_k a[row·row_step + k·a_step] · b[k·b_step + column], k upwards: the order every kernel
-  // here keeps, so that one sum has the same bits wherever it is formed. Calls before(k) ahead of each k: other work
-  // that stands between the products keeps units busy which they leave idle.
+  // sums[row][column] += Σ_k a[row·row_step + k·a_step] · b[k·b_step + column], in the order of k. All kernels here
+  // keep this order, so that a sum has the same bits wherever it is computed. before(k) is called before the products
+  // of k: other work between the products uses execution units that they leave idle.
   template <class Before>
   K5_INLINE void add_product(Tile& tile, const float* a, int64_t row_step, int64_t a_step, const float* b,
                              int64_t b_step, int64_t count, Before&& before) {
@@ -118,7 +118,7 @@ struct Tile {
   }
 };
 
-// Calls body<Rows>(first row) until `rows` rows are done, with full tiles and few for the rest.
+// Calls body<Rows>(first row) for tiles that together have `rows` rows: full tiles first, then smaller ones.
 template <class Body>
 K5_INLINE void for_tiles(int64_t rows, const Body& body) {
   int64_t row = 0;
@@ -136,11 +136,11 @@ K5_INLINE void for_tiles(int64_t rows, const Body& body) {
   if (rows - row == 1) body.template operator()<1>(row);
 }
 
-// Tiles of so many rows.
+// The number of tiles of this many rows.
 static inline int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // out[r][16] = rows[r] · panel: dot products of `count` rows with the sixteen columns of a panel. done(tile) is called
-// with each tile of them; before: as in Tile::add_product.
+// for each tile of results. before: as in Tile::add_product.
 template <class Done, class Before>
 K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, const float* panel, int64_t depth,
                             float* out, int64_t out_step, const Done& done, Before&& before) {
@@ -157,7 +157,8 @@ K5_INLINE void dot_products(const float* rows, int64_t row_step, int64_t count, 
   dot_products(rows, row_step, count, panel, depth, out, out_step, [](const auto&) {}, [](int64_t) {});
 }
 
-// The larger one; `other` where either is NaN. Spelled out because GCC makes a comparison and a blend of it.
+// The larger one of each lane; `other` where either is NaN. In intrinsics because GCC compiles the plain expression to
+// a comparison and a blend.
 K5_INLINE Vector larger(Vector one, Vector other) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_max_ps((__m512)one, (__m512)other);
@@ -168,7 +169,7 @@ K5_INLINE Vector larger(Vector one, Vector other) {
 #endif
 }
 
-// Whether a lane of one is above that of the other.
+// Whether one > other in any lane.
 K5_INLINE bool any_above(Vector one, Vector other) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)one, (__m512)other, _CMP_GT_OQ) != 0;
@@ -181,14 +182,16 @@ K5_INLINE bool any_above(Vector one, Vector other) {
 #endif
 }
 
-// 2^value to about one unit in the last place for -126 <= value < 128; below that off by less than 2^-126, from -127
-// down zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds to n binary digits and leaves them in the lowest bits, from
-// where they are shifted into the exponent; a polynomial of least relative error raises the rest.
+// 2^value, accurate to about one unit in the last place for -126 <= value < 128. For smaller values the error is less
+// than 2^-126, and from -127 down the result is zero; NaN for NaN. Adding 1.5 · 2^(23 - n) rounds the value to n binary
+// digits after the point and leaves the digits in the lowest bits, from where they are shifted into the exponent. A
+// polynomial of least relative error gives 2^rest.
 K5_INLINE Vector exp2(Vector value) {
   value = larger(Vector{} - 127.0f, value);
 #ifdef __AVX512F__
-  // Four digits behind the point, whose power comes from a table, for then a cubic is enough: products are what the
-  // kernels are short of. Entry i: the bits of 2^(i/16), less the i that the shift leaves below the exponent.
+  // Four binary digits after the point, whose power comes from a table: a cubic is then enough, which saves products,
+  // the scarce resource of these kernels. Entry i: the bits of 2^(i/16), minus what the shift leaves below the exponent
+  // for i.
   const UVector table = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
                        0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
   const Vector magic = Vector{} + 786432.0f;
@@ -235,8 +238,8 @@ K5_INLINE void transpose_eight(const Vec8 (&from)[8], Vec8 (&to)[8]) {
   }
 }
 
-// `count` rows of `width` elements, times a factor, to panels [panels_of(count)][padded(width)][16], with zeros
-// where there are no elements.
+// Transposes `count` rows of `width` elements, times a factor, into panels [panels_of(count)][padded(width)][16], with
+// zeros for missing elements.
 template <class T>
 K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* panels) {
   const int64_t padded_width = padded(width);
@@ -256,7 +259,7 @@ K5_INLINE void read_panels(const T* source, int64_t step, int64_t count, int64_t
     }
 }
 
-// The inverse, each row times its factor; factors: [columns of the panels].
+// The inverse of read_panels, each row times its own factor. factors: [padded(count)].
 template <int64_t Columns = kPanel, class T>
 K5_INLINE void write_panels(const float* panels, const float* factors, int64_t count, int64_t width, T* target,
                             int64_t step) {
@@ -272,13 +275,13 @@ K5_INLINE void write_panels(const float* panels, const float* factors, int64_t c
       if (rows_there == kLanes && there == kLanes)
         for (int64_t i = 0; i < kLanes; i++) store(to + i * step, rows[i]);
       else
-#pragma GCC unroll 8  // with numbers that are known the rows stay in registers, here and above
+#pragma GCC unroll 8  // with constant indices the rows stay in registers, here and above
         for (int64_t i = 0; i < kLanes; i++)
           if (i < rows_there) store_partial(to + i * step, rows[i], there);
     }
 }
 
-// `count` rows of `width` elements, times a factor, into float32 rows of padded(width), zeros behind them.
+// Copies `count` rows of `width` elements, times a factor, to float32 rows of padded(width), padded with zeros.
 template <class T>
 K5_INLINE void read_rows(const T* source, int64_t step, int64_t count, int64_t width, float factor, float* out) {
   const int64_t whole = width / kLanes * kLanes, rest = width - whole, out_width = padded(width);
@@ -295,7 +298,7 @@ K5_INLINE void read_rows(const T* source, int64_t step, int64_t count, int64_t w
   }
 }
 
-// The inverse, each row times its factor.
+// The inverse of read_rows, each row times its own factor.
 template <class T>
 K5_INLINE void write_rows(const float* rows, const float* factors, int64_t count, int64_t width, T* out, int64_t step) {
   const int64_t whole = width / kLanes * kLanes, rest = width - whole, in_width = padded(width);

@@ -1,6 +1,6 @@
-// Eight floats at a time, through the compiler's vector extension: the same source becomes AVX2 or the
-// target's baseline, by the flags it is compiled with (csrc/cpu/isa.h). Functions are static because the linker
-// would otherwise keep one copy for both, and an old processor might meet the AVX2 one.
+// Eight floats at a time, through the compiler's vector extension: the same source is compiled to AVX2 or to the
+// target's baseline, depending on the compiler's flags (csrc/cpu/isa.h). Functions are static: otherwise the linker
+// would keep one copy for both builds, and a processor without AVX2 might run the AVX2 copy.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ typedef uint16_t HVec8 __attribute__((vector_size(16)));
 
 constexpr int64_t kLanes = 8;
 
-// The bits of a value as one of another type.
+// The bits of a value as a value of another type.
 template <class To, class From>
 static inline __attribute__((always_inline)) To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -42,8 +42,8 @@ static inline Vec8 load(const float* source) {
   return value;
 }
 
-// Eight 16-bit integers from and to the low halves of eight 32-bit ones. Spelled out for AVX2 because GCC makes four
-// instructions of what is one.
+// Eight 16-bit integers from and to the low halves of eight 32-bit ones. In intrinsics for AVX2 because GCC compiles
+// the plain expression to four instructions instead of one.
 static inline UVec8 widen(HVec8 half) {
 #ifdef __AVX2__
   return (UVec8)_mm256_cvtepu16_epi32((__m128i)half);
@@ -77,7 +77,7 @@ static inline void store(BFloat16* target, Vec8 value) {
   std::memcpy(target, &half, sizeof(half));
 }
 
-// The first `count` < 8 lanes; the others read as zero and are not written.
+// The first `count` < 8 lanes: loads zeros for the others, and does not store the others.
 template <class T>
 static inline Vec8 load_partial(const T* source, int64_t count) {
   T buffer[kLanes] = {};
@@ -107,8 +107,8 @@ static inline Vec8 swap_pairs(Vec8 value) {
 #endif
 }
 
-// e^value to about one unit in the last place; saturates beyond ±87. 2^whole goes into the exponent bits, the
-// rest, at most ln(2)/2, into a polynomial.
+// e^value, accurate to about one unit in the last place; values are clamped to ±87. value = whole · ln(2) + rest with
+// |rest| <= ln(2)/2: 2^whole is written into the exponent, e^rest is a polynomial.
 static inline Vec8 exp(Vec8 value) {
   const Vec8 limit = splat(87.0f);
   value = value > limit ? limit : value;
@@ -116,15 +116,15 @@ static inline Vec8 exp(Vec8 value) {
   const Vec8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec8 shifted = value * 1.44269504f + magic;
   const Vec8 whole = shifted - magic;
-  const Vec8 rest = value - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln 2 in two parts
+  const Vec8 rest = value - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, for accuracy
   Vec8 polynomial = splat(1.0f / 5040);
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
     polynomial = polynomial * rest + coefficient;
   return polynomial * bits_as<Vec8>((bits_as<UVec8>(shifted) - 0x4b400000u + 127u) << 23);
 }
 
-// log2(value) of positive normal numbers to about two units in the last place, and NaN of NaN. The power of two that
-// leaves m in [sqrt(1/2), sqrt(2)) goes to the front; log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).
+// log2(value) for positive normal numbers, accurate to about two units in the last place; NaN for NaN. value =
+// 2^exponent · m with m in [sqrt(1/2), sqrt(2)); log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).
 static inline Vec8 log2(Vec8 value) {
   const UVec8 bits = bits_as<UVec8>(value);
   const UVec8 exponent = ((bits - 0x3f3504f3u + 0x3f800000u) >> 23) - 127u;
