@@ -80,8 +80,8 @@ def test_attention(benchmark, dtype, layout, dim):
     heads = 4 * LAYOUT.tokens * 128 // (layout.tokens * dim)
     q, k, v = random_tokens(layout, heads, dim, dtype)
     mask = random_mask(layout, heads)
-    wide = (q.double(), k.double(), v.double())
-    sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
+    in_float64 = (q.double(), k.double(), v.double())
+    sparse, dense = block_sparse_attention(*in_float64, mask, layout), scaled_dot_product_attention(*in_float64)
     flex, flex_mask = compiled_flex_attention(), mask.to_flex()
     ours_at, dense_at, flex_at = (placements(q, k, v) for _ in range(3))
     compare(
@@ -162,8 +162,8 @@ def test_attention_forward_and_backward(benchmark, dtype, layout, dim):
         out = function(*inputs)
         return out.detach(), *torch.autograd.grad(out, inputs, grad)
 
-    wide = [x.detach().double().requires_grad_() for x in tokens]
-    sparse_truth, dense_truth = (step(f, wide, grad.double()) for f in (sparse, scaled_dot_product_attention))
+    in_float64 = [x.detach().double().requires_grad_() for x in tokens]
+    sparse_truth, dense_truth = (step(f, in_float64, grad.double()) for f in (sparse, scaled_dot_product_attention))
     compare(
         benchmark,
         sizes(layout, heads, dim, mask.density),
@@ -181,11 +181,8 @@ def test_mask(benchmark, frames, floor):
     """The reference is the construction by sort, cumulative sum and scatter."""
     heads, layout = 24, TokenLayout(((frames, 32, 32),))
     q, k, _ = tokens_alike_in_blocks(layout, heads, 64, SPREAD)
-    starts, sizes_ = (
-        (layout.block_starts(), layout.clip_block_starts()),
-        (layout.max_block_tokens, layout.max_clip_blocks),
-    )
-    arguments = (q, k, *starts, *sizes_, THR, None, None)
+    starts = (layout.block_starts(), layout.clip_block_starts())
+    arguments = (q, k, *starts, layout.max_block_tokens, layout.max_clip_blocks, THR, None, None)
     expected = BlockMask(*nabla_mask_reference(*arguments), layout)
     kept = expected.to_dense()
 
@@ -209,8 +206,8 @@ def test_mask(benchmark, frames, floor):
 def compare_whole(benchmark, q, k, v, layout, thr):
     """Mask and attention together, beside dense attention."""
     mask = nabla_mask(q, k, layout, thr)
-    wide = (q.double(), k.double(), v.double())
-    sparse, dense = block_sparse_attention(*wide, mask, layout), scaled_dot_product_attention(*wide)
+    in_float64 = (q.double(), k.double(), v.double())
+    sparse, dense = block_sparse_attention(*in_float64, mask, layout), scaled_dot_product_attention(*in_float64)
     compare(
         benchmark,
         f"{sizes(layout, q.shape[1], q.shape[3], mask.density)}, thr {thr}",
