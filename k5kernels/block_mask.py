@@ -1,7 +1,7 @@
 """Which key blocks each query block reads, per batch and head, as compact lists (§5.4).
 
-The lists are compressed sparse rows: memory is four bytes a kept block and eight a row, never N_b². A head whose mask
-is the same for the whole batch, or a mask that is the same for all heads, is kept once (B_m = 1, H_m = 1).
+The lists are compressed sparse rows: four bytes for each kept block and eight for each row, never N_b² of anything. A
+mask that is the same for all samples is stored once (B_m = 1), and so is one that is the same for all heads (H_m = 1).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import noop_mask
 
 from k5kernels.token_layout import TokenLayout
 
-# Entries of the lists in work at a time.
+# Entries of the lists that `transpose` works on at a time.
 CHUNK = 1 << 18
 
 
@@ -23,8 +23,8 @@ CHUNK = 1 << 18
 class BlockMask:
     """Row r of (b, h) reads the key blocks indices[offsets[b, h, r] : offsets[b, h, r + 1]], ascending.
 
-    offsets: int64 [B_m, H_m, N_b + 1], positions in indices; B_m is 1 or the batch, H_m 1 or the heads.
-    indices: int32 [kept]. layout: of the tokens; no row reads a block of another clip.
+    offsets: int64 [B_m, H_m, N_b + 1], positions in indices; B_m is 1 or B, H_m is 1 or h. indices: int32 [kept].
+    layout: of the tokens; no row reads a block of another clip.
 
     Raises ValueError where shapes or dtypes do not fit. A pytree node: it passes through torch.compile.
     """
@@ -35,7 +35,7 @@ class BlockMask:
 
     @classmethod
     def from_dense(cls, dense: Tensor, layout: TokenLayout) -> "BlockMask":
-        """From a mask over blocks: dense bool [B_m, H_m, N_b, N_b], or [N_b, N_b] for all batches and heads.
+        """From a mask over blocks, dense: bool [B_m, H_m, N_b, N_b], or [N_b, N_b] for all samples and heads.
 
         Raises ValueError where the shape does not fit the layout or a block reads one of another clip.
         """
@@ -54,8 +54,8 @@ class BlockMask:
     def from_flex(cls, mask: FlexBlockMask, layout: TokenLayout) -> "BlockMask":
         """From a mask of `torch.nn.attention.flex_attention`, whose blocks must be those of the layout.
 
-        Raises ValueError where the layout has blocks of fewer than P² tokens, the block size is not P², the mask is of
-        other numbers of tokens, or it has blocks that are read in part.
+        Raises ValueError where the layout has blocks of fewer than P² tokens, where the mask has another block size or
+        another number of tokens, and where it has blocks that are read in part.
         """
         block_size = _flex_block_size(layout)
         if (block_size, block_size) != mask.BLOCK_SIZE:
@@ -78,7 +78,7 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """Kept blocks over possible ones, N_b² a head. With several clips the blocks across them count as possible."""
+        """Kept blocks divided by N_b² for each head; pairs of blocks of different clips are counted in N_b²."""
         batch, heads, rows = self.offsets.shape
         return self.indices.shape[0] / max(1, batch * heads * (rows - 1) ** 2)
 
@@ -95,7 +95,7 @@ class BlockMask:
         dense = self.to_dense()
         full_counts = dense.sum(-1, dtype=torch.int32)
         full_indices = dense.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-        # Tensors of its own for the empty list of partial blocks: flex_attention on the CPU compiles no aliases.
+        # The empty list of partial blocks has tensors of its own: compiled for the CPU, flex_attention refuses aliases.
         return FlexBlockMask.from_kv_blocks(
             torch.zeros_like(full_counts),
             torch.zeros_like(full_indices),
@@ -105,9 +105,9 @@ class BlockMask:
         )
 
     def transpose(self) -> "BlockMask":
-        """For each key block the query blocks that read it, ascending. Beyond the result, memory of CHUNK entries.
+        """For each key block the query blocks that read it, ascending. Works on CHUNK entries at a time.
 
-        The kernels' backwards build theirs themselves.
+        The kernels of the backward build these lists themselves.
         """
         batch, heads, rows = self.offsets.shape
         keys = batch * heads * (rows - 1)
@@ -125,7 +125,7 @@ class BlockMask:
         return BlockMask(offsets, readers, self.layout)
 
     def _entries(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """CHUNK entries at a time: the query block, int32, and the key block, counted over batches and heads too."""
+        """CHUNK entries at a time: query blocks, int32, and key blocks, these numbered over all samples and heads."""
         blocks = self.offsets.shape[2] - 1
         starts = self.offsets[..., :-1].flatten()
         for first in range(0, self.indices.shape[0], CHUNK):
@@ -147,13 +147,13 @@ torch.export.register_dataclass(BlockMask, serialized_type_name="k5kernels.Block
 
 
 def row_offsets(counts: Tensor) -> Tensor:
-    """Offsets int64 [B_m, H_m, N_b + 1] of rows that stand one after another; counts: [B_m, H_m, N_b]."""
+    """Offsets of contiguous rows, int64 [B_m, H_m, N_b + 1], from their lengths, counts: [B_m, H_m, N_b]."""
     ends = counts.flatten().cumsum(0, dtype=torch.int64).view(counts.shape)
     return torch.cat([(ends - counts)[..., :1], ends], dim=-1)
 
 
 def check_lists(offsets: Tensor, indices: Tensor, blocks: int) -> None:
-    """Raise RuntimeError unless every offset and index points at something; with text like the C++ kernels'."""
+    """Raise RuntimeError where an offset or an index is out of range; the texts are those of the C++ kernels."""
     ends = offsets.flatten()
     if ends.numel() and (ends[0] != 0 or (ends.diff() < 0).any() or ends[-1] != indices.shape[0]):
         raise RuntimeError(f"mask: expected offsets that ascend from 0 to the {indices.shape[0]} indices there are")
@@ -170,7 +170,7 @@ def lists_to_dense(offsets: Tensor, indices: Tensor) -> Tensor:
 
 
 def _rows(offsets: Tensor, indices: Tensor) -> Tensor:
-    """The row, counted over batches and heads too, of each entry of indices: int64 [kept]."""
+    """The row of each entry of indices, numbered over all samples and heads: int64 [kept]."""
     counts = offsets.diff(dim=-1).flatten()
     return torch.arange(counts.shape[0], device=counts.device).repeat_interleave(counts, output_size=indices.shape[0])
 

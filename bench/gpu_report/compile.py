@@ -1,16 +1,20 @@
-"""Compiles a kernel ahead of time and reads what it uses from the binary, with the tools inside the triton package."""
+"""Compiles a launch ahead of time and reads what it uses from the binary, with the tools inside the triton package."""
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from bench.gpu_report.launches import Variant
+from k5kernels.triton.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -50,49 +54,6 @@ SPILL_PATTERN = r"\b(?:LDL|STL)\b"
 
 
 @dataclass(frozen=True)
-class Size:
-    """A sequence a kernel runs on. kept: key blocks a query block reads, on average."""
-
-    name: str
-    tokens: int
-    blocks: int
-    heads: int
-    head_dim: int
-    kept: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a launch does at least. bytes: to and from device memory, each once; tensor_core: where the flops run."""
-
-    flops: float
-    bytes: float
-    tensor_core: bool = True
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel as its launcher specializes it.
-
-    name: of the kernel and what distinguishes the variant, without D. head_dim: D. signature: type of each argument
-    that is no constexpr, as triton writes it ("*bf16", "i32", "tensordesc<bf16[64,64]>"). options: num_warps and
-    num_stages. has_dot: whether it has a tl.dot that must run on tensor cores. work: flops and bytes at a size.
-    multiples_of_16: integer arguments that are; pointers always are. capabilities: those it is launched on.
-    """
-
-    name: str
-    head_dim: int
-    kernel: Any
-    signature: Mapping[str, str]
-    constexprs: Mapping[str, Any]
-    options: Mapping[str, int]
-    has_dot: bool
-    work: Callable[[Size], Work]
-    multiples_of_16: tuple[str, ...] = ()
-    capabilities: tuple[int, ...] = field(default=tuple(arch.capability for arch in ARCHS))
-
-
-@dataclass(frozen=True)
 class Resources:
     """What one variant uses on one architecture. spills: instructions on local memory; shared: bytes a thread block;
     mma and tma: instructions; occupancy: resident warps, of the most there can be."""
@@ -107,11 +68,42 @@ class Resources:
     occupancy: float
 
 
-def compile_variant(variant: Variant, arch: Arch) -> Resources:
-    """Compile and read the binary; raises triton's CompilationError where the kernel does not compile."""
-    binary = triton.compile(
-        _source(variant), target=GPUTarget("cuda", arch.capability, 32), options=dict(variant.options)
-    )
+@dataclass(frozen=True)
+class _NoGPU:
+    """In place of triton's driver: all that its launcher asks in order to compile."""
+
+    capability: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling_for(arch: Arch) -> Iterator[None]:
+    try:
+        before = driver.active
+    except RuntimeError:  # this machine has no GPU
+        before = None
+    driver.set_active(_NoGPU(arch.capability))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def compile_launch(launch: Launch, arch: Arch) -> Resources:
+    """Compile through triton's own launcher, which specializes on the arguments as on a GPU, and read the binary.
+
+    Raises triton's CompilationError where the kernel does not compile.
+    """
+    with _compiling_for(arch):
+        binary = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -143,18 +135,6 @@ def violations(variant: Variant, arch: Arch, used: Resources) -> list[str]:
     if variant.has_dot and used.mma_kind != arch.mma:
         found.append(f"tl.dot became {used.mma_kind or 'no tensor-core instruction'}, expected {arch.mma}")
     return [f"{variant.name} D={variant.head_dim} on {arch.name}: {what}" for what in found]
-
-
-def _source(variant: Variant) -> ASTSource:
-    """As the launcher specializes it: pointers, and the integers said to be, are multiples of 16."""
-    names = variant.kernel.arg_names
-    signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
-    divisible = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if signature[name].startswith("*") or name in variant.multiples_of_16
-    }
-    return ASTSource(variant.kernel, signature, dict(variant.constexprs), divisible)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -1,8 +1,10 @@
-"""The time a launch takes at least, if the GPU reached its data sheet's peaks: a bound, not a measurement."""
+"""The least time of a launch, if the GPU reached its data sheet's peaks: a bound, not a measurement."""
 
 from dataclasses import dataclass
 
-from bench.gpu_report.compile import Size, Work
+from k5kernels import TokenLayout
+
+DENSITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,45 @@ PEAKS = {
     "sm_120a": Peak("RTX 5090", 209.5e12, 104.8e12, 1.792e12),
 }
 
-DENSITY = 0.1
+
+@dataclass(frozen=True)
+class Size:
+    """The tokens of one clip and of its heads. ragged: a clip of about that size in which some blocks are smaller."""
+
+    name: str
+    layout: TokenLayout
+    ragged: TokenLayout
+    heads: int
+    head_dim: int
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens
+
+    @property
+    def blocks(self) -> int:
+        return self.layout.blocks
+
+    @property
+    def kept(self) -> float:
+        """Key blocks that a query block reads, on average."""
+        return DENSITY * self.blocks
+
+
 # The longest clips of the released models, one sample: Lite 10 s 512×768 and Pro 10 s 768×1280 (§5.4).
 SIZES = {
-    64: Size("Lite 10 s", 93_696, 1_464, 28, 64, DENSITY * 1_464),
-    128: Size("Pro 10 s HD", 234_240, 3_660, 32, 128, DENSITY * 3_660),
+    64: Size("Lite 10 s", TokenLayout((61, 32, 48)), TokenLayout((61, 31, 48)), 28, 64),
+    128: Size("Pro 10 s HD", TokenLayout((61, 48, 80)), TokenLayout((61, 47, 80)), 32, 128),
 }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does at least. bytes: to and from device memory, each once; tensor_core: where the flops run."""
+
+    flops: float
+    bytes: float
+    tensor_core: bool = False
 
 
 def intensity(work: Work) -> float:

@@ -1,4 +1,4 @@
-"""The report's rows: every variant on every architecture it is launched on; kept in table.json and table.md."""
+"""The report's rows: every launch on every architecture; kept in table.json and table.md."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import triton
 
-from bench.gpu_report import attention_kernels, mask_kernels
-from bench.gpu_report.compile import ARCHS, KIB, Arch, Resources, Variant, compile_variant, violations
+from bench.gpu_report.compile import ARCHS, KIB, Arch, Resources, compile_launch, violations
+from bench.gpu_report.kernels import KERNELS
+from bench.gpu_report.launches import Variant, variants
 from bench.gpu_report.roofline import DENSITY, PEAKS, SIZES, bound_ms, intensity
 
 TABLE = Path(__file__).parent / "table.json"
 READABLE = TABLE.with_suffix(".md")
-VARIANTS: list[Variant] = [*mask_kernels.VARIANTS, *attention_kernels.VARIANTS]
 COLUMNS = (
     "kernel", "D", "arch", "registers", "spills", "shared KiB (limit)", "MMA", "TMA", "warps", "occupancy",
     "flop/byte", "bound ms",
@@ -33,20 +33,23 @@ class Row(Resources):
 
 def combinations() -> Iterator[tuple[Variant, Arch]]:
     """What the table has a row for, in its order."""
-    return ((variant, arch) for variant in VARIANTS for arch in ARCHS if arch.capability in variant.capabilities)
+    for size in SIZES.values():
+        launched = {arch: variants(size, arch.capability) for arch in ARCHS}
+        every = {name: variant.launch.kernel for named in launched.values() for name, variant in named.items()}
+        for name in sorted(every, key=lambda name: (list(KERNELS).index(every[name]), name)):
+            yield from ((launched[arch][name], arch) for arch in ARCHS if name in launched[arch])
 
 
 def compile_row(variant: Variant, arch: Arch) -> Row:
     """Compile, and put the bound beside it; figures rounded as the table shows them."""
-    used = compile_variant(variant, arch)
-    work = variant.work(SIZES[variant.head_dim])
+    used = compile_launch(variant.launch, arch)
     return Row(
         **asdict(used) | {"occupancy": round(used.occupancy, 3)},
         kernel=variant.name,
         head_dim=variant.head_dim,
         arch=arch.name,
-        flop_per_byte=_significant(intensity(work)),
-        bound_ms=_significant(bound_ms(work, PEAKS[arch.name])),
+        flop_per_byte=_significant(intensity(variant.work)),
+        bound_ms=_significant(bound_ms(variant.work, PEAKS[arch.name])),
     )
 
 

@@ -1,1 +1,1 @@
-"""The GPU kernels, one file an operator, each imported when its operator first runs on CUDA."""
+"""The GPU kernels, a file for each operator, imported when the operator first runs on CUDA."""

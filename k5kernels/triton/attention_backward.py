@@ -12,7 +12,7 @@ def row_shift_kernel(
     g_stride_b, g_stride_h, g_stride_s, o_stride_b, o_stride_h, o_stride_s, heads, tokens,
     D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """dout·out - dlse of some tokens of one head."""
+    """dout·out - dlse of TOKENS tokens of one head."""
     first = tl.program_id(0) * TOKENS
     head_number = tl.program_id(1).to(tl.int64)
     sample = head_number // heads
@@ -37,7 +37,7 @@ def backward_queries_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of one query block, over the key blocks it reads. exponent_scale: scale with log2(e)."""
+    """dq of one tile of one query block, from the key blocks it reads. exponent_scale: scale times log2(e)."""
     block = tl.program_id(0) // TILES
     head_number = tl.program_id(1).to(tl.int64)
     sample = (head_number // heads).to(tl.int32)
@@ -80,7 +80,7 @@ def backward_keys_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of one key block, over the query blocks that read it; scores are [keys, queries]."""
+    """dk and dv of one tile of one key block, from the query blocks that read it. Scores are [keys, queries]."""
     block = tl.program_id(0) // TILES
     head_number = tl.program_id(1).to(tl.int64)
     sample = (head_number // heads).to(tl.int32)
@@ -103,7 +103,7 @@ def backward_keys_kernel(
     for step in tl.range(0, count * TILES):
         query_block = tl.load(readers + start + step // TILES)
         query, query_end = token_range(block_starts, query_block, step % TILES, TILE, TILES, FULL)
-        # Zeros stand beyond the end of a block; what they add is zero.
+        # Rows beyond the end of a block are zeros and add zero.
         queries = load_tile(q, q_stride_s, sample, head, query, query_end, D, WIDTH, TILE, FULL, TMA)
         grads = load_tile(grad_out, g_stride_s, sample, head, query, query_end, D, WIDTH, TILE, FULL, TMA)
         row = query + tl.arange(0, TILE)

@@ -9,7 +9,10 @@ from k5kernels.triton.block_mask import FIRST_READS, KEY_BLOCK, SECOND_READS
 
 @triton.jit
 def softmax_step(scores, values, top, total, weighted):
-    """Add a tile of values to a running softmax over rows; `top` may stay -inf as long as all scores are."""
+    """Add a tile to an online softmax: the new maximum, sum of weights and weighted values of each row.
+
+    scores: in base 2. A maximum of -inf (no score above -inf so far) gives weights of zero and not NaN.
+    """
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - shift[:, None])
@@ -24,7 +27,10 @@ def store_attention(
     out, lse, top, total, weighted, reads, head_number, tokens, first, end,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Divide by the sums; rows that read nothing get zeros and -inf, those whose scores all are -inf NaN."""
+    """Divide by the sums of weights, and store the output and lse.
+
+    A row that reads nothing gets zeros and an lse of -inf, a row with no score but -inf gets NaN, as in the definition.
+    """
     mean = tl.where(reads[:, None], tl.div_rn(weighted, tl.broadcast_to(total[:, None], [ROWS, WIDTH])), 0.0)
     store_rows(out + head_number * tokens * D, mean.to(out.dtype.element_ty), first, end, D, WIDTH, ROWS, FULL)
     row = first + tl.arange(0, ROWS)
@@ -40,7 +46,7 @@ def forward_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one query block, unless its pair is attended by `forward_pairs_kernel`. scale: with log2(e)."""
+    """One tile of one query block; nothing where `forward_pairs_kernel` computes its pair. scale: times log2(e)."""
     block = tl.program_id(0) // TILES
     head_number = tl.program_id(1).to(tl.int64)
     sample = (head_number // heads).to(tl.int32)
@@ -84,7 +90,7 @@ def forward_pairs_kernel(
     heads, tokens, blocks, mask_stride_b, mask_stride_h, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Two neighbouring query blocks, where `paired_lists` merged their lists. scale: with log2(e)."""
+    """Two neighbouring query blocks whose lists `paired_lists` has merged. scale: times log2(e)."""
     pair = tl.program_id(0)
     head_number = tl.program_id(1).to(tl.int64)
     sample = (head_number // heads).to(tl.int32)
@@ -120,7 +126,7 @@ def forward_pairs_kernel(
         scores = tl.where(reads[:, None], scores, float("-inf"))
         values = load_tile(v, v_stride_s, sample, head, key, key_end, D, WIDTH, TILE, FULL, TMA)
         top, total, added = softmax_step(scores, values, top, total, weighted)
-        # A weight of zero would still let through what is NaN or infinite in values that the row does not read.
+        # Rows that do not read the block keep their sums: zero times a NaN or an infinity in its values is NaN.
         weighted = tl.where(reads[:, None], added, weighted)
     middle = tl.load(offsets + 1)
     listed = tl.where(reader == FIRST_READS, middle - start, tl.load(offsets + 2) - middle)

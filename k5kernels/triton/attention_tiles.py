@@ -1,4 +1,4 @@
-"""How the kernels of block-sparse attention read and write tiles of tokens of one head."""
+"""How the kernels of block-sparse attention load and store tiles of tokens of one head."""
 
 import math
 
@@ -12,7 +12,7 @@ LN_2 = tl.constexpr(math.log(2))
 def load_rows(
     source, stride_s, first, end, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr
 ):
-    """ROWS tokens of one head from `first` on, zeros from `end` on: [ROWS, WIDTH]."""
+    """ROWS tokens of one head from `first` on: [ROWS, WIDTH]; zeros from token `end` and from column D on."""
     row = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     address = source + first.to(tl.int64) * stride_s + row[:, None] * stride_s + d[None, :]
@@ -27,7 +27,7 @@ def load_rows(
 def store_rows(
     target, values, first, end, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr
 ):
-    """What `load_rows` reads, to a dense [S, D]."""
+    """The inverse of `load_rows`, to a contiguous [S, D]; nothing is stored from `end` or D on."""
     row = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     address = target + first.to(tl.int64) * D + row[:, None] * D + d[None, :]
@@ -42,7 +42,7 @@ def load_tile(
     source, stride_s, sample, head, first, end,
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the loop over a list: `source` is a tensor descriptor, or the address of the head's first token."""
+    """A tile of the loop over a list. source: a tensor descriptor, or the address of the first token of the head."""
     if TMA:
         tile = source.load([sample, head, first, 0]).reshape(TILE, WIDTH)
     else:
@@ -52,7 +52,7 @@ def load_tile(
 
 @triton.jit
 def token_range(block_starts, block, tile, TILE: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr):
-    """(first token of a tile of a block, end of the block)."""
+    """The first token of a tile of a block, and the end of the block."""
     if FULL:
         first = block * (TILE * TILES) + tile * TILE
         end = (block + 1) * (TILE * TILES)

@@ -1,6 +1,7 @@
-"""Lists of a `BlockMask` in other forms, on the GPU: as bits, transposed, and merged for pairs of query blocks.
+"""The lists of a `BlockMask` in other forms, on the GPU: as bits, transposed, and merged for pairs of query blocks.
 
-All go through bits, N_b²/8 bytes a head: a pass over them writes what it finds in ascending order, without a sort.
+The other two are made from the bits, N_b²/8 bytes a head: a pass over the bits in order gives ascending lists without
+a sort.
 """
 
 import torch
@@ -9,29 +10,32 @@ import triton.language as tl
 from torch import Tensor
 
 from k5kernels.block_mask import row_offsets
+from k5kernels.triton.launch import launch
 
+# What one program of each kernel looks at in one step: entries of a list, rows, key blocks.
 LISTED_KEYS = 128
-# Rows, or key blocks, that one program looks at in one step.
 ROWS_AT_ONCE = 128
 PAIRED_KEYS = 512
-# An entry of a merged list: the number of the key block and who reads it.
+# An entry of a merged list is the number of the key block with a bit for each of the two query blocks that reads it.
 FIRST_READS = tl.constexpr(1 << 29)
 SECOND_READS = tl.constexpr(1 << 30)
 KEY_BLOCK = tl.constexpr((1 << 29) - 1)
-# Two blocks are merged where the products of rows that do not read a block are at most a quarter of the others.
+# Attention over a merged list computes each of its blocks for both rows of the pair. A pair is merged where the
+# products for a row that does not read the block are at most a quarter of the others.
 WASTE_DIVISOR = tl.constexpr(4)
 
 
 def lists_to_bits(offsets: Tensor, indices: Tensor, words: int, first_keys: Tensor | None = None) -> Tensor:
-    """Bit i of row r is set where the row reads the key block first_keys[r] + i: int32 [B_m·H_m·N_b, words].
+    """The lists as bits: bit i of row r is set where the row reads key block first_keys[r] + i.
 
-    offsets, indices: of `BlockMask`. first_keys: int64 [N_b], 0 where None.
+    int32 [B_m·H_m·N_b, words]. offsets, indices: of `BlockMask`. first_keys: int64 [N_b], zeros where None.
     """
     masks, blocks = offsets.shape[0] * offsets.shape[1], offsets.shape[2] - 1
     bits = indices.new_zeros(masks * blocks, words)
-    set_bits_kernel[(blocks, masks)](
-        offsets.contiguous(), indices, first_keys, bits, words, KEYS=LISTED_KEYS, num_warps=1
-    )
+    launch(
+        set_bits_kernel, (blocks, masks), offsets.contiguous(), indices, first_keys, bits, words,
+        KEYS=LISTED_KEYS, num_warps=1,
+    )  # fmt: skip
     return bits
 
 
@@ -43,33 +47,34 @@ def transposed_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     bits = lists_to_bits(offsets, indices, words)
     counts = offsets.new_empty(batch, heads, blocks)
     grid = (words, batch * heads)
-    count_readers_kernel[grid](bits, counts, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
+    launch(count_readers_kernel, grid, bits, counts, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
     own = row_offsets(counts)
     readers = torch.empty_like(indices)
-    write_readers_kernel[grid](bits, own, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
+    launch(write_readers_kernel, grid, bits, own, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
     return own, readers
 
 
 def paired_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """What the query blocks 2i and 2i + 1 read together, for pairs whose lists overlap enough.
+    """The union of the lists of query blocks 2i and 2i + 1, for pairs whose lists overlap enough.
 
-    Returns the merged entries, int32 [kept], of which those of pair i start where the list of block 2i does, and how
-    many there are: int32 [B_m, H_m, N_b // 2], 0 for pairs that are better attended one by one.
+    Returns the merged entries, int32 [kept], of which those of pair i start where the list of block 2i starts, and
+    their number, int32 [B_m, H_m, N_b // 2]: 0 for pairs whose lists overlap too little to be attended together.
     """
     batch, heads, rows = offsets.shape
     words = triton.cdiv(rows - 1, 32)
     bits = lists_to_bits(offsets, indices, words)
     entries = torch.empty_like(indices)
     counts = indices.new_empty(batch, heads, (rows - 1) // 2)
-    merge_pairs_kernel[((rows - 1) // 2, batch * heads)](
-        bits, offsets.contiguous(), entries, counts, rows - 1, words, KEYS=PAIRED_KEYS, num_warps=4
-    )
+    launch(
+        merge_pairs_kernel, ((rows - 1) // 2, batch * heads), bits, offsets.contiguous(), entries, counts,
+        rows - 1, words, KEYS=PAIRED_KEYS, num_warps=4,
+    )  # fmt: skip
     return entries, counts
 
 
 @triton.jit
 def set_bits_kernel(offsets, indices, first_keys, bits, words, KEYS: tl.constexpr):
-    """One row's list as bits; the order in which they are set does not matter."""
+    """The list of one row as bits."""
     block = tl.program_id(0)
     mask = tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -124,7 +129,7 @@ def write_readers_kernel(bits, offsets, readers, blocks, words, ROWS: tl.constex
 
 @triton.jit
 def merge_pairs_kernel(bits, offsets, entries, counts, blocks, words, KEYS: tl.constexpr):
-    """The union of two rows with who reads each block, and its length where it is worth being attended together."""
+    """The union of the lists of two rows with who reads each block, and its length; 0 where merging wastes too much."""
     pair = tl.program_id(0)
     mask = tl.program_id(1).to(tl.int64)
     first_list = tl.load(offsets + mask * (blocks + 1) + 2 * pair)

@@ -1,8 +1,9 @@
 """Block-sparse attention on the GPU: forward and dq over the lists of a mask, dk and dv over the transposed lists.
 
-Forward takes two neighbouring query blocks as one tile of 128 rows where their lists overlap (`paired_lists`), so that
-a key block is read once for both, and 64 rows elsewhere. Blocks of fewer tokens are masked; where all are full nothing
-is, and key and value tiles may come through tensor descriptors (TMA, sm_90 and later).
+The forward takes two neighbouring query blocks as one tile of 128 rows where their lists overlap (`paired_lists`): a
+key block that both read is then loaded once. Elsewhere a tile has 64 rows. Rows beyond the end of a smaller block are
+masked; a layout of full blocks needs no masks, and its tiles may be loaded through tensor descriptors (TMA, from sm_90
+on).
 """
 
 import math
@@ -16,16 +17,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from k5kernels.triton.attention_backward import backward_keys_kernel, backward_queries_kernel, row_shift_kernel
 from k5kernels.triton.attention_forward import forward_kernel, forward_pairs_kernel
 from k5kernels.triton.block_mask import paired_lists, transposed_lists
+from k5kernels.triton.launch import generation_of, launch
 
 LARGEST_TILE = 64
 MOST_ROWS = 2 * LARGEST_TILE  # of a tile that two blocks share
 SHIFT_TOKENS = 16
 LOG2_E = math.log2(math.e)
 
-# Compute capabilities (major) whose tensor cores work for four warps at a time: wgmma and tcgen05.
+# Generations (major compute capability) whose tensor cores take the operands of four warps at a time: wgmma and
+# tcgen05.
 WARPGROUP_GENERATIONS = (9, 10)
-# Those on which a kernel needs fewer registers when its tiles, of the width, come through tensor descriptors
-# (`make gpu-report`).
+# Generations on which a kernel of a head dimension needs fewer registers when its tiles are loaded through tensor
+# descriptors (`make gpu-report`).
 DESCRIPTOR_GENERATIONS = {
     ("forward", 64): (10, 12),
     ("forward", 128): (10, 12),
@@ -55,21 +58,23 @@ def block_sparse_attention(
     if q.numel() == 0:
         return out, lse
     q, k, v = (addressable(x) for x in (q, k, v))
-    launch = Launch(q, blocks, max_block_tokens)
+    tiling = Tiling(q, blocks, max_block_tokens)
     offsets = offsets.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (h, S, blocks, *mask_strides(offsets), scale * LOG2_E)
     pairs = None
-    if launch.paired:
+    if tiling.paired:
         entries, pairs = paired_lists(offsets, indices)
-        (keys, values), options = launch.tiles("forward_pairs", k, v)
-        forward_pairs_kernel[(blocks // 2, B * h)](
-            q, keys, values, out, lse, offsets, entries, pairs, block_starts, *strides, *sizes, **options
-        )
-    (keys, values), options = launch.tiles("forward", k, v)
-    forward_kernel[(blocks * launch.per_block, B * h)](
+        (keys, values), constants = tiling.tiles("forward_pairs", k, v)
+        launch(
+            forward_pairs_kernel, (blocks // 2, B * h),
+            q, keys, values, out, lse, offsets, entries, pairs, block_starts, *strides, *sizes, **constants,
+        )  # fmt: skip
+    (keys, values), constants = tiling.tiles("forward", k, v)
+    launch(
+        forward_kernel, (blocks * tiling.per_block, B * h),
         q, keys, values, out, lse, offsets, indices, pairs, block_starts, *strides, *sizes,
-        TILES=launch.per_block, **options,
+        TILES=tiling.per_block, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -95,31 +100,34 @@ def block_sparse_attention_backward(
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
     grad_out, q, k, v, out = (addressable(x) for x in (grad_out, q, k, v, out))
-    launch = Launch(q, blocks, max_block_tokens)
-    shift = row_shift(grad_out, out, grad_lse, launch.width)
+    tiling = Tiling(q, blocks, max_block_tokens)
+    shift = row_shift(grad_out, out, grad_lse, tiling.width)
     readers = transposed_lists(offsets, indices)
     offsets, lse = offsets.contiguous(), lse.contiguous()
     strides = tuple(stride for x in (q, k, v, grad_out) for stride in x.stride()[:3])
     sizes = (h, S, blocks, *mask_strides(offsets), scale, scale * LOG2_E)
-    grid = (blocks * launch.per_block, B * h)
-    (keys, values), options = launch.tiles("backward_queries", k, v)
-    backward_queries_kernel[grid](
+    grid = (blocks * tiling.per_block, B * h)
+    (keys, values), constants = tiling.tiles("backward_queries", k, v)
+    launch(
+        backward_queries_kernel, grid,
         q, keys, values, grad_out, lse, shift, grad_q, offsets, indices, block_starts, *strides, *sizes,
-        TILES=launch.per_block, **options,
+        TILES=tiling.per_block, **constants,
     )  # fmt: skip
-    (queries, grads), options = launch.tiles("backward_keys", q, grad_out)
-    backward_keys_kernel[grid](
+    (queries, grads), constants = tiling.tiles("backward_keys", q, grad_out)
+    launch(
+        backward_keys_kernel, grid,
         queries, k, v, grads, lse, shift, grad_k, grad_v, *readers, block_starts, *strides, *sizes,
-        TILES=launch.per_block, **options,
+        TILES=tiling.per_block, **constants,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
-class Launch:
-    """How blocks of tokens are cut into tiles, and what the kernels are compiled for.
+class Tiling:
+    """How the blocks of tokens are divided into tiles, and the constants of the kernels that follow from it.
 
-    rows: of a tile; per_block: tiles of the longest block; full: whether every block fills its tiles; width: of a
-    tile, the head dimension or the next power of two; paired: whether neighbouring blocks may share a tile.
+    rows: of a tile. per_block: tiles of the largest block. full: whether every block fills all its tiles. width:
+    columns of a tile, the next power of two from the head dimension on, at least 16. paired: whether two neighbouring
+    blocks may share a tile.
     """
 
     def __init__(self, q: Tensor, blocks: int, max_block_tokens: int) -> None:
@@ -133,22 +141,20 @@ class Launch:
         self.paired = whole and takes_pairs(self.element_size, self.width, self.generation)
 
     def tiles(self, kernel: str, *tensors: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        """The tensors that a kernel reads along its lists, through descriptors where that serves, and its options."""
+        """The tensors that a kernel loads along its lists, as tensor descriptors where it uses those; its constants.
+
+        The constants are the constexpr arguments, num_warps and num_stages.
+        """
         described = self.generation in DESCRIPTOR_GENERATIONS.get((kernel, self.head_dim), ())
         described = described and self.full and self.element_size == 2 and all(describable(x) for x in tensors)
         block = [1, 1, self.rows, self.width]
         read = [TensorDescriptor(x, [*x.shape], [*x.stride()], block) if described else x for x in tensors]
         constants = {"D": self.head_dim, "WIDTH": self.width, "TILE": self.rows, "FULL": self.full, "TMA": described}
-        return read, constants | options_of(kernel, self.element_size, self.width, self.generation)
-
-
-def generation_of(device: torch.device) -> int:
-    """The major compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0]
+        return read, constants | warps_and_stages(kernel, self.element_size, self.width, self.generation)
 
 
 def largest_tile(element_size: int, width: int) -> int:
-    """Rows of a tile. float32 runs without tensor cores, whose larger tiles would not fit in registers."""
+    """Rows of a tile. In float32, which does not use tensor cores, a larger tile would not fit in registers."""
     if element_size == 2:
         return LARGEST_TILE
     return 32 if width <= 64 else 16
@@ -159,8 +165,8 @@ def takes_pairs(element_size: int, width: int, generation: int) -> bool:
     return element_size == 2 and (width <= 64 or generation in WARPGROUP_GENERATIONS)
 
 
-def options_of(kernel: str, element_size: int, width: int, generation: int) -> dict[str, int]:
-    """Warps and stages with which a kernel compiles without spills (`make gpu-report`)."""
+def warps_and_stages(kernel: str, element_size: int, width: int, generation: int) -> dict[str, int]:
+    """The numbers with which a kernel compiles without spills (`make gpu-report`)."""
     if element_size == 4:
         fewer = kernel == ("backward_keys" if width > 64 else "forward")
         return {"num_warps": 4 if fewer else 8, "num_stages": 1}
@@ -169,17 +175,17 @@ def options_of(kernel: str, element_size: int, width: int, generation: int) -> d
 
 
 def describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of x: 16-byte alignment of its start and of every step but the last."""
+    """Whether x can have a tensor descriptor: its start and all strides but the last are multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x, or a copy where its head dimension is not dense or a tile of tokens spans more than the kernels' int32."""
+    """x, or a copy where D is not contiguous or where offsets inside a tile would not fit in the kernels' int32."""
     return x if x.stride(-1) == 1 and x.stride(2) * MOST_ROWS < 2**31 else x.contiguous()
 
 
 def mask_strides(offsets: Tensor) -> tuple[int, int]:
-    """From a sample's, and a head's, offsets to the next; 0 where one list serves all."""
+    """Distances between the offsets of two samples and of two heads; 0 where all share one mask."""
     batch, heads, rows = offsets.shape
     return (heads * rows if batch > 1 else 0), (rows if heads > 1 else 0)
 
@@ -188,7 +194,8 @@ def row_shift(grad_out: Tensor, out: Tensor, grad_lse: Tensor | None, width: int
     """dout·out - dlse of every token: float32 [B, h, S]."""
     B, h, S, D = out.shape
     shift = out.new_empty(B, h, S, dtype=torch.float32)
-    row_shift_kernel[(triton.cdiv(S, SHIFT_TOKENS), B * h)](
+    launch(
+        row_shift_kernel, (triton.cdiv(S, SHIFT_TOKENS), B * h),
         grad_out, out, None if grad_lse is None else grad_lse.contiguous(), shift,
         *grad_out.stride()[:3], *out.stride()[:3], h, S, D=D, WIDTH=width, TOKENS=SHIFT_TOKENS, num_warps=4,
     )  # fmt: skip

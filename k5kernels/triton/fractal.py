@@ -1,4 +1,4 @@
-"""Fractal order on the GPU: rows of tokens are gathered, whatever their bits mean."""
+"""Fractal order on the GPU: whole tokens are gathered as integers, whatever their dtype."""
 
 import torch
 import triton
@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from k5kernels.token_layout import TokenLayout
+from k5kernels.triton.launch import launch
 
-COPIED_BYTES = 1 << 14  # by one program, about
+COPIED_BYTES = 1 << 14  # by one program, at most
 WARPS = 8
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,7 +20,7 @@ def fractal_flatten(x: Tensor, block_side: int) -> Tensor:
 
 
 def fractal_unflatten(x: Tensor, frames: int, height: int, width: int, block_side: int) -> Tensor:
-    """The inverse."""
+    """The inverse of `fractal_flatten`."""
     order = TokenLayout(((frames, height, width),), block_side).inverse_permutation(x.device)
     return _gather(x, order).unflatten(1, (frames, height, width))
 
@@ -36,9 +37,10 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
     length = source.shape[-1]
     rows, columns = copied_tile(length, x.element_size())
     grid = (triton.cdiv(S, rows), B, triton.cdiv(length, columns))
-    gather_rows_kernel[grid](
-        source, order, out.view(integer), *source.stride()[:2], S, length, ROWS=rows, COLUMNS=columns, num_warps=WARPS
-    )
+    launch(
+        gather_rows_kernel, grid,
+        source, order, out.view(integer), *source.stride()[:2], S, length, ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -52,7 +54,7 @@ def copied_tile(length: int, element_size: int) -> tuple[int, int]:
 def gather_rows_kernel(
     source, order, target, stride_b, stride_s, tokens, length, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Row order[i] of the source to row i of the target."""
+    """Copies row order[i] of the source to row i of the target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,8 +1,8 @@
-"""NABLA's block mask on the GPU: pool, logits, then one pass a row that selects without a sort.
+"""NABLA's block mask on the GPU: pool, compute logits, then select in each row without a sort.
 
-Non-negative floats stand in the order of their bits, so the probability at which the dropped mass is reached is found
-by bisection over bits. The sums it needs are of 62-bit fixed-point numbers: exact to 2^-62 a block, and the same in
-any order. Nothing of N_b² is wider than a bit, except logits of CHUNK cells at a time.
+Non-negative floats have the order of their bits, so the probability at which the dropped mass is reached is found by
+bisection over bits. Its sums are of 62-bit fixed-point numbers: exact to 2^-62 for each block, and the same in any
+order. Of the N_b² blocks of a head only bits are stored, and the logits of CHUNK of them at a time.
 """
 
 import math
@@ -15,15 +15,16 @@ from torch import Tensor
 
 from k5kernels.block_mask import row_offsets
 from k5kernels.triton.block_mask import lists_to_bits
+from k5kernels.triton.launch import launch
 
-# Cells of the map of logits in memory at a time: 64 MiB, enough programs a launch for all multiprocessors at Pro's
-# longest clip, under a third of the map of Lite's.
+# Logits in memory at a time: 64 MiB. At Pro's longest clip that is enough programs for all multiprocessors; of Lite's
+# logits it is less than a third.
 CHUNK = 1 << 24
-# Query blocks whose logits one program computes, key blocks it does so for at a time, elements of D it adds at a time.
+# Of one program that computes logits: query blocks, key blocks at a time, elements of D at a time.
 TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 32, 64, 16
 LOGITS_WARPS = 4
 POOLED_TOKENS = 16
-# Cells of the map one program selects from; rows longer than this are selected alone.
+# Probabilities that one program selects from, at most, unless a single row has more.
 SELECTED_CELLS = 4096
 FIXED_POINT_BITS = 62
 
@@ -42,92 +43,114 @@ def nabla_mask(
     sta_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.nabla_mask`. Bit-reproducible."""
-    B, h = q.shape[:2]
     blocks = block_starts.shape[0] - 1
-    lengths = clip_block_starts.diff()
-    key_starts = clip_block_starts[:-1].repeat_interleave(lengths, output_size=blocks)
-    key_counts = lengths.repeat_interleave(lengths, output_size=blocks)
-    words = triton.cdiv(max_clip_blocks, 32)
+    key_starts, key_counts = keys_of_rows(clip_block_starts, blocks)
     near = None
     if sta_offsets is not None and sta_indices is not None:
-        near = lists_to_bits(sta_offsets, sta_indices, words, key_starts)
-    kept = q.new_empty(B * h * blocks, words, dtype=torch.int32)
-    counts = q.new_empty(B, h, blocks, dtype=torch.int64)
-    _select(
-        _pool(q, block_starts), _pool(k, block_starts), key_starts, key_counts, max_clip_blocks, thr, near, kept, counts
-    )
-    offsets = row_offsets(counts)
-    indices = q.new_empty(int(counts.sum()), dtype=torch.int32)
-    columns, rows, warps = whole_row_tile(max_clip_blocks)
-    write_lists_kernel[(triton.cdiv(kept.shape[0], rows),)](
-        kept, key_starts, key_counts, offsets, indices,
-        kept.shape[0], blocks, words, ROWS=rows, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    return offsets, indices
+        near = near_bits(sta_offsets, sta_indices, key_starts, max_clip_blocks)
+    queries, keys = pool(q, block_starts), pool(k, block_starts)
+    kept, counts = select(queries, keys, key_starts, key_counts, max_clip_blocks, thr, near)
+    offsets = row_offsets(counts.view(*q.shape[:2], blocks))
+    total = int(counts.sum())  # the host waits for the device: only the data tells the length of the lists
+    return offsets, write_lists(kept, key_starts, key_counts, max_clip_blocks, offsets, total)
 
 
-def _pool(x: Tensor, block_starts: Tensor) -> Tensor:
-    """Means over the tokens of each block: float32 [B·h, N_b, D]."""
+def keys_of_rows(clip_block_starts: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """For each query block the first key block of its clip, and how many there are: int64 [N_b] both."""
+    lengths = clip_block_starts.diff()
+    starts = clip_block_starts[:-1].repeat_interleave(lengths, output_size=blocks)
+    return starts, lengths.repeat_interleave(lengths, output_size=blocks)
+
+
+def near_bits(sta_offsets: Tensor, sta_indices: Tensor, key_starts: Tensor, max_clip_blocks: int) -> Tensor:
+    """A Sliding-Tile Attention mask, one for all heads, as the bits that `select` takes: int32 [N_b, words]."""
+    return lists_to_bits(sta_offsets, sta_indices, triton.cdiv(max_clip_blocks, 32), key_starts)
+
+
+def pool(x: Tensor, block_starts: Tensor) -> Tensor:
+    """Means over the tokens of each block: [B, h, S, D] to float32 [B·h, N_b, D]."""
     B, h, _, D = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     blocks = block_starts.shape[0] - 1
     pooled = x.new_empty(B * h, blocks, D, dtype=torch.float32)
-    pool_kernel[(blocks, B * h)](
-        x, block_starts, pooled, *x.stride()[:3], h, blocks,
+    launch(
+        pool_kernel, (blocks, B * h), x, block_starts, pooled, *x.stride()[:3], h, blocks,
         D=D, WIDTH=triton.next_power_of_2(D), TOKENS=POOLED_TOKENS, num_warps=2,
     )  # fmt: skip
     return pooled
 
 
-def _select(
+def select(
     queries: Tensor,
     keys: Tensor,
     key_starts: Tensor,
     key_counts: Tensor,
-    longest: int,
+    max_clip_blocks: int,
     thr: float,
     near: Tensor | None,
-    kept: Tensor,
-    counts: Tensor,
-) -> None:
-    """Fill `kept`, a bit for each key block of the row's clip, and `counts`."""
+) -> tuple[Tensor, Tensor]:
+    """What each query block keeps: bits, int32 [B·h·N_b, words], and how many are set, int64 [B·h, N_b].
+
+    queries, keys: pooled. key_starts, key_counts: of `keys_of_rows`. near: bits of the blocks that every head keeps,
+    int32 [N_b, words], or None. Bit i of a row stands for key block i of the row's clip.
+    """
     heads, blocks, D = queries.shape
+    kept = queries.new_empty(heads * blocks, triton.cdiv(max_clip_blocks, 32), dtype=torch.int32)
+    counts = queries.new_empty(heads, blocks, dtype=torch.int64)
     tiles = triton.cdiv(blocks, TILE_ROWS)
-    items, step = logits_at_once(heads * tiles, longest)
+    items, step = logits_at_once(heads * tiles, max_clip_blocks)
     logits = queries.new_empty(items * TILE_ROWS, step)
-    columns, rows, warps = whole_row_tile(longest)
+    columns, rows, warps = whole_row_tile(max_clip_blocks)
     for first in range(0, heads * tiles, items):
-        there = min(items, heads * tiles - first)
-        logits_kernel[(there,)](
+        programs = min(items, heads * tiles - first)
+        launch(
+            logits_kernel, (programs,),
             queries, keys, key_starts, key_counts, logits, first, tiles, blocks, step, 1 / math.sqrt(D),
             D=D, ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=TILE_DEPTH, num_warps=LOGITS_WARPS,
         )  # fmt: skip
-        select_kernel[(there * TILE_ROWS // rows,)](
+        launch(
+            select_kernel, (programs * TILE_ROWS // rows,),
             logits, key_counts, near, kept, counts, first, tiles, blocks, step, kept.shape[1], dropped_mass(thr),
             TILE=TILE_ROWS, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
+    return kept, counts
 
 
-def logits_at_once(tiles: int, longest: int) -> tuple[int, int]:
-    """(tiles of TILE_ROWS rows, cells of a row) whose logits are in memory together."""
-    step = triton.cdiv(longest, 16) * 16
+def write_lists(
+    kept: Tensor, key_starts: Tensor, key_counts: Tensor, max_clip_blocks: int, offsets: Tensor, total: int
+) -> Tensor:
+    """The key blocks whose bits are set, row after row: int32 [total]. kept: of `select`."""
+    indices = kept.new_empty(total)
+    total_rows, words = kept.shape
+    columns, rows, warps = whole_row_tile(max_clip_blocks)
+    launch(
+        write_lists_kernel, (triton.cdiv(total_rows, rows),),
+        kept, key_starts, key_counts, offsets, indices, total_rows, offsets.shape[2] - 1, words,
+        ROWS=rows, COLUMNS=columns, num_warps=warps,
+    )  # fmt: skip
+    return indices
+
+
+def logits_at_once(tiles: int, max_clip_blocks: int) -> tuple[int, int]:
+    """Tiles of TILE_ROWS rows whose logits are in memory together, and the distance between two rows."""
+    step = triton.cdiv(max_clip_blocks, 16) * 16
     return max(1, min(CHUNK // (TILE_ROWS * step), tiles)), step
 
 
 def dropped_mass(thr: float) -> int:
-    """The least sum, in fixed point, that is at least 1 - thr once rounded to float32."""
+    """The smallest fixed-point sum that is at least 1 - thr after rounding both to float32."""
     target = torch.tensor(1 - thr, dtype=torch.float32)
     if target == 0:
         return 0
     below = torch.nextafter(target, torch.zeros(()))
     middle = (Fraction(target.item()) + Fraction(below.item())) / 2 * (1 << FIXED_POINT_BITS)
-    even = target.view(torch.int32).item() % 2 == 0  # a sum halfway between the two rounds to the even one
+    even = target.view(torch.int32).item() % 2 == 0  # a sum halfway between two floats rounds to the even one
     return math.ceil(middle) if even else math.floor(middle) + 1
 
 
-def whole_row_tile(longest: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program that looks at whole rows."""
-    columns = max(32, triton.next_power_of_2(longest))
+def whole_row_tile(max_clip_blocks: int) -> tuple[int, int, int]:
+    """(columns, rows, warps) of a program that holds whole rows."""
+    columns = max(32, triton.next_power_of_2(max_clip_blocks))
     rows = max(1, min(TILE_ROWS, SELECTED_CELLS // columns))
     return columns, rows, max(1, min(32, rows * columns // 512))
 
@@ -154,12 +177,13 @@ def pool_kernel(
     tl.store(pooled + (head * blocks + block) * D + d, mean, mask=d < D)
 
 
-@triton.jit
+# first_item differs between the launches of one map: they share a compiled kernel.
+@triton.jit(do_not_specialize=["first_item"])
 def logits_kernel(
     queries, keys, key_starts, key_counts, logits, first_item, tiles, blocks, step, scale,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile of query blocks against the key blocks of their clips, each row from its clip's first key."""
+    """Logits of a tile of query blocks with the key blocks of their clips; column 0 is a clip's first key block."""
     item = tl.program_id(0)
     head = ((first_item + item) // tiles).to(tl.int64)
     block = (first_item + item) % tiles * ROWS + tl.arange(0, ROWS)
@@ -186,12 +210,12 @@ def logits_kernel(
         tl.store(target[:, None] + (key[None, :] - start[:, None]), products * scale, mask=own)
 
 
-@triton.jit(do_not_specialize=["dropped"])
+@triton.jit(do_not_specialize=["first_item", "dropped"])
 def select_kernel(
     logits, key_counts, near, kept, counts, first_item, tiles, blocks, step, words, dropped: tl.int64,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of whole rows and the bits of what they keep: all but the smallest whose sum stays below `dropped`.
+    """Softmax of whole rows and the bits of what they keep: all but the smallest, whose sum stays below `dropped`.
 
     The largest is kept even where the sum of all rounds below `dropped`.
     """
@@ -208,7 +232,7 @@ def select_kernel(
     probabilities = tl.div_rn(weights, tl.broadcast_to(total[:, None], [ROWS, COLUMNS]))
     order = probabilities.to(tl.int32, bitcast=True)
     mass = (probabilities * FIXED_POINT_ONE).to(tl.int64)
-    # The least bits with which the sum of what does not exceed them reaches the dropped mass.
+    # The smallest bits for which the sum of all probabilities up to them reaches the dropped mass.
     low = tl.zeros([ROWS], tl.int32)
     high = tl.max(order, axis=1)
     for _ in range(31):
@@ -239,7 +263,7 @@ def write_lists_kernel(
     kept, key_starts, key_counts, offsets, indices, total_rows, blocks, words,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of the bits that are set, ascending, each row at its offset."""
+    """The numbers of the key blocks whose bits are set, ascending, each row from its offset on."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < total_rows
     block = row % blocks

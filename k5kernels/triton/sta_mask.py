@@ -1,4 +1,4 @@
-"""Sliding-Tile Attention's lists on the GPU: one pass counts, one writes; no map is stored."""
+"""Sliding-Tile Attention's lists on the GPU, in two passes: the first counts, the second writes the lists."""
 
 import torch
 import triton
@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from k5kernels.block_mask import row_offsets
+from k5kernels.triton.launch import launch
 
+# Blocks that a program compares with its own at a time.
 COMPARED_BLOCKS = 1024
 
 
@@ -16,16 +18,16 @@ def sta_mask(coordinates: Tensor, window: list[int], kept: int) -> tuple[Tensor,
     coordinates = coordinates.contiguous()
     reach = [side // 2 for side in window]
     counts = coordinates.new_empty(1, 1, blocks)
-    count_near_kernel[(blocks,)](coordinates, counts, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
+    launch(count_near_kernel, (blocks,), coordinates, counts, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
     offsets = row_offsets(counts)
     indices = coordinates.new_empty(kept, dtype=torch.int32)
-    write_near_kernel[(blocks,)](coordinates, offsets, indices, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
+    launch(write_near_kernel, (blocks,), coordinates, offsets, indices, blocks, *reach, COLUMNS=COMPARED_BLOCKS)
     return offsets, indices
 
 
 @triton.jit
 def near_blocks(coordinates, row, column, blocks, reach_t, reach_y, reach_x):
-    """Whether each block numbered `column` is within reach of `row`: int32."""
+    """For each block in `column`, 1 where it is within reach of block `row` and in its clip, else 0: int32."""
     own = coordinates + row * 4
     other = coordinates + column * 4
     there = column < blocks
@@ -38,7 +40,7 @@ def near_blocks(coordinates, row, column, blocks, reach_t, reach_y, reach_x):
 
 @triton.jit
 def count_near_kernel(coordinates, counts, blocks, reach_t, reach_y, reach_x, COLUMNS: tl.constexpr):
-    """How many blocks one block reads."""
+    """The number of blocks that one block reads."""
     row = tl.program_id(0)
     total = tl.zeros([COLUMNS], tl.int32)
     for first in range(0, blocks, COLUMNS):
@@ -49,7 +51,7 @@ def count_near_kernel(coordinates, counts, blocks, reach_t, reach_y, reach_x, CO
 
 @triton.jit
 def write_near_kernel(coordinates, offsets, indices, blocks, reach_t, reach_y, reach_x, COLUMNS: tl.constexpr):
-    """The numbers of the blocks one block reads, ascending."""
+    """The blocks that one block reads, ascending."""
     row = tl.program_id(0)
     target = tl.load(offsets + row)
     for first in range(0, blocks, COLUMNS):

@@ -1,14 +1,18 @@
 """The committed table of GPU kernels is what the compiler gives, and every gate holds in it."""
 
+import ast
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import triton
 
 from bench.gpu_report import table
-from bench.gpu_report.compile import Work, violations
-from bench.gpu_report.roofline import PEAKS, bound_ms
+from bench.gpu_report.compile import violations
+from bench.gpu_report.launches import variants
+from bench.gpu_report.roofline import PEAKS, SIZES, Work, bound_ms
 
 COMBINATIONS = list(table.combinations())
 NAMES = [f"{variant.name} D={variant.head_dim} {arch.name}" for variant, arch in COMBINATIONS]
@@ -17,6 +21,41 @@ NAMES = [f"{variant.name} D={variant.head_dim} {arch.name}" for variant, arch in
 def committed(variant, arch):
     wanted = (variant.name, variant.head_dim, arch.name)
     return next(row for row in table.read() if (row.kernel, row.head_dim, row.arch) == wanted)
+
+
+def kernels_written():
+    """The functions of k5kernels/triton whose name ends with "_kernel"."""
+    files = sorted((Path(table.__file__).parents[2] / "k5kernels" / "triton").glob("*.py"))
+    modules = [importlib.import_module(f"k5kernels.triton.{path.stem}") for path in files]
+    return {
+        getattr(module, name).fn.__qualname__: getattr(module, name)
+        for module in modules
+        for name in vars(module)
+        if name.endswith("_kernel")
+    }
+
+
+def test_every_kernel_is_launched_in_the_report():
+    launched = {variant.launch.kernel for variant, _ in COMBINATIONS}
+    written = kernels_written()
+    assert len(written) > 10
+    assert {name for name, kernel in written.items() if kernel not in launched} == set()
+
+
+def test_kernels_are_launched_through_the_function_that_can_record_them_alone():
+    for path in sorted((Path(table.__file__).parents[2] / "k5kernels" / "triton").glob("*.py")):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        subscripted = [ast.unparse(function) for function in calls if isinstance(function, ast.Subscript)]
+        assert subscripted == (["kernel[grid]"] if path.stem == "launch" else []), path
+
+
+def test_launches_of_one_name_that_differ_are_not_taken_for_one(monkeypatch):
+    monkeypatch.setattr(
+        "k5kernels.triton.block_sparse_attention.warps_and_stages", lambda *_: {"num_warps": next(warps)}
+    )
+    warps = iter(range(1, 1000))
+    with pytest.raises(ValueError, match="attention: forward"):
+        variants(SIZES[64], 80)
 
 
 def test_the_table_has_one_row_for_each_variant_and_architecture():
@@ -68,6 +107,6 @@ def test_the_gate_sees_spills_shared_memory_and_missing_tensor_cores():
 
 def test_the_bound_is_the_longer_of_computing_and_moving():
     peak = PEAKS["sm_90a"]
-    assert bound_ms(Work(peak.tensor, peak.memory / 2), peak) == 1000
-    assert bound_ms(Work(peak.tensor / 2, peak.memory), peak) == 1000
-    assert bound_ms(Work(peak.vector, 1, tensor_core=False), peak) == 1000
+    assert bound_ms(Work(peak.tensor, peak.memory / 2, tensor_core=True), peak) == 1000
+    assert bound_ms(Work(peak.tensor / 2, peak.memory, tensor_core=True), peak) == 1000
+    assert bound_ms(Work(peak.vector, 1), peak) == 1000

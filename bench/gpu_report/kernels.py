@@ -1,0 +1,155 @@
+"""What the report says of each kernel: its name in the table and the work of a launch at one of the report's sizes.
+
+How a kernel is launched is not said here: `bench.gpu_report.launches` records it from the launchers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.gpu_report.roofline import Size, Work
+from k5kernels.triton import attention_backward, attention_forward, block_mask, fractal, nabla_mask, sta_mask
+
+Arguments = Mapping[str, Any]
+
+BF16, FLOAT, INT, LONG = 2, 4, 4, 8  # bytes
+BLOCK = 64  # tokens
+COMPARISONS = 31  # of a probability, in the bisection
+STA_WINDOW = (11, 3, 3)
+STA_BLOCKS = 11 * 3 * 3
+ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """title: from the arguments of a launch by name. work: from these and the size."""
+
+    title: Callable[[Arguments], str]
+    work: Callable[[Arguments, Size], Work]
+
+
+def _tokens(size: Size) -> float:
+    return float(size.heads) * size.tokens * size.head_dim
+
+
+def _map_cells(size: Size) -> float:
+    """Pairs of blocks, over all heads."""
+    return float(size.heads) * size.blocks**2
+
+
+def _kept(size: Size) -> float:
+    return float(size.heads) * size.blocks * size.kept
+
+
+def _pooled_bytes(size: Size) -> float:
+    return float(size.heads) * size.blocks * size.head_dim * FLOAT
+
+
+def _pool(arguments: Arguments, size: Size) -> Work:
+    return Work(_tokens(size), arguments["x"].element_size() * _tokens(size) + _pooled_bytes(size))
+
+
+def _logits(arguments: Arguments, size: Size) -> Work:
+    """In exact float32, which tensor cores do not have: the selection follows the float32 map."""
+    return Work(2 * _map_cells(size) * size.head_dim, 2 * _pooled_bytes(size) + FLOAT * _map_cells(size))
+
+
+def _select(arguments: Arguments, size: Size) -> Work:
+    return Work(2 * COMPARISONS * _map_cells(size), FLOAT * _map_cells(size) + _map_cells(size) / 8)
+
+
+def _bits_and_lists(arguments: Arguments, size: Size) -> Work:
+    """A pass over the bits of the mask, with its lists read or written."""
+    return Work(_map_cells(size), _map_cells(size) / 8 + INT * _kept(size))
+
+
+def _bits(arguments: Arguments, size: Size) -> Work:
+    return Work(_map_cells(size), _map_cells(size) / 8)
+
+
+def _set_bits(arguments: Arguments, size: Size) -> Work:
+    """Of the Sliding-Tile Attention mask, which is one for all heads, or of a whole mask."""
+    if arguments["first_keys"] is None:
+        return _bits_and_lists(arguments, size)
+    return Work(STA_BLOCKS * size.blocks, INT * STA_BLOCKS * size.blocks + size.blocks**2 / 8)
+
+
+def _sta(arguments: Arguments, size: Size) -> Work:
+    return Work(8.0 * size.blocks**2, INT * STA_BLOCKS * size.blocks + 4 * LONG * size.blocks)
+
+
+def _gather(arguments: Arguments, size: Size) -> Work:
+    return Work(0, size.tokens * (2 * BF16 * size.heads * size.head_dim + LONG))
+
+
+def _attention(products: int, tensors: int, row_floats: int) -> Callable[[Arguments, Size], Work]:
+    """products: matrix products of a kept block. tensors: those of all tokens that are read or written. row_floats:
+    read or written for each token (lse, and the shift)."""
+
+    def work(arguments: Arguments, size: Size) -> Work:
+        element_size = _queries(arguments).element_size()
+        rows = float(size.heads) * size.tokens
+        lists = size.heads * size.blocks * (INT * size.kept + LONG)
+        return Work(
+            flops=2 * products * rows * size.kept * BLOCK * size.head_dim,
+            bytes=rows * (tensors * element_size * size.head_dim + row_floats * FLOAT) + lists,
+            tensor_core=element_size == BF16,
+        )
+
+    return work
+
+
+def _row_shift(arguments: Arguments, size: Size) -> Work:
+    rows = float(size.heads) * size.tokens
+    return Work(2 * rows * size.head_dim, rows * (2 * arguments["out"].element_size() * size.head_dim + FLOAT))
+
+
+def _element(tensor: Tensor) -> str:
+    return ELEMENTS[tensor.dtype]
+
+
+def _queries(arguments: Arguments) -> Tensor:
+    """The dk, dv kernel loads q along its lists, perhaps through a tensor descriptor."""
+    q = arguments["q"]
+    return q.base if isinstance(q, TensorDescriptor) else q
+
+
+def _attention_title(kind: str) -> Callable[[Arguments], str]:
+    def title(arguments: Arguments) -> str:
+        shape = "" if arguments["FULL"] else ", ragged"
+        return f"attention: {kind} {_element(_queries(arguments))}{shape}{', TMA' if arguments['TMA'] else ''}"
+
+    return title
+
+
+def _always(title: str) -> Callable[[Arguments], str]:
+    return lambda arguments: title
+
+
+# In the order of the table.
+KERNELS: dict[Any, Kernel] = {
+    nabla_mask.pool_kernel: Kernel(lambda a: f"nabla_mask: pool {_element(a['x'])}", _pool),
+    nabla_mask.logits_kernel: Kernel(_always("nabla_mask: logits fp32"), _logits),
+    nabla_mask.select_kernel: Kernel(
+        lambda a: "nabla_mask: select" if a["near"] is None else "nabla_mask: select with STA", _select
+    ),
+    nabla_mask.write_lists_kernel: Kernel(_always("nabla_mask: write lists"), _bits_and_lists),
+    block_mask.set_bits_kernel: Kernel(
+        lambda a: "block mask: bits of lists" if a["first_keys"] is None else "nabla_mask: STA bits", _set_bits
+    ),
+    sta_mask.count_near_kernel: Kernel(_always("sta_mask: count"), _sta),
+    sta_mask.write_near_kernel: Kernel(_always("sta_mask: write"), _sta),
+    fractal.gather_rows_kernel: Kernel(_always("fractal: gather bf16"), _gather),
+    attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
+    attention_forward.forward_pairs_kernel: Kernel(_attention_title("forward, 128 rows"), _attention(2, 4, 1)),
+    attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),
+    attention_backward.backward_keys_kernel: Kernel(_attention_title("dk, dv"), _attention(4, 6, 2)),
+    attention_backward.row_shift_kernel: Kernel(lambda a: f"attention: dout·out {_element(a['out'])}", _row_shift),
+    block_mask.count_readers_kernel: Kernel(_always("block mask: count readers"), _bits),
+    block_mask.write_readers_kernel: Kernel(_always("block mask: write readers"), _bits_and_lists),
+    block_mask.merge_pairs_kernel: Kernel(_always("block mask: merge pairs"), _bits_and_lists),
+}

@@ -1,0 +1,95 @@
+"""What the launchers launch at the report's sizes on a GPU, recorded with tensors that have no memory."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.gpu_report.kernels import KERNELS, STA_WINDOW
+from bench.gpu_report.roofline import Size, Work
+from k5kernels import TokenLayout
+from k5kernels.ops.sta_mask import kept_blocks
+from k5kernels.triton import block_sparse_attention as attention
+from k5kernels.triton import fractal, nabla_mask, sta_mask
+from k5kernels.triton.launch import Launch, record_launches
+
+THR = 0.9
+SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A launch, the name of its row and its work. has_dot: whether its products must run on tensor cores."""
+
+    name: str
+    head_dim: int
+    launch: Launch
+    work: Work
+
+    @property
+    def has_dot(self) -> bool:
+        return self.work.tensor_core
+
+
+def variants(size: Size, capability: int) -> dict[str, Variant]:
+    """The launches on a GPU of this compute capability by name; a name's first one stands for those that follow.
+
+    Raises ValueError where two launches of one name differ in a constant: then the name does not tell them apart.
+    """
+    with record_launches(capability) as launches:
+        _launch_all(size)
+    found: dict[str, Variant] = {}
+    for launch in launches:
+        arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+        kernel = KERNELS[launch.kernel]
+        name = kernel.title(arguments)
+        variant = Variant(name, size.head_dim, launch, kernel.work(arguments, size))
+        if found.setdefault(name, variant).launch.constants != launch.constants:
+            raise ValueError(f"{name}: launched with {found[name].launch.constants} and with {launch.constants}")
+    return found
+
+
+def _launch_all(size: Size) -> None:
+    """Every launcher, with each kind of argument that makes it launch something else."""
+    for dtype in (torch.bfloat16, torch.float32):
+        # A batch that is expanded has a stride of zero, of which no tensor descriptor can be made.
+        for layout, expanded in ((size.layout, True), (size.ragged, False), (size.layout, False)):
+            _attend(size, layout, dtype, expanded)
+        nabla_mask.pool(_tokens(size, size.layout, dtype), size.layout.block_starts("meta"))
+    _build_masks(size)
+    T, H, W = size.layout.clips[0]
+    x = torch.empty(1, T, H, W, size.heads * size.head_dim, dtype=torch.bfloat16, device="meta")
+    fractal.fractal_flatten(x, size.layout.block_side)
+
+
+def _tokens(size: Size, layout: TokenLayout, dtype: torch.dtype, expanded: bool = False) -> Tensor:
+    """[B, h, S, D] as projections leave it: a view of [B, S, h, D]."""
+    x = torch.empty(layout.tokens, size.heads, size.head_dim, dtype=dtype, device="meta").transpose(0, 1)
+    return x.expand(2, -1, -1, -1)[:1] if expanded else x.unsqueeze(0)
+
+
+def _attend(size: Size, layout: TokenLayout, dtype: torch.dtype, expanded: bool) -> None:
+    q, k, v, grad = (_tokens(size, layout, dtype, expanded) for _ in range(4))
+    blocks = (layout.block_starts("meta"), layout.max_block_tokens)
+    lists = (_offsets(size.heads, layout), torch.empty(_kept(size), dtype=torch.int32, device="meta"))
+    out, lse = attention.block_sparse_attention(q, k, v, *lists, *blocks, SCALE)
+    attention.block_sparse_attention_backward(grad, None, q, k, v, out, lse, *lists, *blocks, SCALE)
+
+
+def _build_masks(size: Size) -> None:
+    layout = size.layout
+    window, coordinates = list(STA_WINDOW), layout.block_coordinates("meta")
+    sta = sta_mask.sta_mask(coordinates, window, kept_blocks(layout, window))
+    queries, keys = (torch.empty(size.heads, layout.blocks, size.head_dim, device="meta") for _ in range(2))
+    rows = nabla_mask.keys_of_rows(layout.clip_block_starts("meta"), layout.blocks)
+    for near in (None, nabla_mask.near_bits(*sta, rows[0], layout.max_clip_blocks)):
+        kept, _ = nabla_mask.select(queries, keys, *rows, layout.max_clip_blocks, THR, near)
+    nabla_mask.write_lists(kept, *rows, layout.max_clip_blocks, _offsets(size.heads, layout), _kept(size))
+
+
+def _offsets(heads: int, layout: TokenLayout) -> Tensor:
+    return torch.empty(1, heads, layout.blocks + 1, dtype=torch.int64, device="meta")
+
+
+def _kept(size: Size) -> int:
+    return round(size.heads * size.blocks * size.kept)
