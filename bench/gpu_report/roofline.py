@@ -52,8 +52,8 @@ class Size:
 
 # The longest clips of the released models, one sample: Lite 10 s 512×768 and Pro 10 s 768×1280 (§5.4).
 SIZES = {
-    64: Size("Lite 10 s", TokenLayout((61, 32, 48)), TokenLayout((61, 31, 48)), 28, 64),
-    128: Size("Pro 10 s HD", TokenLayout((61, 48, 80)), TokenLayout((61, 47, 80)), 32, 128),
+    64: Size("Lite 10 s", TokenLayout(((61, 32, 48),)), TokenLayout(((61, 31, 48),)), 28, 64),
+    128: Size("Pro 10 s HD", TokenLayout(((61, 48, 80),)), TokenLayout(((61, 47, 80),)), 32, 128),
 }
 
 
