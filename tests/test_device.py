@@ -51,7 +51,7 @@ def test_another_kind_of_device_is_refused(name):
 
 def test_encode_refuses_a_device_before_it_reads_anything(gpus):
     gpus(0)
-    fails("encode nothing.mp4 --vae nothing.safetensors --out nowhere --device cuda", 1, "cuda is not here")
+    fails("encode nothing.mp4 --vae nothing.safetensors --out nowhere --device cuda", 2, "cuda is not here")
 
 
 def test_training_and_sampling_on_a_device_of_their_own():

@@ -34,7 +34,8 @@ def encode(
         from k5kernels.latents.job import encode_videos
         from k5kernels.vae.weights import load_encoder
 
-        encoder = load_encoder(vae).to(choose_device(device))
+        chosen = choose_device(device)
+        encoder = load_encoder(vae).to(chosen)
         terminal = console(stderr=True)
         with display(terminal) as progress:
             summary = encode_videos(
