@@ -31,6 +31,7 @@ from k5kernels.vae.weights import load_decoder, load_encoder
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
 from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
+from train.clips import reading_of
 from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.evaluation import Generation, Scene, generate, probe_loss, psnr
 from train.latents import LatentSet, channels_last, read_shards
@@ -51,9 +52,10 @@ Progress = Callable[[int, int], None]
 
 def check_video(path: Path) -> None:
     """Raises VideoError where the file is no video, or its first frames cannot be used."""
-    info = probe(path)
+    reading = reading_of(path)
+    info = probe(path, reading)
     height, width = nearest_bucket(info.height, info.width, RESOLUTION)
-    read_video(path, height, width, max_frames=MIN_FRAMES, min_frames=MIN_FRAMES)
+    read_video(path, height, width, max_frames=MIN_FRAMES, min_frames=MIN_FRAMES, reading=reading)
 
 
 def clear(out: Path) -> None:
@@ -116,6 +118,7 @@ class Job:
             resolution=RESOLUTION,
             clip_frames=CLIP_FRAMES,
             max_clips=MAX_CLIPS,
+            reading=reading_of(self.video),
             progress=show,
         )
         self.encode_seconds = time.perf_counter() - began
@@ -165,7 +168,7 @@ class Job:
     def write_video(self) -> None:
         """Source, reconstruction and the samples side by side, as MP4 and one frame as PNG."""
         record = self.sample_record
-        frames = decode(self.video, record.height, record.width)
+        frames = decode(self.video, record.height, record.width, reading=reading_of(self.video))
         self.source = torch.stack(list(islice(frames, record.first_frame, record.first_frame + record.frames)))
         with torch.inference_mode():
             self.reconstruction = to_frames(self.decoder(self.scene.latent.permute(0, 4, 1, 2, 3))).cpu()

@@ -18,6 +18,12 @@ def encode(
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
     resolution: Annotated[int, typer.Option(help="Class of the buckets: 256, 512 or 1024.")] = 256,
     clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4.")] = 25,
+    fps: Annotated[
+        str, typer.Option(help="Frames a second, resampled by time stamps; or source, for every frame as it is.")
+    ] = "24",
+    background: Annotated[
+        str, typer.Option(help="Colour behind what is transparent: black, white, grey or #rrggbb.")
+    ] = "black",
     index: Annotated[int, typer.Option(help="Number of this process, from 0, where several share the work.")] = 0,
     of: Annotated[int, typer.Option(help="How many processes share the work, on one machine or many.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what another job left in the folder.")] = False,
@@ -32,9 +38,11 @@ def encode(
         from k5kernels.device import choose_device
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.job import encode_videos
+        from k5kernels.latents.video import Reading, parse_colour, parse_fps
         from k5kernels.vae.weights import load_encoder
 
         chosen = choose_device(device)
+        reading = Reading(fps=parse_fps(fps), background=parse_colour(background))
         encoder = load_encoder(vae).to(chosen)
         terminal = console(stderr=True)
         with display(terminal) as progress:
@@ -44,6 +52,7 @@ def encode(
                 out,
                 resolution=resolution,
                 clip_frames=clip_frames,
+                reading=reading,
                 index=index,
                 of=of,
                 overwrite=overwrite,

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ from torch import Tensor
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import VideoError, decode, nearest_bucket, probe, to_model
+from k5kernels.latents.video import AS_MODELS, MIN_FRAMES, Reading, VideoError, nearest_bucket, read_clips, to_model
 from k5kernels.vae import HunyuanEncoder, latent_frames
-from k5kernels.vae.config import TEMPORAL_STRIDE
-
-# A clip has motion: more than the first latent frame, which stands for one frame alone.
-MIN_FRAMES = 1 + TEMPORAL_STRIDE
 
 # Called after each clip: frames of the source encoded so far, frames it announces (0 where it does not).
 Progress = Callable[[int, int], None]
@@ -33,6 +28,7 @@ class Encoding:
 
     resolution: a class of `k5kernels.latents.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
     clip_frames: 1 + a multiple of 4, at least 5. max_clips: of each source, the first so many; None: all.
+    reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
     Raises ValueError for values that do not fit.
     """
 
@@ -40,6 +36,7 @@ class Encoding:
     resolution: int = 256
     clip_frames: int = 25
     max_clips: int | None = None
+    reading: Reading = AS_MODELS
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +50,8 @@ class Encoding:
 
     def settings(self) -> dict[str, Any]:
         """What the samples depend on, as JSON values."""
-        settings = {"encoder": self.fingerprint, "resolution": self.resolution, "clip_frames": self.clip_frames}
+        settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": self.resolution}
+        settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
         return settings | ({} if self.max_clips is None else {"max_clips": self.max_clips})
 
     def samples(
@@ -65,9 +63,8 @@ class Encoding:
         OSError where the file cannot be read.
         """
         name = f"{re.sub('[^A-Za-z0-9-]+', '-', Path(source.path).stem)[:40]}-{_short_hash(source.path, sha256)}"
-        for number, clip in enumerate(
-            islice(_read_clips(source.file, self.resolution, self.clip_frames), self.max_clips)
-        ):
+        clips = read_clips(source.file, self.resolution, self.clip_frames, self.reading)
+        for number, clip in enumerate(islice(clips, self.max_clips)):
             if progress is not None:
                 progress(clip.first_frame + len(clip.frames), clip.announced_frames)
             if number >= first:
@@ -77,7 +74,19 @@ class Encoding:
                     raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
                 frames, height, width = clip.frames.shape[:3]
                 record = ClipRecord(
-                    frames, height, width, clip.rate, source.path, clip.first_frame, sha256, caption=caption
+                    frames,
+                    height,
+                    width,
+                    clip.rate,
+                    source.path,
+                    clip.first_frame,
+                    sha256,
+                    caption=caption,
+                    start=clip.start,
+                    end=clip.end,
+                    shown_height=clip.shown_height,
+                    shown_width=clip.shown_width,
+                    colour=clip.colour,
                 )
                 yield Sample(f"{name}-{clip.first_frame:08d}", latent, record)
 
@@ -90,27 +99,6 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
     """
     encoding = Encoding(encoder, **settings)
     return list(encoding.samples(Source(str(path), Path(path).name, named=True), content_hash(str(path))))
-
-
-@dataclass(frozen=True)
-class _Clip:
-    frames: Tensor
-    first_frame: int
-    rate: Fraction
-    announced_frames: int
-
-
-def _read_clips(path: str, resolution: int, clip_frames: int) -> Iterator[_Clip]:
-    """A video in clips of `clip_frames` frames. Of what remains at its end, the first 1 + 4n frames are one more,
-    shorter clip where there are at least 5; frames beyond that are dropped."""
-    info = probe(path)
-    height, width = nearest_bucket(info.height, info.width, resolution)
-    frames = decode(path, height, width, min_frames=MIN_FRAMES)
-    first = 0
-    while len(clip := list(islice(frames, clip_frames))) >= MIN_FRAMES:
-        count = len(clip) - (len(clip) - 1) % TEMPORAL_STRIDE
-        yield _Clip(torch.stack(clip[:count]), first, info.rate, info.frames)
-        first += count
 
 
 def _encode(frames: Tensor, encoder: HunyuanEncoder) -> Tensor:

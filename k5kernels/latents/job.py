@@ -24,7 +24,7 @@ from k5kernels.latents.manifest import Outcome, SourceEntry
 from k5kernels.latents.parts import job_id, lock_name, open_part, prefix_of
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
-from k5kernels.latents.video import VideoError
+from k5kernels.latents.video import AS_MODELS, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
 from k5kernels.vae import HunyuanEncoder
 
@@ -78,6 +78,7 @@ def encode_videos(
     clip_frames: int = 25,
     samples_per_shard: int = 16,
     max_clips: int | None = None,
+    reading: Reading = AS_MODELS,
     index: int = 0,
     of: int = 1,
     overwrite: bool = False,
@@ -89,7 +90,7 @@ def encode_videos(
 
     paths: files, and folders that stand for all that is in them. One that cannot be encoded is reported in the summary
     and the others are; of one that breaks on its way, the clips before the break are kept.
-    resolution, clip_frames, max_clips: as in `Encoding`.
+    resolution, clip_frames, max_clips, reading: as in `Encoding`.
     index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
     overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
     are tried again; the others are tried again anyway.
@@ -103,7 +104,7 @@ def encode_videos(
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
     if not 0 <= index < of <= 10_000:
         raise ValueError(f"index, of: expected an index from 0 to of - 1, of up to 10000, got {index} of {of}")
-    encoding = Encoding(encoder, resolution, clip_frames, max_clips)
+    encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading)
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
     listing = find_sources(paths, folder.local)

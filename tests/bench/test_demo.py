@@ -86,7 +86,7 @@ def assert_no_results(out: Path):
 
 
 def test_a_missing_file_is_one_line(invoke, tmp_path):
-    assert_one_clear_line(invoke(tmp_path / "nothing.mp4"), "nothing.mp4", "no such file")
+    assert_one_clear_line(invoke(tmp_path / "nothing.mp4"), "nothing.mp4", "No such file")
     assert_no_results(tmp_path / "out")
 
 
@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_opened_is_one_line(invoke, tmp_path, monkeypatch)
         raise PermissionError(13, "Permission denied", str(tmp_path / "clip.mp4"))
 
     path = noise_video(tmp_path / "clip.mp4", 5, 256, 256)
-    monkeypatch.setattr("k5kernels.latents.video.read.av.open", denied)
+    monkeypatch.setattr("k5kernels.latents.video.container.av.open", denied)
     assert_one_clear_line(invoke(path), "clip.mp4", "Permission denied")
     assert_no_results(tmp_path / "out")
 

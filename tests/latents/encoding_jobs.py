@@ -35,7 +35,7 @@ def make_video(path: Path, frames: int, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = torch.rand(frames, 8, 8, 3, generator=torch.Generator().manual_seed(seed))
     image = noise.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
-    write_video(path, (image * 255).to(torch.uint8), Fraction(25))
+    write_video(path, (image * 255).to(torch.uint8), Fraction(24))
     return path
 
 

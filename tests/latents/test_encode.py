@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from encoding_jobs import CountingEncoder, make_video
-from torch import Tensor
 
 from k5kernels.latents.encode import Encoding, encode_video
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import VideoError, decode, read_video, to_model, write_video
+from k5kernels.latents.video import EVERY_FRAME, VideoError, read_video, to_model, write_video
+from k5kernels.latents.video.shown import Shown, shown_frames
 from k5kernels.vae import HunyuanEncoder, VAEConfig
 from train.clips import clip_path
 
@@ -41,7 +41,7 @@ def test_real_frames_give_the_encoders_latents(tmp_path: Path) -> None:
     write_video(path, *read_video(clip_path("carphone_pristine"), 144, 176, max_frames=11))
     torch.manual_seed(0)
     encoder = HunyuanEncoder(VAEConfig(widths=(4, 4, 4, 4), groups=2, layers_per_block=1))
-    samples = encode_video(path, encoder, clip_frames=5)
+    samples = encode_video(path, encoder, clip_frames=5, reading=EVERY_FRAME)
     frames, _ = read_video(path, 256, 256)
     with torch.inference_mode():
         expected = [encoder(to_model(frames[first : first + 5]))[0].half() for first in (0, 5)]
@@ -52,7 +52,21 @@ def test_record_tells_what_was_encoded(tmp_path: Path, encoder: CountingEncoder)
     path = make_video(tmp_path / "v.mp4", 11)
     source = Source(str(path), "scenes/v.mp4")
     _, sample = Encoding(encoder, clip_frames=5).samples(source, content_hash(str(path)), caption="noise")
-    expected = ClipRecord(5, 256, 256, Fraction(25), "scenes/v.mp4", 5, content_hash(str(path)), caption="noise")
+    expected = ClipRecord(
+        5,
+        256,
+        256,
+        Fraction(24),
+        "scenes/v.mp4",
+        5,
+        content_hash(str(path)),
+        caption="noise",
+        start=Fraction(5, 24),
+        end=Fraction(10, 24),
+        shown_height=128,
+        shown_width=128,
+        colour="BT.601 (assumed) limited range",
+    )
     assert sample.record == expected
 
 
@@ -114,12 +128,12 @@ def test_no_frame_is_decoded_before_its_clip_is_due(
 ) -> None:
     ahead = []
 
-    def counted(*arguments: Any, **settings: Any) -> Iterator[Tensor]:
-        for number, frame in enumerate(decode(*arguments, **settings)):
+    def counted(*arguments: Any) -> Iterator[Shown]:
+        for number, frame in enumerate(shown_frames(*arguments)):
             ahead.append(number - 5 * encoder.clips)
             yield frame
 
-    monkeypatch.setattr("k5kernels.latents.encode.decode", counted)
+    monkeypatch.setattr("k5kernels.latents.video.clips.shown_frames", counted)
     encode_video(make_video(tmp_path / "v.mp4", 25), encoder, clip_frames=5)
     assert ahead == [0, 1, 2, 3, 4] * 5
 

@@ -55,7 +55,7 @@ def names(out: Path) -> list[str]:
 @contextmanager
 def failing(name: str, error: BaseException) -> Iterator[None]:
     """Reading the frames of the video of that name raises the error."""
-    real = encode_module._read_clips
+    real = encode_module.read_clips
 
     def read(path: str, *arguments: Any) -> Any:
         if Path(path).name == name:
@@ -63,7 +63,7 @@ def failing(name: str, error: BaseException) -> Iterator[None]:
         return real(path, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode_module, "_read_clips", read)
+        patch.setattr(encode_module, "read_clips", read)
         yield
 
 

@@ -1,8 +1,30 @@
 """Frames as tensors: cut to a bucket, and between bytes and the range of the models."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from k5kernels.latents.video.errors import VideoError
+
+# Sources that would be enlarged beyond this have no detail to learn from.
+MAX_UPSCALE = 2.0
+
+
+def fit_image(image: Tensor, height: int, width: int, path: str, max_upscale: float = MAX_UPSCALE) -> Tensor:
+    """`fit` of one frame, uint8 [H, W, 3], of the file `path`.
+
+    Raises VideoError where it would be enlarged too much.
+    """
+    rows, columns = image.shape[:2]
+    if max(height / rows, width / columns) > max_upscale:
+        least = f"{math.ceil(width / max_upscale)}×{math.ceil(height / max_upscale)}"
+        raise VideoError(
+            f"{path}: expected frames of at least {least} pixels for {width}×{height}, "
+            f"got {columns}×{rows}; take a larger source or a lower resolution"
+        )
+    return fit(image[None], height, width)[0]
 
 
 def fit(frames: Tensor, height: int, width: int) -> Tensor:
