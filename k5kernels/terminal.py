@@ -14,6 +14,8 @@ DeviceName = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:N; without it a GPU if there is one")
 ]
 
+LONGEST_LINE = 800  # characters of an error
+
 
 @contextmanager
 def one_line_errors(program: str = "k5", refused: int = 1) -> Iterator[None]:
@@ -58,8 +60,11 @@ def one_line_stop(program: str, state: Callable[[], str]) -> Iterator[None]:
 
 
 def complain(message: object, program: str = "k5") -> None:
-    """One line on stderr."""
-    typer.echo(f"{program}: {printable(message)}", err=True)
+    """One line on stderr; of a long one, as where a damaged file is quoted, the start and the end."""
+    line = printable(message)
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 4 :]}"
+    typer.echo(f"{program}: {line}", err=True)
 
 
 def printable(message: object) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import torch
@@ -20,7 +20,7 @@ import webdataset
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from k5kernels.latents.folder import naming, write_whole
 from k5kernels.latents.record import ClipRecord, from_json, to_json
@@ -105,9 +105,8 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
     """
     seen: set[str] = set()
     with naming(str(path)), fsspec.open(str(path), "rb") as file:
-        members = tar_file_expander([{"url": str(path), "stream": file}])
         try:
-            for stored in group_by_keys(members):
+            for stored in group_by_keys(_members(file, str(path))):
                 sample = _decode(stored, str(path))
                 if sample.key in seen:
                     raise ShardError(f"{path}: {sample.key}: expected keys that occur once, found this one twice")
@@ -116,7 +115,33 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
         except ShardError:
             raise
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ShardError(f"{path}: expected a whole tar, got one that cannot be read ({error.args[0]})") from error
+            raise ShardError(f"{path}: expected a whole tar, got one that cannot be read ({error})") from error
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. tarfile takes a damaged one, and a missing end mark, for the end of the tar."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if bytes(buf) == bytes(tarfile.BLOCKSIZE):  # the end mark
+                raise
+            raise tarfile.ReadError(f"{error} where a member or the end mark should be") from error
+
+
+def _members(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+    """The tar's files, as webdataset groups them. Raises TarError where the tar is damaged or not at its end."""
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+        for member in tar:
+            opened = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+            if opened is not None:
+                yield {"fname": member.name, "data": opened.read(), "__url__": path}
+        assert tar.fileobj is not None
+        while rest := tar.fileobj.read(tarfile.RECORDSIZE):
+            if rest.strip(b"\0") or len(rest) % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("other data than blocks of zeros after the end mark")
 
 
 def _decode(stored: dict[str, Any], path: str) -> Sample:

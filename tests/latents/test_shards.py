@@ -156,6 +156,43 @@ def test_truncated_shard_is_refused(tmp_path: Path, size: int) -> None:
         list(read_shard(path))
 
 
+@pytest.mark.parametrize("member", ["clip-0001.json", "clip-0001.safetensors"])
+def test_shard_that_ends_where_a_sample_ends_is_refused(tmp_path: Path, member: str) -> None:
+    """To tarfile this is the end of the tar: the samples after it would be lost without a word."""
+    path = tmp_path / "a.tar"
+    write(path, sample(0), sample(1))
+    path.write_bytes(path.read_bytes()[: header(path, member)])
+    with pytest.raises(ShardError, match=r"a\.tar: expected a whole tar, .*where a member or the end mark should be"):
+        list(read_shard(path))
+
+
+@pytest.mark.parametrize("member", ["clip-0001.json", "clip-0001.safetensors"])
+def test_shard_with_a_damaged_header_is_refused(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "a.tar"
+    write(path, sample(0), sample(1))
+    damaged = bytearray(path.read_bytes())
+    damaged[header(path, member) + 5] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(ShardError, match=r"a\.tar: expected a whole tar, .*bad checksum"):
+        list(read_shard(path))
+
+
+def test_shard_with_zeros_for_its_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write(path, sample(0), sample(1))
+    whole, end = path.read_bytes(), header(path, "clip-0001.json")
+    for rest in (bytes(512) + whole[end + 512 :], bytes(1000)):
+        path.write_bytes(whole[:end] + rest)
+        with pytest.raises(ShardError, match="other data than blocks of zeros after the end mark"):
+            list(read_shard(path))
+
+
+def header(path: Path, member: str) -> int:
+    """Where a member begins in a tar."""
+    with tarfile.open(path) as tar:
+        return tar.getmember(member).offset
+
+
 def test_file_that_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"not a tar " * 200)
     with pytest.raises(ShardError, match="expected a whole tar"):

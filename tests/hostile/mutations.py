@@ -1,0 +1,163 @@
+"""Damage done to files, the same for the same seed: what disks, networks, tools and people do to them."""
+
+import io
+import json
+import math
+import random
+import struct
+import tarfile
+import zipfile
+from typing import Any
+
+ODD_VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2**31, 2**63, 10**400, -(10**30), 0.5, -0.0, math.inf, -math.inf, math.nan, 1e308,
+    5e-324, "", "nan", "0", "1/0", "\x00", "é" * 50, "\udc80", "../../x", "a" * 70_000, [], [[]], [0] * 1000, {},
+    {"": {}},
+)  # fmt: skip
+
+
+def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
+    """One to four kinds of damage; the result differs from `data` unless that is empty."""
+    damaged = data
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        damaged = draw.choice(DAMAGES)(damaged, draw)
+    return damaged if damaged != data else data[:-1]
+
+
+def mutate_json(data: bytes, draw: random.Random) -> bytes:
+    """Other values, keys and structure of a JSON text; now and then other bytes, or brackets without end."""
+    kind = draw.random()
+    if kind < 0.02:
+        return draw.choice((b"[", b'{"a":')) * 100_000
+    if kind < 0.3:
+        return mutate_bytes(data, draw)
+    value = json.loads(data)
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        value = _mutate_value(value, draw)
+    return json.dumps(value).encode()
+
+
+def mutate_safetensors(data: bytes, draw: random.Random) -> bytes:
+    """Another header, or length of it, or other bytes of a safetensors file."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = data[8 : 8 + length], data[8 + length :]
+    kind = draw.random()
+    if kind < 0.5:
+        changed = mutate_json(header, draw)
+        return struct.pack("<Q", len(changed)) + changed + body
+    if kind < 0.6:
+        return struct.pack("<Q", draw.choice((0, 1, length - 1, length + 1, 2**40, 2**64 - 1))) + header + body
+    return mutate_bytes(data, draw)
+
+
+def mutate_tar_members(data: bytes, draw: random.Random) -> bytes:
+    """A tar that is whole, of members that were changed, renamed, dropped, repeated, turned into links or reordered."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = [(info, file.read()) for info in tar if (file := tar.extractfile(info)) is not None]
+    number = draw.randrange(len(members))
+    info, content = members[number]
+    match draw.randrange(12):
+        case 0:
+            del members[number]
+        case 1:
+            members.insert(draw.randrange(len(members) + 1), members[number])
+        case 2:
+            draw.shuffle(members)
+        case 3:
+            info.name = draw.choice(
+                ("", "../x.json", "a.b.json", "é.json", "x" * 300, info.name.upper(), "/" + info.name)
+            )
+        case 4:
+            info.type = draw.choice((tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE, b"Z"))
+        case _:
+            mutate = mutate_json if info.name.endswith(".json") else mutate_safetensors
+            members[number] = (info, mutate(content, draw))
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w", format=draw.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return made.getvalue()
+
+
+def mutate_zip_member(data: bytes, draw: random.Random) -> bytes:
+    """A whole zip, its checksums right, one of whose members was changed."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
+        names = old.namelist()
+        # Half of the time the member that describes the others.
+        pickles = [name for name in names if name.endswith(".pkl")]
+        changed = draw.choice(pickles if draw.random() < 0.5 else names)
+        for name in names:
+            content = old.read(name)
+            new.writestr(name, mutate_bytes(content, draw) if name == changed else content)
+    return made.getvalue()
+
+
+def _flip_bits(data: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 3, 20)) if data else 0):
+        changed[_position(len(changed), draw)] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def _truncate(data: bytes, draw: random.Random) -> bytes:
+    """Anywhere, or where a block of a tar or of a disk ends."""
+    block = draw.choice((1, 512))
+    return data[: draw.randrange(len(data) + 1) // block * block]
+
+
+def _drop(data: bytes, draw: random.Random) -> bytes:
+    start = _position(len(data), draw)
+    return data[:start] + data[start + draw.choice((1, 4, 512, 5000)) :]
+
+
+def _repeat(data: bytes, draw: random.Random) -> bytes:
+    start = _position(len(data), draw)
+    return data[: start + draw.choice((1, 4, 512, 5000))] + data[start:]
+
+
+def _swap(data: bytes, draw: random.Random) -> bytes:
+    a, b, c, d = sorted(draw.randrange(len(data) + 1) for _ in range(4))
+    return data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:]
+
+
+def _overwrite(data: bytes, draw: random.Random) -> bytes:
+    start, length = _position(len(data), draw), draw.choice((1, 4, 8, 64, 512, 4096))
+    filling = draw.choice((bytes(length), b"\xff" * length, draw.randbytes(length)))
+    return (data[:start] + filling + data[start + length :])[: len(data)]
+
+
+def _append(data: bytes, draw: random.Random) -> bytes:
+    return data + draw.choice((bytes(512), draw.randbytes(100), data[:1000]))
+
+
+DAMAGES = (_flip_bits, _flip_bits, _truncate, _drop, _repeat, _swap, _overwrite, _append)
+
+
+def _position(length: int, draw: random.Random) -> int:
+    """Half of the time near the start, where formats keep what decides how the rest is read."""
+    if length == 0:
+        return 0
+    return draw.randrange(min(length, 512)) if draw.random() < 0.5 else draw.randrange(length)
+
+
+def _mutate_value(value: Any, draw: random.Random) -> Any:
+    """Change something in a JSON value, more often deep in it than at its top."""
+    kind = draw.random()
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(sorted(value))
+        if kind < 0.15:
+            return {name: item for name, item in value.items() if name != key}
+        if kind < 0.3:
+            other = key + draw.choice(("_", "x", "\0"))
+            return {other if name == key else name: item for name, item in value.items()}
+        return value | {key: _mutate_value(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        index = draw.randrange(len(value))
+        if kind < 0.2:
+            return value[:index] + value[index + 1 :]
+        if kind < 0.4:
+            return [*value[:index], value[index], *value[index:]]
+        return [*value[:index], _mutate_value(value[index], draw), *value[index + 1 :]]
+    return draw.choice(ODD_VALUES)
