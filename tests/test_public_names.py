@@ -32,7 +32,7 @@ CLASSES = ["BlockMask", "TokenLayout"]
 MODULES = {
     "vae": ["HunyuanEncoder", "HunyuanDecoder"],
     "cache": ["MagCache"],
-    "offload": [],
+    "offload": ["offload_saved_tensors"],
     "planner": ["step_time_ms", "memory_bytes", "parameters"],
 }
 
@@ -86,7 +86,9 @@ def test_arguments_have_the_agreed_names_and_order(name):
 
 
 def test_every_function_and_class_has_its_arguments_agreed():
-    assert {name for name in ARGUMENTS if "." not in name} == {*FUNCTIONS, *CLASSES} - {"BlockMask"}
+    """A mask is made by functions and class methods, so that BlockMask's own arguments are free to change."""
+    public = {name for name in k5.__all__ if not isinstance(getattr(k5, name), ModuleType)}
+    assert {name for name in ARGUMENTS if "." not in name} == public - {"BlockMask"}
 
 
 @pytest.mark.parametrize("name", ["density", "to_dense", "to_flex", "from_flex", "from_dense"])

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from k5kernels.offload import activations, offload_saved_tensors
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 class Block(nn.Module):
@@ -56,12 +56,12 @@ def assert_bit_equal(first, second):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@needs_cuda
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_are_bit_equal_with_and_without(device, checkpointed):
+def test_gradients_are_bit_equal_with_and_without(checkpointed):
     assert_bit_equal(
-        gradients(device, offload=True, checkpointed=checkpointed),
-        gradients(device, offload=False, checkpointed=checkpointed),
+        gradients("cuda", offload=True, checkpointed=checkpointed),
+        gradients("cuda", offload=False, checkpointed=checkpointed),
     )
 
 
@@ -116,7 +116,7 @@ def test_meta_tensors_have_no_data_and_stay_where_they_are():
     assert activations._pack(tensor, 0) is tensor
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 def test_offload_frees_device_memory_between_forward_and_backward():
     def held(offload):
         x = torch.randn(1 << 20, device="cuda", requires_grad=True)
