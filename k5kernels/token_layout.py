@@ -161,7 +161,7 @@ def _built(build: Build, layout: TokenLayout, device: torch.device) -> Tensor:
     return build(layout, device)
 
 
-# The functions below use operations of the device alone: copying a list of numbers to a GPU would wait for it.
+# The functions below compute on the device alone: copying a Python list to a GPU would synchronize with it.
 
 
 def _block_starts(layout: TokenLayout, device: torch.device) -> Tensor:

@@ -67,7 +67,7 @@ class PointResult:
 
 
 def points() -> list[Point]:
-    """24 runs: widths × frames × dense and NABLA, with depth and batch going round."""
+    """24 runs: widths × frames × dense and NABLA, cycling through depths and batches."""
     rest = cycle(BLOCKS_AND_BATCH)
     return [Point(d, t, *next(rest), thr) for d, t, thr in product(WIDTHS, FRAMES, NABLA_THRESHOLDS)]
 
