@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+# A process of pytest a core, with a thread each: what needs more threads starts them itself.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
 SOURCES := requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .PHONY: demo test test-slow bench scaling gpu-report check format clean
@@ -14,11 +16,11 @@ demo: $(INSTALLED)
 	$(PY) -m bench.demo --out out $(if $(VIDEO),--video "$(VIDEO)")
 
 test: $(INSTALLED)
-	$(PY) -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels
+	$(PYTEST) -m "not slow"
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels
 
 test-slow: $(INSTALLED)
-	$(PY) -m pytest -m slow
+	$(PYTEST) -m slow
 
 bench: $(INSTALLED)
 	$(PY) -m pytest bench
