@@ -57,7 +57,9 @@ class Loop:
             optimizer.zero_grad()
         loss.value.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
-        value, size = torch.stack([loss.value.detach(), norm]).tolist()  # the only point of a step that waits for the device
+        value, size = torch.stack(
+            [loss.value.detach(), norm]
+        ).tolist()  # the only point of a step that waits for the device
         self._check_finite("loss", value, loss)
         self._check_finite("norm of the gradients", size, loss)
         if self.schedule.max_grad_norm is not None:
