@@ -47,8 +47,7 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
     """
     if not path.exists():
         return None
-    if path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint file, found a folder")
+    _refuse_folder(path)
     with path.open("rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -66,7 +65,8 @@ def check_settings(path: Path, settings: Mapping[str, Any], allow_others: bool) 
     settings: those to compare; what else the checkpoint has is left for later. allow_others: go on with the new
     settings all the same, but for those of FIXED.
     """
-    if path.is_file():
+    if path.exists():
+        _refuse_folder(path)
         refuse_others(path, _read(path).settings, settings, allow_others)
 
 
@@ -102,6 +102,11 @@ def _read(path: Path) -> Checkpoint:
         return Checkpoint(int(state["done"]), dict(state["settings"]), dict(state["stage"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from error
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected a checkpoint file, found a folder")
 
 
 def _damaged(path: Path, reason: object) -> CheckpointError:

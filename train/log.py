@@ -23,11 +23,11 @@ class Log:
             size = file.tell()
             try:
                 written = file.write(line)
-                if written != len(line):
-                    raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
-            except OSError:
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            if written != len(line):
                 file.truncate(size)
-                raise
+                raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
 
     def keep_until(self, done: int) -> None:
         """Drop the rows after step number `done`, which a resumed run writes again, and rows that are not whole."""

@@ -36,7 +36,7 @@ class Loop:
         self.stage, self.schedule = stage, schedule
         self.done = self.saved = 0
         for group in self._groups():
-            group["peak_lr"] = group["lr"]
+            group.setdefault("peak_lr", group["lr"])
 
     @property
     def settings(self) -> dict[str, Any]:

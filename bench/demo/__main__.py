@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from bench.demo.job import Job, check_video, clear
 from bench.demo.page import write_page
 from k5kernels.device import choose_device
-from k5kernels.terminal import DeviceName, one_line_errors
+from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
 from train.clips import CAPTIONS, clip_path
 
 
@@ -61,7 +61,7 @@ def main(
     """Run the demo; a second run overwrites the first."""
     console = Console()
     disable_progress_bar()  # that of the text encoder's weights
-    with one_line_errors("demo"):
+    with one_line_errors("demo"), one_line_stop("demo", lambda: "no results of this run are left"):
         chosen = choose_device(device)
         video = video or clip_path("bigbuckbunny")
         run(video, out, caption or CAPTIONS.get(video.stem, "A video."), chosen, console)

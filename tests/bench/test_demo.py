@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import signal
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -269,6 +270,16 @@ def test_a_run_that_fails_leaves_no_results_of_a_former_one(finished, invoke, tm
     out = shutil.copytree(finished.out, tmp_path / "out")
     assert_one_clear_line(invoke(without_its_end(tmp_path / "clip.mp4")), "clip.mp4", "damaged or missing data")
     assert_no_results(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_is_one_line_and_leaves_no_results(finished, invoke, tmp_path, monkeypatch, number):
+    shutil.copytree(finished.out, tmp_path / "out")
+    monkeypatch.setattr(Job, "train", lambda *_: signal.raise_signal(number))
+    result = invoke(noise_video(tmp_path / "clip.mp4", 5, 128, 128))
+    assert result.exit_code == 128 + number
+    assert result.stderr == f"demo: stopped by {number.name}; no results of this run are left\n"
+    assert_no_results(tmp_path / "out")
 
 
 def test_a_damaged_video_is_never_shown_as_done(small, tmp_path, monkeypatch):

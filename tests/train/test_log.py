@@ -1,6 +1,8 @@
 """The log is JSON, a row a line, whatever is measured and whenever a run is killed."""
 
 import json
+import resource
+import signal
 
 import pytest
 
@@ -56,6 +58,21 @@ def test_a_row_that_was_cut_off_is_dropped(log, tail):
 def test_no_log_is_no_rows_to_drop(tmp_path):
     Log(tmp_path / "log.jsonl").keep_until(3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_row_that_finds_the_disk_full_names_the_log(log):
+    size = log.path.stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            log.append({"step": 8, "loss": 1.0, "step_ms": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert str(log.path) in str(full.value)
+    assert [row["step"] for row in log.rows()] == [2, 4, 6]
 
 
 def test_a_row_that_a_full_disk_cuts_off_is_taken_back(log, monkeypatch):

@@ -57,6 +57,17 @@ def test_the_average_follows_the_weights():
     assert all(torch.equal(averages[name], weight) for name, weight in loop.stage.model.named_parameters())
 
 
+def test_a_second_loop_over_a_stage_warms_up_to_the_same_learning_rate():
+    first = tiny_loop()
+    (optimizer,) = first.stage.optimizers.values()
+    peak = optimizer.param_groups[0]["lr"]
+    first.step()
+    assert optimizer.param_groups[0]["lr"] == peak / 2
+    second = Loop(first.stage, Schedule(8, warmup_steps=1))
+    second.step()
+    assert optimizer.param_groups[0]["lr"] == peak
+
+
 class Duel(Stage):
     """Two networks that learn in turn, each by its own optimizer, as adversarial post-training needs."""
 

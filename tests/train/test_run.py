@@ -198,7 +198,7 @@ def trained(latents, tmp_path):
     return tmp_path / "run"
 
 
-def test_going_on_with_another_setting_is_refused_before_anything_is_loaded(latents, trained, monkeypatch):
+def test_going_on_from_what_does_not_fit_is_refused_before_anything_is_loaded(latents, trained, monkeypatch):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     monkeypatch.setattr(run, "read_shards", lambda folder: pytest.fail("the data were read"))
     for options, words in (
@@ -210,6 +210,14 @@ def test_going_on_with_another_setting_is_refused_before_anything_is_loaded(late
         (("--init", str(trained / "crossdit.safetensors")), "another model's checkpoint: init null (now \"sha256 "),
     ):
         assert_one_line(invoke(latents, trained, 4, *options), "checkpoint.pt: ", words)
+    for content, words in ((b"", "damaged or foreign"), (before["checkpoint.pt"][:5000], "damaged or foreign")):
+        broken(trained / "checkpoint.pt", content)
+        assert_one_line(invoke(latents, trained, 4), "checkpoint.pt: ", words)
+    (trained / "checkpoint.pt").unlink()
+    (trained / "checkpoint.pt").mkdir()
+    assert_one_line(invoke(latents, trained, 4), "checkpoint.pt: ", "found a folder")
+    (trained / "checkpoint.pt").rmdir()
+    broken(trained / "checkpoint.pt", before["checkpoint.pt"])
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
