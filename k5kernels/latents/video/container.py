@@ -96,6 +96,9 @@ def open_video(path: str | Path) -> Iterator[OpenVideo]:
             raise VideoError(f"{path}: expected a picture in one piece, found tiles; convert it to PNG or JPEG first")
         if stream.codec_context is None:
             raise VideoError(f"{path}: expected a codec that FFmpeg decodes here, found another")
+        if container.format.name == "webp_pipe" and not stream.width:
+            found = "found an animated WebP, which FFmpeg does not decode here; convert it to GIF or MP4 first"
+            raise VideoError(f"{path}: expected a video or a still picture, {found}")
         if not stream.width or not stream.height:
             raise VideoError(f"{path}: expected a video, found a stream without a frame size")
         rate = stream.average_rate or stream.guessed_rate

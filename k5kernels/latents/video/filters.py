@@ -88,6 +88,9 @@ class Renderer:
         }[look.deep, look.alpha]
         # How far pixels may be stretched: a frame at the limit is refused when it comes out.
         self.most = min(MAX_STRETCH, max(2.0, MAX_PIXELS / (look.width * look.height)))
+        turning = _turning(look.turn)
+        if aspect is not None and any(name == "transpose" for name, _ in turning):
+            aspect = 1 / aspect
         ratio = f"clip({'sar' if aspect is None else float(aspect)},{1 / self.most},{self.most})"
         square = f"w='round(iw*max({ratio},1))':h='round(ih/min({ratio},1))':flags=bicubic+accurate_rnd:eval=frame"
         filters = [] if fps is None else [("fps", f"fps={fps}:round=near")]
@@ -95,8 +98,9 @@ class Renderer:
             ("setparams", colours),
             ("scale", "flags=bilinear"),
             ("format", layout),
+            *turning,
+            # Last, because the filters after it would keep the size that was settled before the first frame.
             ("scale", square),
-            *_turning(look.turn),
             ("format", layout),
         ]
         self.graph = _graph(look, unit, filters)

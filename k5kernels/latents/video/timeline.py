@@ -52,5 +52,6 @@ class Timeline:
         """Whether stamps [s] of two packets that follow one another in the file lie on two sides of a break."""
         if before is None or after is None:
             return False
-        back = max(BACKWARD_SECONDS, BACKWARD_FRAMES * self.step)
+        # Decoding stamps, as these are, never go back within one transport stream.
+        back = BACKWARD_FRAMES * self.step if self.may_be_joined else max(BACKWARD_SECONDS, BACKWARD_FRAMES * self.step)
         return after < before - back or after > before + max(self._gap, GAP_FRAMES * self.step)

@@ -30,7 +30,7 @@ class Container:
     """What is written. height, width: as stored. rate: frames/s. codec, pixels, options, format: FFmpeg's names.
 
     stamps: presentation times in units of 1/rate, in the order of display; None: 0, 1, …
-    rotation, mirrored: the display matrix, in degrees anticlockwise, mirrored left to right before it is turned.
+    rotation, mirrored: the display matrix, in degrees anticlockwise, mirrored left to right after it is turned.
     aspect: width of a pixel by its height. matrix, full_range: of the YUV values, for RGB of BT.709's primaries.
     tagged: whether the file names both. transfer, primaries: tags alone, the values stay as they are.
     interlaced: odd and even lines are of two frames, half a step apart, flagged, top field first.
@@ -60,11 +60,12 @@ class Container:
     first_frame: int = 0
 
 
-# What makes x264 and x265 keep flat colours, and quickly.
+# What makes encoders keep flat colours, and quickly. x265 in MP4 needs 3 frames or more: with fewer, PyAV may
+# find no header when it writes the file.
 EXACT = {
     "libx264": {"preset": "ultrafast", "crf": "8"},
     "libx265": {"preset": "ultrafast", "crf": "8", "x265-params": "log-level=none:pools=1:frame-threads=1"},
-    "libvpx": {"crf": "4", "b": "4M", "deadline": "realtime"},
+    "libvpx": {"auto-alt-ref": "0", "crf": "4", "b": "4M", "deadline": "realtime"},
     "libvpx-vp9": {"crf": "8", "b": "0", "deadline": "realtime", "cpu-used": "8"},
     "libsvtav1": {"preset": "12", "crf": "10"},
     "libwebp": {"lossless": "1"},
@@ -132,7 +133,7 @@ def write_with_cover(path: Path, container: Container | None) -> Path:
         packet = av.Packet(cover)
         packet.stream, packet.pts, packet.dts, packet.is_keyframe = art, 0, 0, True
         file.mux(packet)
-        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 8000
         file.mux([*sound.encode(frame), *sound.encode()])
         if video is not None and container is not None:
@@ -207,15 +208,14 @@ def _conversion(container: Container) -> Any:
     )
     matrix = "bt2020" if container.matrix == "bt2020nc" else container.matrix
     scale = f"out_color_matrix={matrix}:out_range={'full' if container.full_range else 'limited'}:"
-    # Without tags, the encoder must not learn them from the frames.
-    names = {"unspecified": container.matrix} if container.tagged else {}
-    tags = f"colorspace={names.get('unspecified', 'unknown')}:range={_range(container)}:field_mode={_fields(container)}"
+    fields = f"field_mode={'tff' if container.interlaced else 'prog'}"
+    tags = fields
+    if container.pixels.startswith(("yuv", "nv")):
+        tags += f":colorspace={container.matrix if container.tagged else 'unknown'}:range={_range(container)}"
     chain = [
         graph.add("scale", scale + "flags=accurate_rnd+full_chroma_int+bicubic"),
         graph.add("format", container.pixels),
-        graph.add(
-            "setparams", tags if container.pixels.startswith(("yuv", "nv")) else f"field_mode={_fields(container)}"
-        ),
+        graph.add("setparams", tags),
         graph.add("buffersink"),
     ]
     graph.link_nodes(source, *chain).configure()
@@ -226,10 +226,6 @@ def _range(container: Container) -> str:
     if not container.tagged:
         return "unknown"
     return "full" if container.full_range else "limited"
-
-
-def _fields(container: Container) -> str:
-    return "tff" if container.interlaced else "prog"
 
 
 def still(codec: str, pixels: str, **settings: Any) -> Container:

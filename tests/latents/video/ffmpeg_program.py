@@ -29,7 +29,8 @@ def frames_of_ffmpeg(path: Path, height: int, width: int, filters: str = SQUARE,
     layout = {3: "rgb24", 4: "rgba"}[channels]
     data = ffmpeg("-i", path, "-fps_mode", "passthrough", "-vf", filters, "-pix_fmt", layout, "-f", "rawvideo", "-")
     pixels = np.frombuffer(bytearray(data), np.uint8)
-    assert pixels.size and pixels.size % (height * width * channels) == 0, "ffmpeg's frames have another size"
+    assert pixels.size > 0
+    assert pixels.size % (height * width * channels) == 0, "ffmpeg's frames have another size"
     return torch.from_numpy(pixels.reshape(-1, height, width, channels))
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +33,6 @@ from tests.latents.video.ffmpeg_program import (
 )
 
 DEINTERLACED = f"bwdif=mode=send_frame:deint=interlaced,{SQUARE}"
-TEN_BITS = Container(codec="libx265", pixels="yuv420p10le")
 
 
 def corners(image: torch.Tensor) -> list[list[int]]:
@@ -39,9 +40,9 @@ def corners(image: torch.Tensor) -> list[list[int]]:
     return [image[y, x].tolist() for y in (4, -5) for x in (4, -5)]
 
 
-def assert_colours(image: torch.Tensor, expected: tuple[tuple[int, ...], ...] = QUADRANTS) -> None:
+def assert_colours(image: torch.Tensor, expected: Any = QUADRANTS, tolerance: float = 5) -> None:
     difference = np.abs(np.array(corners(image)) - np.array(expected)).max()
-    assert difference <= 5, f"expected {expected}, got {corners(image)}"
+    assert difference <= tolerance, f"expected {expected}, got {corners(image)}"
 
 
 @pytest.mark.parametrize("format", ["mp4", "mov"])
@@ -52,8 +53,8 @@ def test_turned_and_mirrored(tmp_path: Path, rotation: int, mirrored: bool, form
     frames = images(read_shown(path))
     height, width = (96, 64) if rotation % 180 else (64, 96)
     assert_same_picture(frames, frames_of_ffmpeg(path, height, width))
-    flipped = np.array(QUADRANTS).reshape(2, 2, 3)[:, :: -1 if mirrored else 1]
-    assert_colours(frames[0], np.rot90(flipped, rotation // 90).reshape(4, 3))
+    turned = np.rot90(np.array(QUADRANTS).reshape(2, 2, 3), rotation // 90)
+    assert_colours(frames[0], turned[:, :: -1 if mirrored else 1].reshape(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,7 @@ def test_pixels_that_are_not_square(tmp_path: Path, aspect: Fraction, rotation: 
     path = write_container(tmp_path / "v.mp4", Container(frames=2, aspect=aspect, rotation=rotation))
     frames = images(read_shown(path))
     assert frames.shape == (2, height, width, 3)
+    assert_same_picture(frames, frames_of_ffmpeg(path, height, width))
     square = read_shown(path, replace(EVERY_FRAME, square_pixels=True))
     assert images(square).shape[1:3] == ((96, 64) if rotation else (64, 96))
 
@@ -95,9 +97,17 @@ def test_without_tags_size_decides_the_matrix(tmp_path: Path, height: int, width
     assert_colours(read_shown(path)[0].image)
 
 
-@pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv420p12le", "yuv422p10le", "yuv444p12le"])
-def test_more_than_8_bits(tmp_path: Path, pixels: str) -> None:
-    path = write_container(tmp_path / "v.mp4", replace(TEN_BITS, frames=2, pixels=pixels))
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("v.mp4", "libx264", "yuv420p10le"),
+        ("v.mp4", "libx264", "yuv422p10le"),
+        ("v.mkv", "ffv1", "yuv420p12le"),
+        ("v.mkv", "ffv1", "yuv444p12le"),
+    ],
+)
+def test_more_than_8_bits(tmp_path: Path, name: str, codec: str, pixels: str) -> None:
+    path = write_container(tmp_path / name, Container(frames=2, codec=codec, pixels=pixels))
     frames = images(read_shown(path))
     assert_colours(frames[0])
     assert_same_picture(frames, frames_of_ffmpeg(path, 64, 96))
@@ -105,21 +115,22 @@ def test_more_than_8_bits(tmp_path: Path, pixels: str) -> None:
 
 @pytest.mark.parametrize(("transfer", "name"), [("arib-std-b67", "HLG"), ("smpte2084", "PQ")])
 def test_hdr_comes_back_as_it_was_before(tmp_path: Path, transfer: str, name: str) -> None:
-    write_container(tmp_path / "sdr.mkv", Container(frames=2, codec="ffv1", pixels="gbrp"))
+    write_container(tmp_path / "sdr.nut", Container(frames=2, codec="utvideo", pixels="gbrp"))
     there = f"zscale=tin=bt709:min=gbr:pin=bt709:t={transfer}:m=bt2020nc:p=bt2020:npl=203,format=yuv420p10le"
     back = f"zscale=tin={transfer}:min=bt2020nc:pin=bt2020:t=bt709:m=gbr:p=bt709:npl=203,format=gbrp"
     tags = ["-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc"]
-    quiet = ["-x265-params", "log-level=none", "-crf", "8", "-preset", "ultrafast"]
-    ffmpeg("-i", tmp_path / "sdr.mkv", "-vf", there, "-c:v", "libx265", *quiet, *tags, tmp_path / "hdr.mp4")
+    quiet = ["-x265-params", "log-level=none:lossless=1", "-preset", "ultrafast"]
+    ffmpeg("-i", tmp_path / "sdr.nut", "-vf", there, "-c:v", "libx265", *quiet, *tags, tmp_path / "hdr.mp4")
     shown = read_shown(tmp_path / "hdr.mp4")
     assert shown[0].colour == f"BT.2020 limited range, {name} in BT.2020 tone-mapped to BT.709"
-    assert_colours(shown[0].image)
     assert_same_picture(images(shown), frames_of_ffmpeg(tmp_path / "hdr.mp4", 64, 96, back))
+    # Ten bits of PQ are coarse where a colour is saturated: 30 may come back as 36.
+    assert_colours(shown[0].image, tolerance=6 if name == "PQ" else 5)
 
 
 def test_a_transfer_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
-    path = write_container(tmp_path / "v.mp4", replace(TEN_BITS, frames=1, transfer="linear"))
-    with pytest.raises(VideoError, match="expected colour that can be shown in BT.709, got linear light"):
+    path = write_container(tmp_path / "v.mp4", Container(frames=1, transfer="linear"))
+    with pytest.raises(VideoError, match=r"expected colour that can be shown in BT\.709, got linear light"):
         read_shown(path)
 
 
@@ -172,7 +183,7 @@ def test_frames_are_resampled_by_their_stamps(
     numbers = [number_of(one.image) for one in shown]
     assert numbers == [number_of(image) for image in expected]
     assert [one.end - one.start for one in shown] == [Fraction(1, fps)] * len(shown)
-    assert all(before.end == after.start for before, after in zip(shown, shown[1:], strict=False))
+    assert all(before.end == after.start for before, after in pairwise(shown))
 
 
 @pytest.mark.parametrize("rate", [12, 24, 60, 120])
@@ -204,7 +215,7 @@ def test_joined_transport_streams_are_parts_without_a_lost_frame(tmp_path: Path,
         (number, part.first_frame + frame) for number, part in enumerate(parts) for frame in range(part.frames)
     ]
     assert all(one.start < one.end for one in shown)
-    assert all(before.end <= after.start for before, after in zip(shown, shown[1:], strict=False))
+    assert all(before.end <= after.start for before, after in pairwise(shown))
 
 
 VIDEOS = {
