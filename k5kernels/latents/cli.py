@@ -17,7 +17,7 @@ def encode(
     vae: Annotated[Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers.")],
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
     resolution: Annotated[int, typer.Option(help="Class of the buckets: 256, 512 or 1024.")] = 256,
-    clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4.")] = 25,
+    clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4; 1 for image stages.")] = 25,
     fps: Annotated[
         str, typer.Option(help="Frames a second, resampled by time stamps; or source, for every frame as it is.")
     ] = "24",

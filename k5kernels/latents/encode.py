@@ -15,7 +15,7 @@ from torch import Tensor
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import AS_MODELS, MIN_FRAMES, Reading, VideoError, nearest_bucket, read_clips, to_model
+from k5kernels.latents.video import AS_MODELS, Reading, VideoError, nearest_bucket, read_clips, to_model
 from k5kernels.vae import HunyuanEncoder, latent_frames
 
 # Called after each clip: frames of the source encoded so far, frames it announces (0 where it does not).
@@ -27,7 +27,7 @@ class Encoding:
     """How sources become samples.
 
     resolution: a class of `k5kernels.latents.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
-    clip_frames: 1 + a multiple of 4, at least 5. max_clips: of each source, the first so many; None: all.
+    clip_frames: 1 + a multiple of 4; with 1, every frame is a clip, as image stages want. max_clips: of each source, the first so many; None: all.
     reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
     Raises ValueError for values that do not fit.
     """
@@ -41,8 +41,6 @@ class Encoding:
 
     def __post_init__(self) -> None:
         latent_frames(self.clip_frames)
-        if self.clip_frames < MIN_FRAMES:
-            raise ValueError(f"clip_frames: expected at least {MIN_FRAMES}, got {self.clip_frames}")
         nearest_bucket(1, 1, self.resolution)
         if self.max_clips is not None and self.max_clips < 1:
             raise ValueError(f"max_clips: expected at least 1, or None for all, got {self.max_clips}")

@@ -150,7 +150,7 @@ def test_fewer_than_five_frames_are_refused(
     ("settings", "message"),
     [
         ({"clip_frames": 24}, r"expected 1 \+ a multiple of 4, got 24"),
-        ({"clip_frames": 1}, "clip_frames: expected at least 5, got 1"),
+        ({"clip_frames": -3}, r"expected 1 \+ a multiple of 4, got -3"),
         ({"resolution": 300}, "resolution: expected one of"),
         ({"max_clips": 0}, "max_clips: expected at least 1, or None for all, got 0"),
     ],
