@@ -15,7 +15,6 @@ from bench.demo.memory import measure
 from k5kernels.atomic import replacing
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.cache import MagCache
-from k5kernels.latents.encode import MIN_FRAMES
 from k5kernels.latents.job import Step, encode_videos
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.video import (

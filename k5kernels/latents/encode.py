@@ -27,7 +27,8 @@ class Encoding:
     """How sources become samples.
 
     resolution: a class of `k5kernels.latents.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
-    clip_frames: 1 + a multiple of 4; with 1, every frame is a clip, as image stages want. max_clips: of each source, the first so many; None: all.
+    clip_frames: 1 + a multiple of 4; with 1, every frame is a clip, as image stages want.
+    max_clips: of each source, the first so many; None: all.
     reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
     Raises ValueError for values that do not fit.
     """

@@ -18,7 +18,7 @@ from k5kernels.latents import encode as encode_module
 from k5kernels.latents.job import EncodeSummary, Step, encode_videos
 from k5kernels.latents.journal import Journal
 from k5kernels.latents.shards import read_shard
-from k5kernels.latents.video import VideoError
+from k5kernels.latents.video import EVERY_FRAME, Reading, VideoError
 
 Encode = Callable[..., EncodeSummary]
 WHOLE = [("a", 0), ("a", 5), ("b", 0), ("c", 0), ("c", 5), ("c", 10)]
@@ -185,6 +185,8 @@ def test_of_each_video_the_first_clips_alone_can_be_taken(encode: Encode, tmp_pa
     ("settings", "difference"),
     [
         ({"clip_frames": 9}, "clip_frames 5 there, 9 now"),
+        ({"reading": EVERY_FRAME}, "fps '24' there, 'source' now"),
+        ({"reading": Reading(background=(255, 255, 255))}, "background '#000000' there, '#ffffff' now"),
         ({"resolution": 512}, "resolution 256 there, 512 now"),
         ({"samples_per_shard": 3}, "samples_per_shard 2 there, 3 now"),
         ({"max_clips": 3}, "max_clips None there, 3 now"),
