@@ -18,6 +18,7 @@ from k5kernels.cache import MagCache
 from k5kernels.latents.job import Step, encode_videos
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.video import (
+    MIN_FRAMES,
     VideoError,
     decode,
     nearest_bucket,

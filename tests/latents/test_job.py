@@ -185,8 +185,8 @@ def test_of_each_video_the_first_clips_alone_can_be_taken(encode: Encode, tmp_pa
     ("settings", "difference"),
     [
         ({"clip_frames": 9}, "clip_frames 5 there, 9 now"),
-        ({"reading": EVERY_FRAME}, "fps '24' there, 'source' now"),
-        ({"reading": Reading(background=(255, 255, 255))}, "background '#000000' there, '#ffffff' now"),
+        ({"reading": EVERY_FRAME}, "fps 24 there, source now"),
+        ({"reading": Reading(background=(255, 255, 255))}, "background #000000 there, #ffffff now"),
         ({"resolution": 512}, "resolution 256 there, 512 now"),
         ({"samples_per_shard": 3}, "samples_per_shard 2 there, 3 now"),
         ({"max_clips": 3}, "max_clips None there, 3 now"),
