@@ -53,7 +53,7 @@ def _row(line: str) -> dict[str, Any] | None:
     """The row of a line, None where a kill or a full disk has cut it off."""
     try:
         row = json.loads(line, parse_constant=_refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = line.endswith("\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
     return row if whole else None

@@ -125,7 +125,7 @@ def read_captions(path: Path | None) -> dict[str, str]:
         return {}
     try:
         captions = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON object of captions, got no JSON ({error})") from error
     if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
         raise ValueError(f"{path}: expected a JSON object of strings, source file's stem -> caption")

@@ -77,7 +77,10 @@ class Stage(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a `state_dict`, from whatever device, into this stage's tensors."""
+        """Copy a `state_dict`, from whatever device, into this stage's tensors.
+
+        Raises KeyError, RuntimeError or ValueError where it is another stage's, or holds infinities or NaN.
+        """
         self.model.load_state_dict(state["model"])
         for name, average in self.average.tensors.items():
             average.copy_(state["average"][name])
@@ -88,3 +91,17 @@ class Stage(ABC):
                 for index, entries in state["optimizers"][name].items()
             }
             optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+            _check_state(name, optimizer)
+        for name, tensor in (*self.model.state_dict().items(), *self.average.tensors.items()):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers, got inf or nan")
+
+
+def _check_state(name: str, optimizer: Optimizer) -> None:
+    """What an optimizer keeps of a parameter: finite, and of its shape or a scalar."""
+    for parameter, kept in optimizer.state.items():
+        for key, value in kept.items():
+            if not isinstance(value, Tensor) or value.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name}: expected {key} as a tensor {list(parameter.shape)} or a scalar")
+            if not value.isfinite().all() or (key == "step" and value < 0):
+                raise ValueError(f"{name}: expected {key} of finite numbers and steps from 0, got others")

@@ -142,7 +142,7 @@ def read_holder(folder: Folder, name: str) -> Holder | None:
     """Who wrote the lock file last; None where there is none, or one that is not whole."""
     try:
         return Holder(**json.loads(folder.read(name)))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 

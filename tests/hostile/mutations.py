@@ -94,6 +94,46 @@ def mutate_zip_member(data: bytes, draw: random.Random) -> bytes:
     return made.getvalue()
 
 
+def mutate_boxes(data: bytes, draw: random.Random) -> bytes:
+    """Boxes of an MP4 or MOV swapped, repeated, dropped, resized or renamed; anything else as by `mutate_bytes`."""
+    levels = [boxes for boxes in _boxes(data, 0, len(data)) if boxes]
+    if not levels:
+        return mutate_bytes(data, draw)
+    boxes = draw.choice(levels)
+    (start, end), other = draw.choice(boxes), draw.choice(boxes)
+    match draw.randrange(5):
+        case 0:
+            first, second = sorted([(start, end), other])
+            if first == second:
+                return data[:start] + data[end:]
+            between = data[first[1] : second[0]]
+            return data[: first[0]] + data[slice(*second)] + between + data[slice(*first)] + data[second[1] :]
+        case 1:
+            return data[:end] + data[start:]
+        case 2:
+            return data[:start] + data[end:]
+        case 3:
+            size = draw.choice((0, 1, 7, 8, 2**32 - 1, draw.randrange(2 * len(data))))
+            return data[:start] + struct.pack(">I", size) + data[start + 4 :]
+        case _:
+            return data[: start + 4] + draw.choice((b"free", b"moov", b"mdat", bytes(4))) + data[start + 8 :]
+
+
+def _boxes(data: bytes, start: int, end: int) -> list[list[tuple[int, int]]]:
+    """(start, end) of the boxes of each level of an MP4 or MOV, those side by side together; [] for anything else."""
+    level: list[tuple[int, int]] = []
+    below: list[list[tuple[int, int]]] = []
+    while start + 8 <= end:
+        size, kind = struct.unpack(">I4s", data[start : start + 8])
+        if size < 8 or start + size > end or not kind.isalnum():
+            return []
+        level.append((start, start + size))
+        if kind in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"edts", b"udta"):
+            below += _boxes(data, start + 8, start + size)
+        start += size
+    return [level, *below]
+
+
 def _flip_bits(data: bytes, draw: random.Random) -> bytes:
     changed = bytearray(data)
     for _ in range(draw.choice((1, 1, 3, 20)) if data else 0):

@@ -170,3 +170,8 @@ def test_a_killed_process_lets_go(tmp_path: Path, number: int) -> None:
     with locked(Folder(tmp_path), "encode.lock", this_process("job", 1)):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_brackets_without_end_is_none(tmp_path):
+    (tmp_path / "encode.lock").write_text("[" * 100_000)
+    assert read_holder(Folder(tmp_path), "encode.lock") is None

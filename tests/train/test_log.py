@@ -100,3 +100,10 @@ def test_a_row_that_a_full_disk_cuts_off_is_taken_back(log, monkeypatch):
         log.append({"step": 8, "loss": 1.0, "step_ms": 1.0})
     monkeypatch.undo()
     assert log.path.read_text() == before
+
+
+def test_a_row_of_brackets_without_end_is_dropped(log):
+    with log.path.open("a") as file:
+        file.write("[" * 100_000 + "\n")
+    log.keep_until(6)
+    assert [row["step"] for row in log.rows()] == [2, 4, 6]

@@ -237,3 +237,32 @@ def test_a_state_that_does_not_fit_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="its state does not fit this stage") as refused:
         tiny_loop(steps=4).run(tmp_path, every=2)
     assert "\n" not in str(refused.value)
+
+
+def other_moment(value):
+    def change(stage):
+        stage["optimizers"]["adamw"][0].update(value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage: stage["average"]["out_layer.out_layer.bias"].fill_(math.nan),
+        lambda stage: stage["model"]["out_layer.out_layer.bias"].fill_(math.inf),
+        other_moment({"exp_avg": torch.tensor([1.0, 2.0])}),
+        other_moment({"exp_avg": None}),
+        other_moment({"exp_avg_sq": torch.tensor(math.nan)}),
+        other_moment({"step": torch.tensor(-1e30)}),
+    ],
+)
+def test_a_checkpoint_whose_numbers_cannot_be_gone_on_with_is_refused(tmp_path, change):
+    loop = tiny_loop()
+    loop.step()
+    stage = loop.stage.state_dict()
+    change(stage)
+    save = checkpoint.save_checkpoint
+    save(checkpoint.Checkpoint(1, loop.settings, stage), tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: its state does not fit this stage .*expected"):
+        tiny_loop().resume(tmp_path / "checkpoint.pt")
