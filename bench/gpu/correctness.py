@@ -1,0 +1,91 @@
+"""Small inputs through every kernel of attention, against the definitions in float64. A difference is an error."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.gpu.results import Row
+from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_mask, sta_mask
+from k5kernels.ops.nabla_mask import nabla_mask_reference
+
+LAYOUTS = {
+    "full": TokenLayout(((2, 16, 24),)),
+    "ragged": TokenLayout(((2, 9, 17), (1, 8, 20), (3, 5, 7))),
+    "one block": TokenLayout(((1, 8, 8),)),
+}
+HEAD_DIMS = (64, 80, 128)
+# Of the norm of the float64 result, by dtype: a rounding of the inputs to the products and of the result.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+WINDOW = (3, 3, 1)
+# Means that are summed in another order may move one block over the threshold.
+LARGEST_OTHER = 1
+
+
+def check(device: torch.device, keep: Callable[[Row], None]) -> None:
+    """Rows of the relative errors; raises AssertionError at the first that is too large."""
+    for name, layout in LAYOUTS.items():
+        check_masks(name, layout, device)
+        for dim in HEAD_DIMS:
+            for dtype in TOLERANCES:
+                error = attention_error(layout, dim, dtype, device)
+                assert error <= TOLERANCES[dtype], f"attention, {name}, D {dim}, {dtype}: error {error:.1e}"
+                keep(Row("correct", f"{name}, D {dim}, {dtype}", "random", None, "k5", "relative error", error))
+
+
+def attention_error(layout: TokenLayout, dim: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error of the output and the three gradients; their bits must be the same twice."""
+    q, k, v, grad = (x.to(dtype) for x in _normal(4, layout, dim, device))
+    mask = random_mask(layout, device)
+    ours, again = (_with_gradients(partial(block_sparse_attention, mask=mask), q, k, v, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), f"D {dim}, {dtype}: two runs differ"
+    lists = (mask.offsets, mask.indices, layout.block_starts(device), layout.max_block_tokens, dim**-0.5)
+    exact = _with_gradients(lambda *x: _differentiable_reference(*x, *lists), *(x.double() for x in (q, k, v, grad)))
+    return max(((a.double() - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(ours, exact, strict=True))
+
+
+def check_masks(name: str, layout: TokenLayout, device: torch.device) -> None:
+    """NABLA's and Sliding-Tile Attention's lists are those of the references, the NaN included."""
+    near = sta_mask(layout, WINDOW, device)
+    on_cpu = sta_mask(layout, WINDOW, torch.device("cpu"))
+    assert torch.equal(near.indices.cpu(), on_cpu.indices), f"sta_mask, {name}: not the CPU's"
+    q, k = _normal(2, layout, 64, device)
+    for value in (None, float("nan")):
+        if value is not None:
+            q[0, 0, 0, 0] = value
+        for thr in (0.0, 0.5, 1.0):
+            found = nabla_mask(q, k, layout, thr, WINDOW)
+            sizes = (layout.max_block_tokens, layout.max_clip_blocks)
+            starts = (layout.block_starts(device), layout.clip_block_starts(device))
+            offsets, indices = nabla_mask_reference(q, k, *starts, *sizes, thr, near.offsets, near.indices)
+            other = (found.to_dense() != BlockMask(offsets, indices, layout).to_dense()).sum().item()
+            assert other <= LARGEST_OTHER, f"nabla_mask, {name}, thr {thr}: {other} blocks not as in the reference"
+
+
+def random_mask(layout: TokenLayout, device: torch.device) -> BlockMask:
+    """Half of the blocks of a clip for two heads; where there are several, row 1 reads nothing."""
+    clip = layout.block_coordinates("cpu")[:, 0]
+    random = torch.Generator().manual_seed(0)
+    dense = (torch.rand(1, 2, layout.blocks, layout.blocks, generator=random) < 0.5) & (clip[:, None] == clip)
+    dense |= torch.eye(layout.blocks, dtype=torch.bool)
+    if layout.blocks > 1:
+        dense[:, :, 1] = False
+    return BlockMask.from_dense(dense.to(device), layout)
+
+
+def _normal(number: int, layout: TokenLayout, dim: int, device: torch.device) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 2, layout.tokens, dim, generator=random).to(device) for _ in range(number)]
+
+
+def _with_gradients(function: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    *inputs, grad = tensors
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def _differentiable_reference(q: Tensor, k: Tensor, v: Tensor, *lists: object) -> Tensor:
+    """float64 is not taken by any kernel, so the operator runs on its reference."""
+    return torch.ops.k5.block_sparse_attention(q, k, v, *lists)[0]
