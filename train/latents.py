@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from k5kernels.latents.captions import match_captions
 from k5kernels.latents.shards import Sample, read_shard
 
 Grid = tuple[int, int, int]  # T, H, W of a latent
@@ -67,20 +68,27 @@ class LatentSet:
     """Samples held in memory, drawn in batches of one grid.
 
     description: how many samples there are, and a hash of their keys, captions and latents in order.
+    captioned: how many samples have a caption; the others train on the empty prompt.
     """
 
-    def __init__(self, samples: Iterable[Sample], captions: dict[str, str]) -> None:
-        """captions: by the stem of a sample's source file; a source without one trains on the empty prompt.
+    def __init__(self, samples: Iterable[Sample], captions: Mapping[str, str] | None) -> None:
+        """captions: by a sample's source, as `match_captions` takes them; they go before the caption in the sample's
+        record. None: no sample has one.
 
-        Raises ValueError where there is no sample, or one whose latent is not finite.
+        Raises ValueError where there is no sample, one whose latent is not finite, or a caption that fits two sources.
         """
+        samples = list(samples)
+        given = match_captions(captions or {}, (sample.record.source for sample in samples))
+        self.captioned = 0
         self._grids: dict[Grid, list[_Clip]] = defaultdict(list)
         digest = hashlib.sha256()
         for sample in samples:
             latent, name = channels_last(sample), _name(sample)
             if not latent.isfinite().all():
                 raise ValueError(f"{name}: expected a finite latent, got inf or nan; encode this video again")
-            clip = _Clip(latent, captions.get(Path(sample.record.source).stem, ""), name)
+            caption = "" if captions is None else given.get(sample.record.source, sample.record.caption or "")
+            self.captioned += bool(caption)
+            clip = _Clip(latent, caption, name)
             T, H, W, _ = latent.shape
             self._grids[T, H, W].append(clip)
             digest.update(f"{sample.key}\n{clip.caption}\n{T} {H} {W}\n".encode())

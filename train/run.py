@@ -8,7 +8,6 @@ prints the prediction and trains nothing, `--profile` says for which machine.
 """
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from k5kernels.attention import DENSE, RELEASED_WINDOW, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.device import choose_device
+from k5kernels.latents.captions import read_captions
 from k5kernels.planner import H100, HardwareProfile, load_profile
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.values import term_words
@@ -119,17 +119,15 @@ def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_
         loop.run(out, every, measure, set_on_resume=set_on_resume)
 
 
-def read_captions(path: Path | None) -> dict[str, str]:
-    """Source file's stem -> caption; none where there is no file. Raises ValueError where it holds something else."""
-    if path is None:
-        return {}
-    try:
-        captions = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON object of captions, got no JSON ({error})") from error
-    if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
-        raise ValueError(f"{path}: expected a JSON object of strings, source file's stem -> caption")
-    return captions
+def check_captioned(data: LatentSet, wanted: bool) -> None:
+    """Say how many clips have a caption. Raises ValueError where none has one, though captions are wanted."""
+    count = sum(data.grids.values())
+    if wanted and not data.captioned:
+        raise ValueError(
+            f"0 of {count} clips have a caption: expected some in the shards or in --captions, by a video's path, name "
+            "or stem; give --no-captions to train on the empty prompt"
+        )
+    typer.echo(f"{data.captioned} of {count} clips have a caption")
 
 
 def weights_digest(path: Path) -> str:
@@ -154,7 +152,10 @@ def main(
         int | None, typer.Option(min=1, help="width instead of the preset's, MLP 4 times as wide")
     ] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="CrossDiT blocks instead of the preset's")] = None,
-    captions: Annotated[Path | None, typer.Option(help="JSON: source file's stem -> caption")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="JSON, JSONL or CSV, by video; before those in the shards")
+    ] = None,
+    no_captions: Annotated[bool, typer.Option("--no-captions", help="train on the empty prompt")] = False,
     batch: Annotated[int, typer.Option(min=1, help="samples in a step")] = 1,
     latent_frames: Annotated[int | None, typer.Option(min=1, help="keep the first so many latent frames")] = None,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate after the warm-up")] = 1e-4,
@@ -183,6 +184,8 @@ def main(
     """Train, or go on from the checkpoint in the folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) != 1:
         raise typer.BadParameter("this trainer runs in one process: use --nproc-per-node 1")
+    if captions is not None and no_captions:
+        raise typer.BadParameter("give --captions or --no-captions, not both")
     loop: Loop | None = None
 
     def left() -> str:
@@ -206,17 +209,18 @@ def main(
         chosen = choose_device(device)
         hardware = H100 if profile is None else load_profile(profile)
         sizes = model_config(preset, init, model_dim, blocks)
-        texts = read_captions(captions)
+        texts = read_captions(captions) if captions is not None else {}
         if not dry_run_only:
             out.mkdir(parents=True, exist_ok=True)
             start = None if init is None else weights_digest(init)
             known = schedule.settings | crossdit_settings(config, sizes, start)
             check_settings(out / CHECKPOINT, known, set_on_resume)
-        data = LatentSet(read_shards(latents), texts)
+        data = LatentSet(read_shards(latents), None if no_captions else texts)
         planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
         if dry_run_only:
             dry_run(planned, hardware)
             return
+        check_captioned(data, wanted=not no_captions)
         check_fits(data, sizes)
         disable_progress_bar()  # of the text encoder's weights
         encode_text = MiniLMTextEncoder(chosen).encode

@@ -1,5 +1,6 @@
 """Batches are of one grid, carry their captions, and follow the generator."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,24 @@ def test_a_batch_holds_one_grid_channels_last_with_captions():
         batch = data.draw(torch.Generator().manual_seed(seed), 3)
         assert batch.latents.shape in [(3, 2, 4, 6, 16), (3, 1, 4, 4, 16)]
         assert batch.captions == (["a cat"] * 3 if batch.latents.shape[1] == 2 else [""] * 3)
+
+
+def test_a_caption_travels_in_the_shard_and_one_that_is_given_goes_before_it():
+    stored = sample("one/clip.mp4", (1, 2, 2))
+    stored = replace(stored, record=replace(stored.record, caption="stored"))
+    samples = [stored, sample("two/clip.mp4", (1, 2, 2), 1)]
+
+    def captions(given):
+        data = LatentSet(samples, given)
+        drawn = data.draw(torch.Generator().manual_seed(0), 20)
+        return data.captioned, set(drawn.captions)
+
+    assert captions({}) == (1, {"stored", ""})
+    assert captions({"two/clip": "given"}) == (2, {"stored", "given"})
+    assert captions({"one/clip.mp4": "given"}) == (1, {"given", ""})
+    assert captions(None) == (0, {""})
+    with pytest.raises(ValueError, match=r"`one/clip\.mp4` and `two/clip\.mp4`"):
+        captions({"clip": "whose?"})
 
 
 def test_grids_are_drawn_as_often_as_they_have_samples():

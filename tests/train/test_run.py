@@ -34,6 +34,8 @@ def latents(tmp_path):
 
 def invoke(latents, out, steps: int, *more: str):
     command = ["--latents", str(latents), "--out", str(out), "--steps", str(steps), "--every", "2", *more]
+    if "--captions" not in more:
+        command.append("--no-captions")
     return CliRunner().invoke(app, command)
 
 
@@ -155,7 +157,37 @@ def test_what_cannot_be_is_one_line(latents, tmp_path, options, words):
 @pytest.mark.parametrize("content", [b"{", b"[1]", b'{"a": 1}', b"\xff\xfe"])
 def test_captions_that_are_none_are_one_line(latents, tmp_path, content):
     captions = broken(tmp_path / "captions.json", content)
-    assert_one_line(invoke(latents, tmp_path / "run", 2, "--captions", captions), "captions.json: expected a JSON")
+    assert_one_line(invoke(latents, tmp_path / "run", 2, "--captions", captions), "captions.json: ")
+
+
+def train_with(latents, out, *options):
+    command = ["--latents", str(latents), "--out", str(out), "--steps", "1", *options]
+    return CliRunner().invoke(app, command)
+
+
+def test_training_begins_with_how_many_clips_have_a_caption(tmp_path):
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    with ShardWriter(latents / "00000.tar") as shard:
+        for source in ("one/clip.mp4", "two/clip.mp4", "other.mp4"):
+            shard.write(sample(source, (1, 4, 4), first_frame=len(source)))
+    captions = tmp_path / "captions.json"
+    captions.write_text('{"two/clip": "a cat", "other.mp4": "a dog"}')
+    result = train_with(latents, tmp_path / "run", "--captions", str(captions))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("2 of 3 clips have a caption\n")
+    captions.write_text('{"clip": "a cat"}')
+    assert_one_line(
+        train_with(latents, tmp_path / "run", "--captions", str(captions)), "`one/clip.mp4` and `two/clip.mp4`"
+    )
+
+
+def test_no_caption_at_all_stops_unless_that_is_meant(latents, tmp_path):
+    assert_one_line(train_with(latents, tmp_path / "run"), "0 of 1 clips have a caption", "--no-captions")
+    result = train_with(latents, tmp_path / "run", "--no-captions")
+    assert result.exit_code == 0, result.output
+    assert "0 of 1 clips have a caption" in result.stdout
+    assert train_with(latents, tmp_path / "run", "--captions", "x.json", "--no-captions").exit_code == 2
 
 
 @pytest.mark.parametrize("cut", [0, 100, 1300])
