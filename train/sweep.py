@@ -88,18 +88,8 @@ def sweep(chosen: list[Point], done: Callable[[PointResult], None] = lambda resu
 def _measure(point: Point, folder: Path) -> PointResult:
     folder.mkdir()
     _write_latent(point.frames, folder / "00000.tar")
-    command = [
-        sys.executable,
-        "-m",
-        "train.run",
-        "--latents",
-        folder,
-        "--out",
-        folder / "out",
-        "--every",
-        "1",
-        "--no-captions",
-    ]
+    command = [sys.executable, "-m", "train.run", "--latents", folder, "--out", folder / "out", "--every", "1"]
+    command += ["--no-captions"]
     command += ["--device", "cpu"]  # whose name and memory the profile has
     command += ["--steps", STEPS, "--model-dim", point.model_dim, "--blocks", point.blocks, "--batch", point.batch]
     if point.nabla_thr is not None:
