@@ -145,11 +145,9 @@ KERNELS: dict[Any, Kernel] = {
     sta_mask.write_near_kernel: Kernel(_always("sta_mask: write"), _sta),
     fractal.gather_rows_kernel: Kernel(_always("fractal: gather bf16"), _gather),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
-    attention_forward.forward_pairs_kernel: Kernel(_attention_title("forward, 128 rows"), _attention(2, 4, 1)),
     attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),
     attention_backward.backward_keys_kernel: Kernel(_attention_title("dk, dv"), _attention(4, 6, 2)),
     attention_backward.row_shift_kernel: Kernel(lambda a: f"attention: dout·out {_element(a['out'])}", _row_shift),
     block_mask.count_readers_kernel: Kernel(_always("block mask: count readers"), _bits),
     block_mask.write_readers_kernel: Kernel(_always("block mask: write readers"), _bits_and_lists),
-    block_mask.merge_pairs_kernel: Kernel(_always("block mask: merge pairs"), _bits_and_lists),
 }

@@ -1,10 +1,9 @@
-"""The forward kernels of block-sparse attention, which `k5kernels.triton.block_sparse_attention` launches."""
+"""The forward kernel of block-sparse attention, which `k5kernels.triton.block_sparse_attention` launches."""
 
 import triton
 import triton.language as tl
 
 from k5kernels.triton.attention_tiles import LN_2, load_rows, load_tile, store_rows, token_range
-from k5kernels.triton.block_mask import FIRST_READS, KEY_BLOCK, SECOND_READS
 
 
 @triton.jit
@@ -40,23 +39,18 @@ def store_attention(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, offsets, indices, pairs, block_starts,
+    q, k, v, out, lse, offsets, indices, block_starts,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
     heads, tokens, blocks, mask_stride_b, mask_stride_h, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one query block; nothing where `forward_pairs_kernel` computes its pair. scale: times log2(e)."""
+    """One tile of one query block. scale: times log2(e)."""
     block = tl.program_id(0) // TILES
     head_number = tl.program_id(1).to(tl.int64)
     sample = (head_number // heads).to(tl.int32)
     head = (head_number % heads).to(tl.int32)
-    lists = sample.to(tl.int64) * mask_stride_b + head * mask_stride_h
-    if pairs is not None:
-        pair = pairs + lists // (blocks + 1) * (blocks // 2) + block // 2
-        if tl.load(pair, mask=block // 2 < blocks // 2, other=0) > 0:
-            return
-    list_start = offsets + lists + block
+    list_start = offsets + sample.to(tl.int64) * mask_stride_b + head * mask_stride_h + block
     first, end = token_range(block_starts, block, tl.program_id(0) % TILES, TILE, TILES, FULL)
     queries = load_rows(
         q + sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h, q_stride_s, first, end,
@@ -81,53 +75,3 @@ def forward_kernel(
         top, total, weighted = softmax_step(scores, values, top, total, weighted)
     reads = tl.full([TILE], 1, tl.int32) * count > 0
     store_attention(out, lse, top, total, weighted, reads, head_number, tokens, first, end, D, WIDTH, TILE, FULL)
-
-
-@triton.jit
-def forward_pairs_kernel(
-    q, k, v, out, lse, offsets, entries, pairs, block_starts,
-    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    heads, tokens, blocks, mask_stride_b, mask_stride_h, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Two neighbouring query blocks whose lists `paired_lists` has merged. scale: times log2(e)."""
-    pair = tl.program_id(0)
-    head_number = tl.program_id(1).to(tl.int64)
-    sample = (head_number // heads).to(tl.int32)
-    head = (head_number % heads).to(tl.int32)
-    lists = sample.to(tl.int64) * mask_stride_b + head * mask_stride_h
-    count = tl.load(pairs + lists // (blocks + 1) * (blocks // 2) + pair)
-    if count == 0:
-        return
-    offsets += lists + 2 * pair
-    first, second = token_range(block_starts, 2 * pair, 0, TILE, 1, FULL)
-    _, end = token_range(block_starts, 2 * pair + 1, 0, TILE, 1, FULL)
-    ROWS: tl.constexpr = 2 * TILE
-    queries = load_rows(
-        q + sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h, q_stride_s, first, end,
-        D, WIDTH, ROWS, FULL,
-    )  # fmt: skip
-    reader = tl.where(first + tl.arange(0, ROWS) < second, FIRST_READS, SECOND_READS)
-    if not TMA:
-        k += sample.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
-        v += sample.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
-    start = tl.load(offsets)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, WIDTH], tl.float32)
-    for step in tl.range(0, count):
-        entry = tl.load(entries + start + step)
-        key, key_end = token_range(block_starts, entry & KEY_BLOCK, 0, TILE, 1, FULL)
-        keys = load_tile(k, k_stride_s, sample, head, key, key_end, D, WIDTH, TILE, FULL, TMA)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        reads = (reader & entry) != 0
-        if not FULL:
-            scores = tl.where((key + tl.arange(0, TILE) < key_end)[None, :], scores, float("-inf"))
-        scores = tl.where(reads[:, None], scores, float("-inf"))
-        values = load_tile(v, v_stride_s, sample, head, key, key_end, D, WIDTH, TILE, FULL, TMA)
-        top, total, added = softmax_step(scores, values, top, total, weighted)
-        # Rows that do not read the block keep their sums: zero times a NaN or an infinity in its values is NaN.
-        weighted = tl.where(reads[:, None], added, weighted)
-    middle = tl.load(offsets + 1)
-    listed = tl.where(reader == FIRST_READS, middle - start, tl.load(offsets + 2) - middle)
-    store_attention(out, lse, top, total, weighted, listed > 0, head_number, tokens, first, end, D, WIDTH, ROWS, FULL)

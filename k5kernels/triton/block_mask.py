@@ -1,7 +1,7 @@
-"""The lists of a `BlockMask` in other forms, on the GPU: as bits, transposed, and merged for pairs of query blocks.
+"""The lists of a `BlockMask` in other forms, on the GPU: as bits, and transposed.
 
-The other two are made from the bits, N_b²/8 bytes a head: a pass over the bits in order gives ascending lists without
-a sort.
+The transposed lists are made from the bits, N_b²/8 bytes a head: a pass over the bits in order gives ascending lists
+without a sort.
 """
 
 import torch
@@ -12,17 +12,9 @@ from torch import Tensor
 from k5kernels.block_mask import row_offsets
 from k5kernels.triton.launch import launch
 
-# What one program of each kernel looks at in one step: entries of a list, rows, key blocks.
+# What one program of each kernel looks at in one step: entries of a list, rows.
 LISTED_KEYS = 128
 ROWS_AT_ONCE = 128
-PAIRED_KEYS = 512
-# An entry of a merged list is the number of the key block with a bit for each of the two query blocks that reads it.
-FIRST_READS = tl.constexpr(1 << 29)
-SECOND_READS = tl.constexpr(1 << 30)
-KEY_BLOCK = tl.constexpr((1 << 29) - 1)
-# Attention over a merged list computes each of its blocks for both rows of the pair. A pair is merged where the
-# products for a row that does not read the block are at most a quarter of the others.
-WASTE_DIVISOR = tl.constexpr(4)
 
 
 def lists_to_bits(offsets: Tensor, indices: Tensor, words: int, first_keys: Tensor | None = None) -> Tensor:
@@ -52,24 +44,6 @@ def transposed_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     readers = torch.empty_like(indices)
     launch(write_readers_kernel, grid, bits, own, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
     return own, readers
-
-
-def paired_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The union of the lists of query blocks 2i and 2i + 1, for pairs whose lists overlap enough.
-
-    Returns the merged entries, int32 [kept], of which those of pair i start where the list of block 2i starts, and
-    their number, int32 [B_m, H_m, N_b // 2]: 0 for pairs whose lists overlap too little to be attended together.
-    """
-    batch, heads, rows = offsets.shape
-    words = triton.cdiv(rows - 1, 32)
-    bits = lists_to_bits(offsets, indices, words)
-    entries = torch.empty_like(indices)
-    counts = indices.new_empty(batch, heads, (rows - 1) // 2)
-    launch(
-        merge_pairs_kernel, ((rows - 1) // 2, batch * heads), bits, offsets.contiguous(), entries, counts,
-        rows - 1, words, KEYS=PAIRED_KEYS, num_warps=4,
-    )  # fmt: skip
-    return entries, counts
 
 
 @triton.jit
@@ -125,25 +99,3 @@ def write_readers_kernel(bits, offsets, readers, blocks, words, ROWS: tl.constex
         row = first + tl.arange(0, ROWS)
         tl.store(readers + target, tl.broadcast_to(row[:, None], [ROWS, 32]).to(tl.int32), mask=reads != 0)
         place += tl.sum(reads, axis=0)
-
-
-@triton.jit
-def merge_pairs_kernel(bits, offsets, entries, counts, blocks, words, KEYS: tl.constexpr):
-    """The union of the lists of two rows with who reads each block, and its length; 0 where merging wastes too much."""
-    pair = tl.program_id(0)
-    mask = tl.program_id(1).to(tl.int64)
-    first_list = tl.load(offsets + mask * (blocks + 1) + 2 * pair)
-    listed = tl.load(offsets + mask * (blocks + 1) + 2 * pair + 2) - first_list
-    bits += (mask * blocks + 2 * pair) * words
-    length = tl.zeros([], tl.int32)
-    for first_key in range(0, blocks, KEYS):
-        key = first_key + tl.arange(0, KEYS)
-        there = key < blocks
-        in_first = (tl.load(bits + key // 32, mask=there, other=0) >> (key % 32)) & 1
-        in_second = (tl.load(bits + words + key // 32, mask=there, other=0) >> (key % 32)) & 1
-        either = in_first | in_second
-        target = first_list + length + tl.cumsum(either, axis=0) - 1
-        tl.store(entries + target, key | in_first * FIRST_READS | in_second * SECOND_READS, mask=either != 0)
-        length += tl.sum(either, axis=0)
-    merged = (2 * length - listed) * WASTE_DIVISOR <= listed
-    tl.store(counts + mask * (blocks // 2) + pair, tl.where(merged, length, 0))

@@ -1,9 +1,7 @@
 """Block-sparse attention on the GPU: forward and dq over the lists of a mask, dk and dv over the transposed lists.
 
-The forward takes two neighbouring query blocks as one tile of 128 rows where their lists overlap (`paired_lists`): a
-key block that both read is then loaded once. Elsewhere a tile has 64 rows. Rows beyond the end of a smaller block are
-masked; a layout of full blocks needs no masks, and its tiles may be loaded through tensor descriptors (TMA, from sm_90
-on).
+A tile has the tokens of one block, up to 64. Rows beyond the end of a smaller block are masked; a layout of full blocks
+needs no masks, and its tiles may be loaded through tensor descriptors (TMA).
 """
 
 import math
@@ -15,30 +13,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from k5kernels.triton.attention_backward import backward_keys_kernel, backward_queries_kernel, row_shift_kernel
-from k5kernels.triton.attention_forward import forward_kernel, forward_pairs_kernel
-from k5kernels.triton.block_mask import paired_lists, transposed_lists
+from k5kernels.triton.attention_configurations import configuration
+from k5kernels.triton.attention_forward import forward_kernel
+from k5kernels.triton.block_mask import transposed_lists
 from k5kernels.triton.launch import generation_of, launch
 
 LARGEST_TILE = 64
-MOST_ROWS = 2 * LARGEST_TILE  # of a tile that two blocks share
 SHIFT_TOKENS = 16
 LOG2_E = math.log2(math.e)
-
-# Generations (major compute capability) whose tensor cores take the operands of four warps at a time: wgmma and
-# tcgen05.
-WARPGROUP_GENERATIONS = (9, 10)
-# Generations on which a kernel of a head dimension needs fewer registers when its tiles are loaded through tensor
-# descriptors (`make gpu-report`).
-DESCRIPTOR_GENERATIONS = {
-    ("forward", 64): (10, 12),
-    ("forward", 128): (10, 12),
-    ("forward_pairs", 64): (9,),
-    ("forward_pairs", 128): (9, 10),
-    ("backward_queries", 64): (9, 10),
-    ("backward_queries", 128): (9, 10),
-    ("backward_keys", 64): (9, 10),
-    ("backward_keys", 128): (9, 10, 12),
-}
 
 
 def block_sparse_attention(
@@ -62,18 +44,10 @@ def block_sparse_attention(
     offsets = offsets.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     sizes = (h, S, blocks, *mask_strides(offsets), scale * LOG2_E)
-    pairs = None
-    if tiling.paired:
-        entries, pairs = paired_lists(offsets, indices)
-        (keys, values), constants = tiling.tiles("forward_pairs", k, v)
-        launch(
-            forward_pairs_kernel, (blocks // 2, B * h),
-            q, keys, values, out, lse, offsets, entries, pairs, block_starts, *strides, *sizes, **constants,
-        )  # fmt: skip
     (keys, values), constants = tiling.tiles("forward", k, v)
     launch(
         forward_kernel, (blocks * tiling.per_block, B * h),
-        q, keys, values, out, lse, offsets, indices, pairs, block_starts, *strides, *sizes,
+        q, keys, values, out, lse, offsets, indices, block_starts, *strides, *sizes,
         TILES=tiling.per_block, **constants,
     )  # fmt: skip
     return out, lse
@@ -126,8 +100,7 @@ class Tiling:
     """How the blocks of tokens are divided into tiles, and the constants of the kernels that follow from it.
 
     rows: of a tile. per_block: tiles of the largest block. full: whether every block fills all its tiles. width:
-    columns of a tile, the next power of two from the head dimension on, at least 16. paired: whether two neighbouring
-    blocks may share a tile.
+    columns of a tile, the next power of two from the head dimension on, at least 16.
     """
 
     def __init__(self, q: Tensor, blocks: int, max_block_tokens: int) -> None:
@@ -137,20 +110,19 @@ class Tiling:
         self.rows = min(largest_tile(self.element_size, self.width), max(16, triton.next_power_of_2(max_block_tokens)))
         self.per_block = triton.cdiv(max_block_tokens, self.rows)
         self.full = q.shape[2] == blocks * self.rows * self.per_block
-        whole = self.rows == LARGEST_TILE and self.per_block == 1
-        self.paired = whole and takes_pairs(self.element_size, self.width, self.generation)
 
     def tiles(self, kernel: str, *tensors: Tensor) -> tuple[list[Any], dict[str, Any]]:
         """The tensors that a kernel loads along its lists, as tensor descriptors where it uses those; its constants.
 
         The constants are the constexpr arguments, num_warps and num_stages.
         """
-        described = self.generation in DESCRIPTOR_GENERATIONS.get((kernel, self.head_dim), ())
-        described = described and self.full and self.element_size == 2 and all(describable(x) for x in tensors)
+        possible = self.full and all(describable(x) for x in tensors)
+        chosen = configuration(kernel, self.element_size, self.head_dim, self.generation, possible)
+        described = chosen.descriptors
         block = [1, 1, self.rows, self.width]
         read = [TensorDescriptor(x, [*x.shape], [*x.stride()], block) if described else x for x in tensors]
         constants = {"D": self.head_dim, "WIDTH": self.width, "TILE": self.rows, "FULL": self.full, "TMA": described}
-        return read, constants | warps_and_stages(kernel, self.element_size, self.width, self.generation)
+        return read, constants | {"num_warps": chosen.warps, "num_stages": chosen.stages}
 
 
 def largest_tile(element_size: int, width: int) -> int:
@@ -160,20 +132,6 @@ def largest_tile(element_size: int, width: int) -> int:
     return 32 if width <= 64 else 16
 
 
-def takes_pairs(element_size: int, width: int, generation: int) -> bool:
-    """Whether the accumulators of 128 rows fit in registers."""
-    return element_size == 2 and (width <= 64 or generation in WARPGROUP_GENERATIONS)
-
-
-def warps_and_stages(kernel: str, element_size: int, width: int, generation: int) -> dict[str, int]:
-    """The numbers with which a kernel compiles without spills (`make gpu-report`)."""
-    if element_size == 4:
-        fewer = kernel == ("backward_keys" if width > 64 else "forward")
-        return {"num_warps": 4 if fewer else 8, "num_stages": 1}
-    more = kernel == "backward_keys" and generation not in WARPGROUP_GENERATIONS
-    return {"num_warps": 8 if width > 64 or kernel == "forward_pairs" or more else 4, "num_stages": 2}
-
-
 def describable(x: Tensor) -> bool:
     """Whether x can have a tensor descriptor: its start and all strides but the last are multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
@@ -181,7 +139,7 @@ def describable(x: Tensor) -> bool:
 
 def addressable(x: Tensor) -> Tensor:
     """x, or a copy where D is not contiguous or where offsets inside a tile would not fit in the kernels' int32."""
-    return x if x.stride(-1) == 1 and x.stride(2) * MOST_ROWS < 2**31 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(2) * LARGEST_TILE < 2**31 else x.contiguous()
 
 
 def mask_strides(offsets: Tensor) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pytest
 from bench.gpu.page import PAGE, page
 from bench.gpu.results import COMMITTED, Machine, Results, Row
 from bench.gpu.runner import NOT_REACHED, Section, read_rows, run
+from k5kernels.triton.attention_configurations import KERNELS, MEASURED
 
 MACHINE = Machine("NVIDIA H100 80GB HBM3", "580.1", "2.11.0", "3.6.0", "abc", "2026-01-02")
 ROW = Row("attention", "tiny", None, None, "k5", "ms", 1.5, 1.0, 2.0, 7)
@@ -87,6 +88,19 @@ def test_a_committed_file_is_one_run_on_one_card(path):
     assert results.rows
     assert {row.section for row in results.rows} <= set(results.sections)
     assert all(row.median > 0 and (row.density is None or 0 < row.density <= 1) for row in results.rows)
+
+
+def test_what_attention_is_configured_with_on_sm_90_was_the_fastest_of_ours():
+    results = Results.read(COMMITTED / "h200-2026-11-26.json")
+    chosen = "4 warps, descriptors, no pairs"
+    others = ("as shipped, with pairs of query blocks", "8 warps, pairs of query blocks")
+    rates = {(row.sizes, row.mask, row.variant): row.median for row in results.rows if row.section == "attention"}
+    measured = [key for key in rates if key[2] == chosen]
+    assert len(measured) == 4
+    assert all(rates[key] > rates[(*key[:2], other)] for key in measured for other in others)
+    assert {generation for generation, _, _ in MEASURED} == {9}
+    assert {(dim, kernel) for _, dim, kernel in MEASURED} == {(dim, kernel) for dim in (64, 128) for kernel in KERNELS}
+    assert {(one.warps, one.stages, one.descriptors) for one in MEASURED.values()} == {(4, 2, True)}
 
 
 def test_the_page_of_gpu_figures_is_that_of_the_committed_files():

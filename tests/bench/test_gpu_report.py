@@ -13,6 +13,7 @@ from bench.gpu_report import table
 from bench.gpu_report.compile import violations
 from bench.gpu_report.launches import variants
 from bench.gpu_report.roofline import PEAKS, SIZES, Work, bound_ms
+from k5kernels.triton.attention_configurations import Configuration
 
 COMBINATIONS = list(table.combinations())
 NAMES = [f"{variant.name} D={variant.head_dim} {arch.name}" for variant, arch in COMBINATIONS]
@@ -51,7 +52,7 @@ def test_kernels_are_launched_through_the_function_that_can_record_them_alone():
 
 def test_launches_of_one_name_that_differ_are_not_taken_for_one(monkeypatch):
     monkeypatch.setattr(
-        "k5kernels.triton.block_sparse_attention.warps_and_stages", lambda *_: {"num_warps": next(warps)}
+        "k5kernels.triton.block_sparse_attention.configuration", lambda *_: Configuration(next(warps), 2, False)
     )
     warps = iter(range(1, 1000))
     with pytest.raises(ValueError, match="attention: forward"):
@@ -65,14 +66,6 @@ def test_the_table_has_one_row_for_each_variant_and_architecture():
 
 def test_every_committed_row_passes_the_gate():
     assert table.broken_gates(table.read()) == []
-
-
-def test_tiles_come_through_tensor_descriptors_only_where_that_lowers_registers():
-    registers = {(row.kernel, row.head_dim, row.arch): row.registers for row in table.read()}
-    described = [key for key in registers if key[0].endswith(", TMA")]
-    assert described
-    for kernel, *rest in described:
-        assert registers[kernel, *rest] < registers[kernel.removesuffix(", TMA"), *rest], (kernel, *rest)
 
 
 def test_the_readable_table_is_the_committed_one():

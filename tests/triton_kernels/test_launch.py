@@ -9,6 +9,7 @@ from dense_attention import random_tokens
 
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
+from k5kernels.triton import attention_configurations as configurations
 from k5kernels.triton import block_sparse_attention as attention
 from k5kernels.triton import fractal, nabla_mask, sta_mask
 from k5kernels.triton.launch import generation_of, launch, record_launches
@@ -40,10 +41,10 @@ def test_what_is_recorded_is_chosen_for_the_gpu_named():
         assert generation_of(torch.device("cuda")) == 12
 
 
-def on(device, layout):
+def on(device, layout, dim=64):
     """Arguments of the two launchers of attention."""
     mask = random_mask(layout, 1, 2)
-    q, k, v = random_tokens(layout, 1, 2, 64, dtype=torch.bfloat16)
+    q, k, v = random_tokens(layout, 1, 2, dim, dtype=torch.bfloat16)
     lists = [mask.offsets.to(device), mask.indices.to(device), layout.block_starts(device), layout.max_block_tokens]
     lse = torch.zeros(1, 2, layout.tokens, device=device)
     q, k, v = (x.to(device) for x in (q, k, v))
@@ -58,6 +59,35 @@ def described(launches):
         return (x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
 
     return [(one.kernel, one.grid, [value(x) for x in one.arguments], one.constants) for one in launches]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_on_sm_90_attention_is_launched_as_measured_fastest(dim):
+    forward, backward = on("meta", FULL, dim)
+    with record_launches(90) as launches:
+        attention.block_sparse_attention(*forward)
+        attention.block_sparse_attention_backward(*backward)
+    tiled = [one.constants for one in launches if "TMA" in one.constants]
+    assert [(one["num_warps"], one["num_stages"], one["TMA"]) for one in tiled] == [(4, 2, True)] * 3
+
+
+def test_tensors_that_no_descriptor_can_describe_are_loaded_by_address():
+    (q, k, v, *lists), _ = on("meta", FULL, 64)
+    k = k[:, :, :1].expand(k.shape)
+    with record_launches(90) as launches:
+        attention.block_sparse_attention(q, k, v, *lists)
+    assert [one.constants["TMA"] for one in launches] == [False]
+
+
+@pytest.mark.parametrize("generation", [8, 9, 10, 12])
+@pytest.mark.parametrize("kernel", configurations.KERNELS)
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("possible", [False, True])
+def test_every_generation_has_a_configuration(generation, kernel, dim, element_size, possible):
+    chosen = configurations.configuration(kernel, element_size, dim, generation, possible)
+    assert chosen.warps in (4, 8)
+    assert not chosen.descriptors or (possible and generation >= 9 and element_size == 2)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
