@@ -110,6 +110,14 @@ def test_undamaged_videos_are_encoded(damaged_video: DamagedVideo, tmp_path: Pat
         assert taken == (1 if Path(name).suffix in PICTURES else FRAMES), name
 
 
+def test_a_rate_of_almost_nothing_holds_no_frame_without_end(damaged_video: DamagedVideo, tmp_path: Path) -> None:
+    path = tmp_path / "f.avi"
+    avi = damaged_video.videos["f.avi"]
+    scale = avi.index(b"strh") + 28  # dwScale of the stream: its rate is dwRate / dwScale
+    path.write_bytes(avi[:scale] + (2**31 - 1).to_bytes(4, "little") + avi[scale + 4 :])
+    assert refusal(lambda: sum(len(clip.frames) for clip in clips(path)), str(path)) is not None
+
+
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_videos(damaged_video: DamagedVideo, tmp_path: Path, count: int) -> None:
     counts = tally("videos", damaged_video, range(count), tmp_path)

@@ -38,7 +38,8 @@ def decoded_frames(video: OpenVideo) -> Iterator[Decoded]:
     """The frames in the order in which they are shown. Raises VideoError where data is damaged or missing."""
     unit = Fraction(video.stream.time_base)
     origin = round((video.container.start_time or 0) * MICROSECOND / unit)
-    timeline = Timeline(1 / video.rate, video.may_be_joined)
+    # A damaged file announces a frame in a million years, which would be resampled to frames without end.
+    timeline = Timeline(min(1 / video.rate, GAP_SECONDS), video.may_be_joined)
     before: Decoded | None = None
     for frame, new_part in _frames(video, timeline):
         stamp = frame.dts if frame.pts is None else frame.pts
