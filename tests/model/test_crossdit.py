@@ -298,7 +298,9 @@ def test_autocast_trains_with_modulation_in_float32():
         assert relative_difference(out, velocity(model, x, time, text)) < 0.05
 
 
-@pytest.mark.parametrize("attention", [DENSE, NABLA], ids=["dense", "nabla"])
+@pytest.mark.parametrize(
+    "attention", [pytest.param(DENSE, id="dense"), pytest.param(NABLA, id="nabla", marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_compiled_in_one_graph_gives_the_same_at_every_size(attention):
     torch._dynamo.reset()
