@@ -9,7 +9,7 @@ from k5kernels.planner import HardwareProfile, Memory, ModelShape, step_time_ter
 from k5kernels.planner.candidates import Problem
 from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.planner.extensions import Extensions
-from k5kernels.planner.memory import training_memory
+from k5kernels.planner.memory import beside_block_inputs, training_memory
 from k5kernels.planner.search import NothingFitsError, search
 from k5kernels.planner.shapes import PATCH, TOKEN_PIXELS, ClipShape
 from k5kernels.planner.workload import Workload
@@ -66,14 +66,9 @@ def predicted_memory(run: Run) -> Memory[float]:
     """Memory of a step of this process, beside what the process holds before there is a model.
 
     The planner's terms (`k5kernels.planner.memory`), but for all of the model's weights, and in float32 unless the
-    run is bf16; activations are of the largest grid. Two terms are this trainer's own:
-
-    accumulated_gradients_bytes: block by block the backward frees block inputs and fills gradients, so that what one
-    block keeps is there beside the gradients. The report's formula leaves that out: over 64 shards gradients are
-    smaller than activations, here they often are not.
-    reserve_bytes: code that PyTorch loads with the first step, and what glibc keeps between tensors of different
-    sizes instead of giving it back, by a rule fitted to measured runs. (Giving all back would make a step take half
-    as long again.)
+    run is bf16; activations are of the largest grid. The reserve is this trainer's own: code that PyTorch loads with
+    the first step, and what glibc keeps between tensors of different sizes instead of giving it back, by a rule fitted
+    to measured runs. (Giving all back would make a step take half as long again.)
     """
     largest = run.training.batch * max(tokens(run, grid) for grid in run.grids)
     terms = training_memory(
@@ -85,11 +80,8 @@ def predicted_memory(run: Run) -> Memory[float]:
         value_bytes=2 if run.training.bf16 else 4,
     )
     of_a_block = terms.block_activations_bytes + terms.backward_bytes
-    return replace(
-        terms,
-        accumulated_gradients_bytes=min(of_a_block, max(0.0, terms.gradients_bytes - terms.block_inputs_bytes)),
-        reserve_bytes=LOADED_BYTES + KEPT_OF_ACTIVATIONS * of_a_block + KEPT_OF_GRADIENTS * terms.gradients_bytes,
-    )
+    reserve = LOADED_BYTES + KEPT_OF_ACTIVATIONS * of_a_block + KEPT_OF_GRADIENTS * terms.gradients_bytes
+    return replace(beside_block_inputs(terms), reserve_bytes=reserve)
 
 
 def _parameters(config: CrossDiTConfig) -> int:

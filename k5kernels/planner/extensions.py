@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from k5kernels.planner.checks import one_of, switch
 
-OPTIMIZER_DTYPES = ("float32", "bfloat16")
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of one of the two moments of Adam
+OPTIMIZER_DTYPES = tuple(MOMENT_BYTES)
 
 
 @dataclass(frozen=True)

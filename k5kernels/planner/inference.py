@@ -4,14 +4,16 @@
             + passes · 4 · L · S² · d · density / attention rate        q·kᵀ and p·v of the blocks that are read
             + height · width · frames / decoding rate
             + bytes of all weights / offload rate                       0 without offload
+            + passes · bytes of swapped blocks / host link, where that takes longer than the passes themselves
 
 passes: network evaluations that run the blocks, NFE (two a step with classifier-free guidance) less those that MagCache
 skips. With offload one part is on the GPU at a time, and memory is the largest of
 
-    text encoder, 16.6 GB  ·  2 · P + bytes a token and channel · S · d + base  ·  decoding a video, tile by tile
+    text encoder  ·  2 · P · (1 − n/L) + bytes a token and channel · S · d + base  ·  VAE + what a tile takes
 
-without it, the weights of all parts and the largest of what they compute with. The four rates and the three memory
-figures are the only ones fitted, by least squares on relative errors; Table 5 was measured on an H100 with offload.
+n: blocks that wait in host memory. Without offload it is the weights of all parts and the largest of what they compute
+with. `decoding.py` has the tiles, which depend on the card. The four rates and the three memory figures are the only
+ones fitted, by least squares on relative errors; Table 5 was measured on an H100 with offload.
 The densities of its NABLA rows are expected ones (`density.py`). On another profile the computation takes longer or
 shorter as its training step does (`HardwareProfile.speed`), and offload as its host link.
 """
@@ -24,11 +26,13 @@ from importlib.resources import files
 import numpy as np
 
 from k5kernels.planner import text_encoder
-from k5kernels.planner.checks import positive_integer
+from k5kernels.planner.checks import one_of, positive_integer, positive_number, shown, switch
+from k5kernels.planner.decoding import IMAGE_VAE_BYTES, VAE_BYTES, tile_values, working_bytes
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.least_squares import relative_fit
 from k5kernels.planner.profile import H100, HardwareProfile
-from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape
+from k5kernels.planner.quantization import WEIGHT_BYTES
+from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape, swapped_blocks
 
 # What MagCache skips of 50 steps with the released settings and ratios (§7.2): 26 for most models, 25 and 27 for two.
 MAGCACHE_SKIPPED = 26 / 50
@@ -39,7 +43,9 @@ class Generation:
     """What is generated: one clip by one model.
 
     nfe: network evaluations. nabla_thr: None for full attention. skipped: share of the evaluations that MagCache
-    skips, below 1. offload: parts of the pipeline wait in host memory. Raises ValueError that names the field.
+    skips, below 1. offload: parts of the pipeline wait in host memory. text_encoder_dtype: of its linear layers, one of
+    `quantization.WEIGHT_BYTES`. swapped: blocks of the CrossDiT that wait in host memory, each fetched in every pass.
+    Raises ValueError that names the field.
     """
 
     model: ModelShape
@@ -48,12 +54,37 @@ class Generation:
     nabla_thr: float | None = None
     skipped: float = 0.0
     offload: bool = True
+    text_encoder_dtype: str = "bfloat16"
+    swapped: int = 0
 
     def __post_init__(self) -> None:
         positive_integer("nfe", self.nfe)
+        switch("offload", self.offload)
+        one_of("text_encoder_dtype", self.text_encoder_dtype, WEIGHT_BYTES)
+        swapped_blocks(self.swapped, self.model)
         nabla_density(self.nabla_thr)
         if not isinstance(self.skipped, (int, float)) or not 0 <= self.skipped < 1:
-            raise ValueError(f"skipped: expected a share from 0 to below 1, got {self.skipped!r}")
+            raise ValueError(f"skipped: expected a share from 0 to below 1, got {shown(self.skipped)}")
+
+    @property
+    def passes(self) -> float:
+        """Network evaluations that run the blocks."""
+        return self.nfe * (1 - self.skipped)
+
+    @property
+    def text_bytes(self) -> float:
+        """Of the text encoder's weights."""
+        return text_encoder.stored_bytes(self.text_encoder_dtype)
+
+    @property
+    def swapped_bytes(self) -> float:
+        """Of the blocks that wait in host memory."""
+        return self.weights_bytes * self.swapped / self.model.blocks
+
+    @property
+    def vae_bytes(self) -> float:
+        """Of the VAE's weights."""
+        return VAE_BYTES if self.clip.frames > 1 else IMAGE_VAE_BYTES
 
     @property
     def weights_bytes(self) -> float:
@@ -63,12 +94,12 @@ class Generation:
     @property
     def work(self) -> tuple[float, float, float, float]:
         """Flops of what multiplies tokens, flops of attention, pixels decoded, bytes moved from the host."""
-        m, S, passes = self.model, self.clip.tokens, self.nfe * (1 - self.skipped)
+        m, S, passes = self.model, self.clip.tokens, self.passes
         d, L = m.model_dim, m.blocks
         linear = passes * 2 * L * (6 * d**2 + 2 * m.ff_dim * d) * S
         attention = passes * 4 * L * S**2 * d * nabla_density(self.nabla_thr)
         pixels = self.clip.height * self.clip.width * self.clip.frames
-        return linear, attention, float(pixels), (text_encoder.STORED_BYTES + self.weights_bytes) * self.offload
+        return linear, attention, float(pixels), (self.text_bytes + self.weights_bytes) * self.offload
 
 
 @dataclass(frozen=True)
@@ -81,7 +112,7 @@ class InferenceRates:
     offload_bytes_per_s: float
     activation_bytes: float
     base_bytes: float
-    decode_bytes: float
+    decode_value_bytes: float
 
 
 @dataclass(frozen=True)
@@ -92,21 +123,22 @@ class GenerationTime:
     attention_s: float = field(metadata={"formula": "passes · 4·L·S²·d·density / attention rate"})
     decode_s: float = field(metadata={"formula": "pixels / decoding rate"})
     offload_s: float = field(metadata={"formula": "bytes of all weights / offload rate"})
+    swap_s: float = field(metadata={"formula": "passes · bytes of swapped blocks / host link, beyond the passes"})
 
     @property
     def total_s(self) -> float:
         """The generation."""
-        return self.linear_s + self.attention_s + self.decode_s + self.offload_s
+        return self.linear_s + self.attention_s + self.decode_s + self.offload_s + self.swap_s
 
 
 @dataclass(frozen=True)
 class GenerationMemory:
     """What each part needs while it runs, in bytes of the GPU, its weights included."""
 
-    text_bytes: float = field(metadata={"formula": "2 · 8.29e9"})
-    blocks_bytes: float = field(metadata={"formula": "2·P + activation · S·d + base"})
-    decode_bytes: float = field(metadata={"formula": "tiles of the VAE, for videos"})
-    resident_bytes: float = field(metadata={"formula": "weights of the parts that do not run, without offload"})
+    text_bytes: float = field(metadata={"formula": "8.29e9 weights, in 2 bytes or quantized"})
+    blocks_bytes: float = field(metadata={"formula": "2·P·(1 − n/L) + activation · S·d + base"})
+    decode_bytes: float = field(metadata={"formula": "VAE + what a tile of a video takes"})
+    resident_bytes: float = field(metadata={"formula": "weights of the parts that wait, without offload"})
 
     @property
     def total_bytes(self) -> float:
@@ -125,19 +157,33 @@ def generation_time(
         rates.decode_pixels_per_s * profile.speed,
         rates.offload_bytes_per_s * profile.host_bytes_per_s / H100.host_bytes_per_s,
     )
-    return GenerationTime(*(amount / speed for amount, speed in zip(generation.work, speeds, strict=True)))
+    linear, attention, decode, offload = (a / speed for a, speed in zip(generation.work, speeds, strict=True))
+    fetching = generation.passes * generation.swapped_bytes / profile.host_bytes_per_s
+    return GenerationTime(linear, attention, decode, offload, swap_s=max(0.0, fetching - linear - attention))
 
 
-def generation_memory(generation: Generation, rates: InferenceRates | None = None) -> GenerationMemory:
-    """What each part needs; rates: those fitted to the whole of Table 5 where None."""
+def generation_memory(
+    generation: Generation, rates: InferenceRates | None = None, card_bytes: float = H100.memory_bytes
+) -> GenerationMemory:
+    """What each part needs.
+
+    rates: those fitted to the whole of Table 5 where None. card_bytes: memory of the GPU, which decides the tiles that
+    a video is decoded in.
+    """
+    positive_number("card_bytes", card_bytes)
     rates = rates or table5_rates()
-    values = generation.clip.tokens * generation.model.model_dim
-    return GenerationMemory(
-        text_bytes=text_encoder.STORED_BYTES,
-        blocks_bytes=generation.weights_bytes + rates.activation_bytes * values + rates.base_bytes,
-        decode_bytes=rates.decode_bytes if generation.clip.frames > 1 else 0.0,
-        resident_bytes=0.0 if generation.offload else min(text_encoder.STORED_BYTES, generation.weights_bytes),
-    )
+    text, vae = generation.text_bytes, generation.vae_bytes
+    blocks = generation.weights_bytes - generation.swapped_bytes
+    waiting = 0.0 if generation.offload else text + blocks
+    activations = rates.activation_bytes * (generation.clip.tokens * generation.model.model_dim)
+    tile = working_bytes(generation.clip, card_bytes - waiting - vae, rates.decode_value_bytes)
+    parts = {
+        "text_bytes": text,
+        "blocks_bytes": blocks + activations + rates.base_bytes,
+        "decode_bytes": vae + tile if tile else 0.0,
+    }
+    everything = waiting + vae + max(activations + rates.base_bytes, tile)
+    return GenerationMemory(**parts, resident_bytes=0.0 if generation.offload else everything - max(parts.values()))
 
 
 @dataclass(frozen=True)
@@ -183,14 +229,18 @@ def fit(rows: tuple[MeasuredGeneration, ...]) -> InferenceRates:
 
 
 def _fit_memory(rows: tuple[MeasuredGeneration, ...]) -> tuple[float, float, float]:
-    """(bytes a token and channel, base, decoding). The blocks decide where their weights outweigh the text encoder."""
+    """(bytes a token and channel, base, bytes of a value of decoding).
+
+    The blocks decide the peak where their weights outweigh the text encoder, decoding where they do not.
+    """
     heavy = [row for row in rows if row.generation.weights_bytes > text_encoder.STORED_BYTES]
     light = [row for row in rows if row not in heavy and row.generation.clip.frames > 1]
     values = np.array([[row.generation.clip.tokens * row.generation.model.model_dim, 1.0] for row in heavy])
     beyond = np.array([row.memory_bytes - row.generation.weights_bytes for row in heavy])
     activation, base = relative_fit(values, beyond).tolist()
-    decode = float(np.mean([row.memory_bytes for row in light]))
-    return activation, base, decode
+    free = H100.memory_bytes - VAE_BYTES
+    decode = np.mean([(row.memory_bytes - VAE_BYTES) / tile_values(row.generation.clip, free) for row in light])
+    return activation, base, float(decode)
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,23 @@ P: parameters of the CrossDiT blocks. N: GPUs that share the states. S: tokens o
 model, the time embedding and the MLP. o: 0 where activations are offloaded, else 1. The report gives neither unit
 nor names of the terms; bytes, float32 states and bfloat16 activations are the reading that fits.
 
-The other terms are zero in the plain formula. On a layout N is the number of shards, and S the tokens of a micro-batch
-over the GPUs that share it:
+The other terms are zero in the plain formula (m clips of a micro-batch, p GPUs that share a clip, F shards: on a layout
+N is F, and the tokens on the GPU are m · S/p):
 
 * No checkpointing: every block keeps what the formula counts for one, and no block input is kept beside.
 * Accumulation: gradients of earlier micro-batches stay beside the activations. In one process without shards those of
   the blocks that are done do so too.
-* EMA: one more float32 copy (§6.3.2). Moments of the optimizer in bfloat16: 4·P/N bytes less.
+* EMA: one more float32 copy (§6.3.2). Moments of the optimizer in bfloat16: 4·P/F bytes less, in int8 6·P/F.
 * Gathered blocks: bfloat16 weights of two blocks, the one that runs and the one on its way, and as much again for a
   block's gradients until they are reduced: 8·P/L bytes.
 * Backward: gradients inside a block, largest at its MLP: 2·d + d_f values a token.
 * Offload buffers: two block inputs, the one on its way and the one in use.
 * Text encoder (`text_encoder.py`), over at most 32 shards (§6.1.3).
+* Frozen weights: of the blocks, where an adapter is trained beside them (`lora.py`).
 * Reserve: what the allocator and the driver keep.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, overload
 
 import numpy as np
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from k5kernels.planner import text_encoder
 from k5kernels.planner.checks import positive_integer, positive_number, switch
 from k5kernels.planner.cluster_layout import AnyLayout, ClusterLayout, ClusterLayouts
-from k5kernels.planner.extensions import PLAIN, Extensions
+from k5kernels.planner.extensions import MOMENT_BYTES, PLAIN, Extensions
 from k5kernels.planner.profile import H100, HardwareProfile
 from k5kernels.planner.shapes import ModelShape, parameters
 from k5kernels.planner.values import Values, plain
@@ -53,22 +54,19 @@ class Memory(Generic[Values]):
     Gradients and activations do not peak together: the larger of the two counts.
     """
 
-    states_bytes: Values = field(metadata={"formula": "12 · P/N"})
-    gradients_bytes: Values = field(metadata={"formula": "4 · P/N"})
-    block_inputs_bytes: Values = field(metadata={"formula": "2 · S · L · d · o, with checkpointing"})
-    block_activations_bytes: Values = field(metadata={"formula": "2 · S · (18·d + 2·d_f), · L without checkpointing"})
-    accumulated_gradients_bytes: Values = field(
-        default=NOT_IN_THE_REPORT, metadata={"formula": "the smaller of gradients and activations, with accumulation"}
-    )
-    ema_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "4 · P/N"})
-    optimizer_dtype_bytes: Values = field(
-        default=NOT_IN_THE_REPORT, metadata={"formula": "−4 · P/N with bfloat16 moments"}
-    )
-    gathered_blocks_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "8 · P/L, with shards"})
-    backward_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · S · (2·d + d_f)"})
-    offload_buffers_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · 2 · S · d"})
-    text_encoder_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "2 · 8.29e9 / min(32, GPUs)"})
-    reserve_bytes: Values = field(default=NOT_IN_THE_REPORT, metadata={"formula": "the profile's share of all above"})
+    states_bytes: Values
+    gradients_bytes: Values
+    block_inputs_bytes: Values
+    block_activations_bytes: Values
+    accumulated_gradients_bytes: Values = NOT_IN_THE_REPORT
+    ema_bytes: Values = NOT_IN_THE_REPORT
+    optimizer_dtype_bytes: Values = NOT_IN_THE_REPORT
+    gathered_blocks_bytes: Values = NOT_IN_THE_REPORT
+    backward_bytes: Values = NOT_IN_THE_REPORT
+    offload_buffers_bytes: Values = NOT_IN_THE_REPORT
+    frozen_weights_bytes: Values = NOT_IN_THE_REPORT
+    text_encoder_bytes: Values = NOT_IN_THE_REPORT
+    reserve_bytes: Values = NOT_IN_THE_REPORT
 
     @property
     def activations_bytes(self) -> Values:
@@ -81,7 +79,8 @@ class Memory(Generic[Values]):
         """Everything but the reserve."""
         report: Any = self.states_bytes + np.maximum(self.gradients_bytes, self.activations_bytes)
         added = self.accumulated_gradients_bytes + self.ema_bytes + self.optimizer_dtype_bytes
-        return plain(report + added + self.gathered_blocks_bytes + self.text_encoder_bytes)
+        held = self.gathered_blocks_bytes + self.text_encoder_bytes + self.frozen_weights_bytes
+        return plain(report + added + held)
 
     @property
     def total_bytes(self) -> Values:
@@ -89,7 +88,38 @@ class Memory(Generic[Values]):
         return self.used_bytes + self.reserve_bytes
 
 
-REPORT_TERMS = ("states_bytes", "gradients_bytes", "block_inputs_bytes", "block_activations_bytes")
+# How an answer says its terms.
+REPORT_FORMULAS = {
+    "states_bytes": "12 · P/N",
+    "gradients_bytes": "4 · P/N",
+    "block_inputs_bytes": "2 · S · L · d · o",
+    "block_activations_bytes": "2 · S · (18·d + 2·d_f)",
+}
+LAYOUT_FORMULAS = {
+    "states_bytes": "12 · P/F",
+    "gradients_bytes": "4 · P/F",
+    "block_inputs_bytes": "2 · m · S/p · L · d · o, with checkpointing",
+    "block_activations_bytes": "2 · m · S/p · (18·d + 2·d_f), · L without checkpointing",
+    "accumulated_gradients_bytes": "the smaller of gradients and activations, with accumulation",
+    "ema_bytes": "4 · P/F",
+    "optimizer_dtype_bytes": "−4 · P/F with bfloat16 moments, −6 · P/F with int8",
+    "gathered_blocks_bytes": "8 · P/L, with shards",
+    "backward_bytes": "2 · m · S/p · (2·d + d_f)",
+    "offload_buffers_bytes": "2 · 2 · m · S/p · d",
+    "text_encoder_bytes": "2 · 8.29e9 / min(32, GPUs)",
+    "reserve_bytes": "the profile's share of all above",
+}
+
+
+def beside_block_inputs(terms: Memory[float]) -> Memory[float]:
+    """The terms of a process that trains alone: block by block the backward frees block inputs and fills gradients, so
+    that what one block keeps is there beside the larger of both.
+
+    The report's formula leaves that out: over 64 shards gradients are smaller than activations.
+    """
+    of_a_block = terms.block_activations_bytes + terms.backward_bytes
+    beside = min(of_a_block, max(0.0, terms.gradients_bytes - terms.block_inputs_bytes))
+    return replace(terms, accumulated_gradients_bytes=beside)
 
 
 def training_memory(
@@ -116,6 +146,7 @@ def training_memory(
     buffers = float(extensions.buffers)
     moving = np.where(offload, buffers * min(2, L) * one_input, 0.0)
     backward = buffers * values * (2 * d + d_f)
+    saved = 2 * (MOMENT_BYTES["float32"] - MOMENT_BYTES[extensions.optimizer_dtype])
     both = np.minimum(gradients, inputs + activations + moving + backward)
     encoder = text_encoder.STORED_BYTES / np.minimum(text_encoder.SHARDS, layout.gpus)
     terms = {
@@ -125,7 +156,7 @@ def training_memory(
         "block_activations_bytes": activations,
         "accumulated_gradients_bytes": np.where(layout.accumulation > 1, both, 0.0),
         "ema_bytes": 4 * p / f * extensions.ema,
-        "optimizer_dtype_bytes": 0.0 - 4 * p / f * (extensions.optimizer_dtype == "bfloat16"),
+        "optimizer_dtype_bytes": 0.0 - saved * p / f,
         "gathered_blocks_bytes": np.where(f > 1, buffers * 8 * p / L, 0.0),
         "backward_bytes": backward,
         "offload_buffers_bytes": moving,

@@ -1,8 +1,9 @@
 """The numbers of a model and of a clip that the formulas read."""
 
 from dataclasses import dataclass
+from numbers import Integral
 
-from k5kernels.planner.checks import one_of, positive_integer, positive_number
+from k5kernels.planner.checks import one_of, positive_integer, positive_number, shown
 from k5kernels.presets import MODEL_SIZES, CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
 
@@ -13,13 +14,20 @@ TOKEN_PIXELS = (SPATIAL_STRIDE * PATCH) ** 2
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Size of a CrossDiT (Table 3): widths of the tokens, the time embedding, the MLP and a head; CrossDiT blocks."""
+    """Size of a CrossDiT (Table 3): widths of the tokens, the time embedding, the MLP and a head; CrossDiT blocks.
+
+    Raises ValueError that names the field where one is not a positive integer.
+    """
 
     model_dim: int
     time_dim: int
     ff_dim: int
     blocks: int
     head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        for field in ("model_dim", "time_dim", "ff_dim", "blocks", "head_dim"):
+            positive_integer(field, getattr(self, field))
 
     @classmethod
     def of(cls, config: CrossDiTConfig) -> "ModelShape":
@@ -35,6 +43,16 @@ class ModelShape:
     def parameters(self) -> int:
         """P: parameters of the CrossDiT blocks."""
         return parameters(self.model_dim, self.time_dim, self.ff_dim, self.blocks)
+
+
+def swapped_blocks(count: int, model: ModelShape) -> int:
+    """The count. Raises ValueError where it is not an integer from 0 to two below the model's blocks: one runs, and
+    one is on its way.
+    """
+    if not isinstance(count, Integral) or isinstance(count, bool) or not 0 <= count <= max(0, model.blocks - 2):
+        most = max(0, model.blocks - 2)
+        raise ValueError(f"swapped: expected an integer from 0 to {most} of {model.blocks} blocks, got {shown(count)}")
+    return int(count)
 
 
 def parameters(model_dim: int, time_dim: int, ff_dim: int, blocks: int) -> int:

@@ -13,7 +13,7 @@ from k5kernels.planner.search import GIB
 from k5kernels.planner.values import term_words
 from k5kernels.terminal import console, table
 
-SCHEMA = "k5.plan/1"
+SCHEMA = "k5.plan/2"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,14 @@ def print_terms(
     unit: Unit,
     as_json: bool,
     csv_path: Path | None,
-    only: Sequence[str] | None = None,
+    formulas: Mapping[str, str] | None = None,
 ) -> None:
-    """The terms of a formula, those named or all, and their totals: all public properties that hold a number."""
-    names = [field.name for field in fields(terms)] if only is None else only
-    values = {name: float(getattr(terms, name)) for name in names}
+    """The terms of a formula and their totals: all public properties that hold a number.
+
+    formulas: name -> formula of the terms to show; all, with the formulas of the dataclass's fields, where None.
+    """
+    formulas = _formulas(terms) if formulas is None else formulas
+    values = {name: float(getattr(terms, name)) for name in formulas}
     totals = {
         name: float(getattr(terms, name)) for name, kind in vars(type(terms)).items() if isinstance(kind, property)
     }
@@ -48,22 +51,21 @@ def print_terms(
         print_json(command, inputs, {"terms": values, **totals})
         return
     total = totals["total_ms" if unit is MS else "total_bytes"]
-    console().print(table(title, ["term", "formula", unit.name], term_rows(terms, total, unit, names), inputs))
+    console().print(table(title, ["term", "formula", unit.name], term_rows(terms, total, unit, formulas), inputs))
 
 
-def term_rows(terms: Any, total: float, unit: Unit, names: Sequence[str] | None = None) -> list[list[str]]:
-    """A term's name in words, without its unit, its formula and its value, of those named or all; then the total."""
+def term_rows(terms: Any, total: float, unit: Unit, formulas: Mapping[str, str] | None = None) -> list[list[str]]:
+    """A term's name in words, without its unit, its formula and its value; then the total."""
     digits = 1 if unit.size == 1 else 2
     rows = [
-        [
-            term_words(term.name),
-            term.metadata["formula"],
-            f"{getattr(terms, term.name) / unit.size:,.{digits}f}",
-        ]
-        for term in fields(terms)
-        if names is None or term.name in names
+        [term_words(name), formula, f"{getattr(terms, name) / unit.size:,.{digits}f}"]
+        for name, formula in (_formulas(terms) if formulas is None else formulas).items()
     ]
     return [*rows, ["total", "", f"{total / unit.size:,.{digits}f}"]]
+
+
+def _formulas(terms: Any) -> dict[str, str]:
+    return {term.name: term.metadata["formula"] for term in fields(terms)}
 
 
 def print_json(command: str, inputs: Mapping[str, Any], more: Mapping[str, Any]) -> None:

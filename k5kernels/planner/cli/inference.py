@@ -18,6 +18,8 @@ from k5kernels.planner.inference import (
     leave_one_out,
     mean_errors,
 )
+from k5kernels.planner.quantization import WEIGHT_BYTES
+from k5kernels.planner.search import GIB
 from k5kernels.planner.shapes import model_shape
 from k5kernels.terminal import console, table
 
@@ -36,6 +38,11 @@ def inference(
         bool, typer.Option(help=f"MagCache as released: {MAGCACHE_SKIPPED:.0%} of the evaluations are skipped.")
     ] = False,
     offload: Annotated[bool, typer.Option(help="Whether idle parts wait in host memory.")] = True,
+    text_encoder_dtype: Annotated[
+        str, typer.Option(help=f"Of the text encoder's linear layers: {', '.join(WEIGHT_BYTES)}.")
+    ] = "bfloat16",
+    swapped: options.SwapBlocks = 0,
+    memory: options.Memory = None,
     profile: options.ProfilePath = None,
     as_json: options.AsJSON = False,
     csv_path: options.CSVPath = None,
@@ -47,23 +54,27 @@ def inference(
     hardware = options.hardware(profile)
     clip, nfe = options.clip_shape(resolution, frames, seconds), steps * (2 if cfg else 1)
     skipped = MAGCACHE_SKIPPED if magcache else 0.0
-    generation = Generation(model_shape(preset), clip, nfe, nabla_thr, skipped, offload)
-    time, memory = generation_time(generation, profile=hardware), generation_memory(generation)
+    card = options.card_bytes(memory, hardware)
+    generation = Generation(model_shape(preset), clip, nfe, nabla_thr, skipped, offload, text_encoder_dtype, swapped)
+    time, needed = generation_time(generation, profile=hardware), generation_memory(generation, card_bytes=card)
     inputs = {
         "preset": preset, **asdict(clip), "nfe": nfe, "nabla_thr": nabla_thr,
-        "nabla_density": nabla_density(nabla_thr), "skipped": skipped, "offload": offload, "profile": hardware.name,
+        "nabla_density": nabla_density(nabla_thr), "skipped": skipped, "offload": offload,
+        "text_encoder_dtype": text_encoder_dtype, "swapped": swapped, "memory_bytes": card, "profile": hardware.name,
     }  # fmt: skip
-    totals = {"total_s": time.total_s, "total_bytes": memory.total_bytes}
-    write_csv(csv_path, [{**inputs, **asdict(time), **asdict(memory), **totals}])
+    totals = {"total_s": time.total_s, "total_bytes": needed.total_bytes}
+    write_csv(csv_path, [{**inputs, **asdict(time), **asdict(needed), **totals}])
     if as_json:
-        print_json("inference", inputs, {"time": asdict(time), "memory": asdict(memory), **totals})
+        print_json("inference", inputs, {"time": asdict(time), "memory": asdict(needed), **totals})
         return
     terminal, header = console(), ["term", "formula"]
     rows = term_rows(time, time.total_s, SECONDS)
     terminal.print(table(f"Generation on {hardware.name}", [*header, SECONDS.name], rows, inputs))
-    rows = term_rows(memory, memory.total_bytes, GIGABYTES)
+    rows = term_rows(needed, needed.total_bytes, GIGABYTES)
     title = "Memory: the largest part, and what stays beside it"
     terminal.print(table(title, [*header, GIGABYTES.name], rows))
+    verdict = "fits" if needed.total_bytes <= card else "does not fit"
+    terminal.print(f"{verdict} in {card / GIGABYTES.size:.1f} GB ({card / GIB:.0f} GiB)")
 
 
 def _print_leave_one_out(as_json: bool, csv_path: Path | None) -> None:

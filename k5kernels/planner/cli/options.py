@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from k5kernels.planner.candidates import Problem, broken_rule
+from k5kernels.planner.checks import positive_number
 from k5kernels.planner.cluster_layout import ClusterLayout, checked
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.extensions import FULL, OPTIMIZER_DTYPES
 from k5kernels.planner.profile import H100, HardwareProfile, load_profile
+from k5kernels.planner.search import GIB
 from k5kernels.planner.shapes import MODELS, ClipShape, ModelShape, frames_for, model_shape
 from k5kernels.planner.workload import Workload
 
@@ -30,6 +32,8 @@ Accumulation = Annotated[int, typer.Option(min=1, help="Forwards of an optimizer
 Checkpointing = Annotated[bool, typer.Option(help="Whether blocks are recomputed in the backward.")]
 Offload = Annotated[bool, typer.Option(help="Whether block inputs go to host memory.")]
 OptimizerDType = Annotated[str, typer.Option(help=f"Of the optimizer's moments: {', '.join(OPTIMIZER_DTYPES)}.")]
+SwapBlocks = Annotated[int, typer.Option("--swap-blocks", min=0, help="Blocks that wait in host memory.")]
+Memory = Annotated[float | None, typer.Option(help="Of a GPU, in GiB; the profile's without.")]
 NablaThr = Annotated[float | None, typer.Option(help="thr of NABLA; its expected density scales the attention term.")]
 ProfilePath = Annotated[Path | None, typer.Option("--profile", help="Hardware profile of `k5 plan calibrate`.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -42,6 +46,11 @@ MODEL_FIELDS = ("model_dim", "time_dim", "ff_dim", "blocks")
 def hardware(path: Path | None) -> HardwareProfile:
     """The profile of the file, the report's H100 without one."""
     return H100 if path is None else load_profile(path)
+
+
+def card_bytes(memory: float | None, profile: HardwareProfile) -> float:
+    """Memory of a GPU: of --memory in GiB, the profile's without."""
+    return profile.memory_bytes if memory is None else positive_number("--memory", memory) * GIB
 
 
 def model_numbers(preset: str | None, **given: int | None) -> dict[str, int]:
@@ -87,10 +96,10 @@ def clip_size(
     return clip.pixels if kind == "pixels" else clip.tokens
 
 
-def only_with_shards(**given: bool) -> None:
-    """Refuses options that the plain formula has no term for."""
+def only_with(needed: str, **given: bool) -> None:
+    """Refuses options that have no meaning without the needed one."""
     if names := [option(name) for name, there in given.items() if there]:
-        raise typer.BadParameter(f"{', '.join(names)}: the plain formula has no such term; give --shards too")
+        raise typer.BadParameter(f"{', '.join(names)}: the answer has no such term without {needed}; give that too")
 
 
 def layout_problem(

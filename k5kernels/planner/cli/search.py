@@ -33,7 +33,7 @@ def search(
     batch: Annotated[int | None, typer.Option(min=1, help="Clips of an optimizer step; the stage's without.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; the stage's without.")] = None,
     nabla_thr: options.NablaThr = None,
-    memory: Annotated[float | None, typer.Option(help="Of a GPU, in GiB; the profile's without.")] = None,
+    memory: options.Memory = None,
     optimizer_dtype: options.OptimizerDType = "float32",
     goal: Annotated[str, typer.Option(help=f"What is to be least: {', '.join(planner.GOALS)}.")] = "gpu-hours",
     tolerance: Annotated[
@@ -48,7 +48,7 @@ def search(
     """The best layout of a training on the GPUs there are, why it is best, and why the obvious others lose."""
     hardware = options.hardware(profile)
     workload = _training(table4_stage, preset, mix, frames, seconds, batch, steps, nabla_thr)
-    limit = hardware.memory_bytes if memory is None else memory * planner.GIB
+    limit = options.card_bytes(memory, hardware)
     extensions = replace(FULL, optimizer_dtype=optimizer_dtype)
     result = planner.search(Problem(workload, gpus, limit, tolerance, extensions, hardware), goal, keep)
     inputs = {

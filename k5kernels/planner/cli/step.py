@@ -49,8 +49,8 @@ def step(
     hardware = options.hardware(profile)
     title = f"Training step on {hardware.name}"
     if shards is None:
-        options.only_with_shards(
-            time_dim=time_dim is not None, ff_dim=ff_dim is not None, replicas=replicas != 1, sp=sp != 1,
+        options.only_with(
+            "--shards", time_dim=time_dim is not None, ff_dim=ff_dim is not None, replicas=replicas != 1, sp=sp != 1,
             accumulation=accumulation != 1, nabla_thr=nabla_thr is not None, offload=offload,
             no_checkpointing=not checkpointing,
         )  # fmt: skip
