@@ -9,6 +9,7 @@ import pytest
 
 from bench.harness import TRUST, Trust
 from bench.planner_memory import GPUS, errors, predicted, track
+from bench.public_reports import PUBLIC_REPORTS
 from k5kernels.planner import MODELS, ClipShape
 from k5kernels.planner.calibration import held_out_errors
 from k5kernels.planner.candidates import Problem
@@ -99,6 +100,14 @@ def test_inference_leaving_one_row_out():
     TRUST.append(Trust("inference, time", "mean of the rows", time_error, 0.15))
     TRUST.append(Trust("inference, memory", "mean of the rows", memory_error, 0.15))
     assert max(time_error, memory_error) <= 0.15
+
+
+def test_memory_on_one_consumer_gpu():
+    """What users reported of LoRA and generation, none of which was used in a fit."""
+    for report in PUBLIC_REPORTS:
+        name = f"{report.what}: {report.reported / 1e9:g} GB"
+        TRUST.append(Trust("memory, public reports", name, report.error, 0.15))
+    assert all(abs(report.error) <= 0.15 for report in PUBLIC_REPORTS)
 
 
 def test_search(benchmark):

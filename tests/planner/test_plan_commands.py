@@ -233,7 +233,7 @@ def test_options_that_do_not_go_together_are_told(command, words):
         ("plan search --gpus 8 --stage video_pro_mr --memory 4", ["no layout is possible on 8 GPUs", "GiB"]),
         ("plan search --gpus 8 --stage video_pro_mr --tolerance 2", ["batch_tolerance", "2"]),
         ("plan search --gpus 8 --stage video_pro_mr --nabla-thr 1.5", ["nabla_thr", "1.5"]),
-        ("plan search --gpus 8 --stage video_pro_mr --optimizer-dtype int8", ["optimizer_dtype", "'int8'"]),
+        ("plan search --gpus 8 --stage video_pro_mr --optimizer-dtype int4", ["optimizer_dtype", "'int4'"]),
         ("plan stages --preset video_max", ["model: expected one of", "video_pro", "'video_max'"]),
         ("plan inference --preset video_pro --resolution 500x768 --seconds 5", ["height", "16", "500"]),
         ("plan step --preset video_lite --pixels 1000 --profile missing.json", ["missing.json"]),
