@@ -197,5 +197,5 @@ def test_extensions_are_terms_that_add_up():
     assert float(memory.total_bytes) == pytest.approx(peak + sum(parts.values()))
     step = layout_step_time(job, layout, FULL)
     assert float(step.total_ms) == pytest.approx(sum(float(getattr(step, term.name)) for term in fields(step)))
-    with pytest.raises(ValueError, match="optimizer_dtype: expected one of float32, bfloat16, got 'int8'"):
-        Extensions(optimizer_dtype="int8")
+    with pytest.raises(ValueError, match="optimizer_dtype: expected one of float32, bfloat16, int8, got 'int4'"):
+        Extensions(optimizer_dtype="int4")
