@@ -87,7 +87,7 @@ def decoder_bytes_per_value(height: int, width: int) -> float:
 
     clip = ClipShape(height, width, FRAMES)
     with FakeTensorMode(), _default(torch.float16), torch.no_grad():
-        vae = AutoencoderKLHunyuanVideo()
+        vae: Any = AutoencoderKLHunyuanVideo()
         latent = torch.empty(1, 16, clip.latent_frames, height // 8, width // 8)
         alive = Alive()
         for weight in vae.parameters():
@@ -136,7 +136,7 @@ def _transformer(shape: ModelShape, adapter: Adapter, blocks: int) -> Any:
 
     half = shape.head_dim // 8  # rotary halves: 1/4 of the head for time, 3/8 for height and for width
     with _default(torch.bfloat16):
-        model = Kandinsky5Transformer3DModel(
+        model: Any = Kandinsky5Transformer3DModel(
             in_visual_dim=16,
             out_visual_dim=16,
             in_text_dim=3584,
