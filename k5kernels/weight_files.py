@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from k5kernels.atomic import replacing
@@ -326,6 +325,8 @@ def _read_config(path: Path, folder: Path, texts: Iterable[str | None]) -> dict[
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """The open safetensors file; a damaged one, at any time, raises WeightsError."""
+    from safetensors import SafetensorError, safe_open  # here, for `model` is imported where weights are never read
+
     _refuse_other_formats(file)
     try:
         with safe_open(file, framework="pt") as reader:

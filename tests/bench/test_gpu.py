@@ -132,3 +132,20 @@ def test_what_is_asked_for_is_checked(tmp_path):
     assert done.returncode == 2
     assert "got nothing" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_torch_triton_and_numpy_are_enough():
+    others = [
+        "av",
+        "fsspec",
+        "hypothesis",
+        "matplotlib",
+        "pytest",
+        "rich",
+        "safetensors",
+        "transformers",
+        "typer",
+        "webdataset",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({others!r})); import bench.gpu.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
