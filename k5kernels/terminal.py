@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 # Of every command that computes; `k5kernels.device.choose_device` takes it.
 DeviceName = Annotated[
@@ -79,10 +79,11 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(title: str, header: list[str], rows: list[list[str]], inputs: Mapping[str, Any] | None = None) -> Table:
-    """A table of text; inputs, where given, stand below it."""
+    """A table of text; inputs, where given, stand below it. The cells of the first column, names, are never broken."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (inputs or {}).items()}
     caption = ", ".join(f"{name} {value}" for name, value in shown.items()) or None
-    made = Table(*header, title=title, title_justify="left", caption=caption, caption_justify="left")
+    first, *others = header
+    made = Table(Column(first, no_wrap=True), *others, title=title, title_justify="left", caption=caption, caption_justify="left")
     for row in rows:
         made.add_row(*row)
     return made

@@ -7,9 +7,9 @@ from typer.testing import CliRunner, Result
 from k5kernels.cli import app
 
 
-def k5(command: str, terminal: bool = False) -> Result:
-    """terminal: whether stderr passes for one."""
-    return CliRunner(env={"COLUMNS": "160", "FORCE_COLOR": "1" if terminal else None}).invoke(app, command.split())
+def k5(command: str, terminal: bool = False, columns: int = 160) -> Result:
+    """terminal: whether stderr passes for one. columns: its width in letters."""
+    return CliRunner(env={"COLUMNS": str(columns), "FORCE_COLOR": "1" if terminal else None}).invoke(app, command.split())
 
 
 def fails(command: str, exit_code: int, *words: str) -> None:

@@ -307,13 +307,3 @@ def test_calibrate_saves_a_profile_and_steps_that_load(tmp_path):
 
 def test_the_reports_h100_is_the_default():
     assert answer("stages")["inputs"]["profile"] == H100.name == "H100"
-
-
-@pytest.mark.parametrize("columns", ["80", "120"])
-def test_no_cell_of_the_stages_is_cut_on_a_narrow_terminal(columns):
-    environment = os.environ | {"COLUMNS": columns}
-    command = [sys.executable, "-m", "k5kernels", "plan", "stages"]
-    shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    assert "…" not in shown
-    assert all(f"│ {name} " in shown for name in stages())
-    assert all(f"{row['gpu_hours']:,.0f}" in shown for row in answer("stages")["stages"])

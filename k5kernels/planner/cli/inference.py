@@ -87,7 +87,7 @@ def _print_leave_one_out(as_json: bool, csv_path: Path | None) -> None:
         means = {"mean_time_error": time, "mean_memory_error": memory}
         print_json("inference", {}, {"leave_one_out": rows, **means})
         return
-    header = ["Table 5", "clip", "NFE", "s", "predicted", "error", "GB", "predicted", "error"]
+    header = ["Table 5", "clip", "s", "fit", "off", "GB", "fit", "off"]
     caption = {"mean error of time": f"{time:.1%}", "of memory": f"{memory:.1%}"}
     console().print(table("Each row predicted from the others", header, [_cells(row) for row in rows], caption))
 
@@ -103,7 +103,7 @@ def _figures(each: HeldOut) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
-        f"{row['model']} {row['variant']}", f"{row['height']}×{row['width']}×{row['frames']}", str(row["nfe"]),
+        f"{row['model']} {row['variant']}", f"{row['height']}×{row['width']}×{row['frames']}",
         f"{row['seconds']:,.0f}", f"{row['predicted_s']:,.0f}", f"{row['time_error']:+.0%}",
         f"{row['memory_bytes'] / 1e9:.0f}", f"{row['predicted_bytes'] / 1e9:.1f}", f"{row['memory_error']:+.0%}",
     ]  # fmt: skip
