@@ -83,7 +83,9 @@ def table(title: str, header: list[str], rows: list[list[str]], inputs: Mapping[
     shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (inputs or {}).items()}
     caption = ", ".join(f"{name} {value}" for name, value in shown.items()) or None
     first, *others = header
-    made = Table(Column(first, no_wrap=True), *others, title=title, title_justify="left", caption=caption, caption_justify="left")
+    made = Table(
+        Column(first, no_wrap=True), *others, title=title, title_justify="left", caption=caption, caption_justify="left"
+    )
     for row in rows:
         made.add_row(*row)
     return made

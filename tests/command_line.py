@@ -9,7 +9,9 @@ from k5kernels.cli import app
 
 def k5(command: str, terminal: bool = False, columns: int = 160) -> Result:
     """terminal: whether stderr passes for one. columns: its width in letters."""
-    return CliRunner(env={"COLUMNS": str(columns), "FORCE_COLOR": "1" if terminal else None}).invoke(app, command.split())
+    return CliRunner(env={"COLUMNS": str(columns), "FORCE_COLOR": "1" if terminal else None}).invoke(
+        app, command.split()
+    )
 
 
 def fails(command: str, exit_code: int, *words: str) -> None:
