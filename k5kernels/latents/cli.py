@@ -24,6 +24,10 @@ def encode(
     background: Annotated[
         str, typer.Option(help="Colour behind what is transparent: black, white, grey or #rrggbb.")
     ] = "black",
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="JSON, JSONL or CSV of captions by path or name; clip.txt beside clip.mp4 needs no option."),
+    ] = None,
     index: Annotated[int, typer.Option(help="Number of this process, from 0, where several share the work.")] = 0,
     of: Annotated[int, typer.Option(help="How many processes share the work, on one machine or many.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what another job left in the folder.")] = False,
@@ -36,6 +40,7 @@ def encode(
     left = f"{out}: the same command goes on from what is finished"
     with one_line_stop("k5", lambda: left), one_line_errors(refused=2):
         from k5kernels.device import choose_device
+        from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.job import encode_videos
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
@@ -43,6 +48,7 @@ def encode(
 
         chosen = choose_device(device)
         reading = Reading(fps=parse_fps(fps), background=parse_colour(background))
+        captioned = None if captions is None else read_captions(captions)
         encoder = load_encoder(vae).to(chosen)
         terminal = console(stderr=True)
         with display(terminal) as progress:
@@ -57,8 +63,11 @@ def encode(
                 of=of,
                 overwrite=overwrite,
                 retry_failed=retry_failed,
+                captions=captioned,
                 progress=progress,
             )
+    if summary.captioned:
+        terminal.print(f"{summary.captioned} of {summary.sources} sources have a caption")
     for line in left_out(summary):
         terminal.print(line, soft_wrap=True)
     typer.echo(f"{out}: {summary.samples} clips in {summary.shards} shards, {summary.shards_kept} kept from before")

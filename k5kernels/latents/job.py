@@ -8,13 +8,14 @@ writes what an undisturbed run would have written.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from k5kernels.latents.captions import CaptionError, match_captions, sidecar_captions
 from k5kernels.latents.encode import Encoding
 from k5kernels.latents.failures import ending, told
 from k5kernels.latents.folder import Folder
@@ -56,14 +57,16 @@ class Step:
 class EncodeSummary:
     """What is in the folder after a run, and what is not.
 
-    shards, samples: in the folder. shards_kept: of them, from before this run. failures: file -> why it is not
-    encoded, or not to its end. left_out: file or folder -> why nothing is lost by it. others: suffix -> files that
-    hold no video by their names.
+    shards, samples: in the folder. shards_kept: of them, from before this run. captioned, sources: how many of the
+    sources of this process have a caption. failures: file -> why it is not encoded, or not to its end. left_out: file
+    or folder -> why nothing is lost by it. others: suffix -> files that hold no video by their names.
     """
 
     shards: int = 0
     samples: int = 0
     shards_kept: int = 0
+    captioned: int = 0
+    sources: int = field(default=0, compare=False)
     failures: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
@@ -83,7 +86,7 @@ def encode_videos(
     of: int = 1,
     overwrite: bool = False,
     retry_failed: bool = False,
-    caption_of: Callable[[Source], str | None] = lambda source: None,
+    captions: Mapping[str, str] | None = None,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> EncodeSummary:
     """Encode videos and pictures into shards `out/00000.tar`, …; `out` is a folder or an fsspec URL.
@@ -94,11 +97,13 @@ def encode_videos(
     index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
     overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
     are tried again; the others are tried again anyway.
+    captions: by path or name, as `match_captions` takes them; they go before those in files beside the videos
+    (`sidecar_captions`). A clip keeps the caption that it was encoded with.
     A second call goes on where the first ended, and encodes what is new. Finished shards are never touched; one that
     is missing or damaged is made again.
-    Raises ValueError for arguments that do not fit, a folder of another job, and one that another process is writing
-    to; OSError where `out` cannot be written, or where what fails would fail for every source (no memory, no threads,
-    no open files).
+    Raises ValueError for arguments that do not fit, captions that fit no source or two, a folder of another job, and
+    one that another process is writing to; OSError where `out` cannot be written, or where what fails would fail for
+    every source (no memory, no threads, no open files).
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
@@ -108,14 +113,24 @@ def encode_videos(
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
     listing = find_sources(paths, folder.local)
+    mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
+    matched = _captions(listing, mine, captions)
     folder.create()
     prefix = prefix_of(index, of)
     with _memory_named(folder), locked(folder, lock_name(prefix), this_process(job_id(settings), of)) as lock:
         part = open_part(folder, lock.holder, prefix, settings, overwrite)
         known = Known(part.manifest, part.others, retry_failed)
-        mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
         writer = PartWriter(part, lock, known, samples_per_shard)
-        return _Run(writer, known, encoding, listing, mine, caption_of, progress).run()
+        return _Run(writer, known, encoding, listing, mine, matched, progress).run()
+
+
+def _captions(listing: Listing, mine: list[Source], given: Mapping[str, str] | None) -> dict[str, str]:
+    """File -> caption, of the sources in `mine` that have one; those given are matched with all that are listed."""
+    matched = match_captions(given or {}, [source.path for source in listing.sources])
+    if given and listing.sources and not matched:
+        raise CaptionError(f"captions: expected some for {listing.sources[0].path} and so on, got none that fits")
+    beside = sidecar_captions({source.file: source.file for source in mine})
+    return beside | {source.file: matched[source.path] for source in mine if source.path in matched}
 
 
 @contextmanager
@@ -136,14 +151,15 @@ class _Run:
         encoding: Encoding,
         listing: Listing,
         mine: list[Source],
-        caption_of: Callable[[Source], str | None],
+        captions: dict[str, str],
         progress: Callable[[Step], None],
     ) -> None:
-        """mine: the listed sources that this process encodes."""
+        """mine: the listed sources that this process encodes. captions: by file."""
         self.writer, self.known, self.encoding = writer, known, encoding
-        self.caption_of, self.progress = caption_of, progress
+        self.captions, self.progress = captions, progress
         self.manifest = writer.part.manifest
         self.summary = EncodeSummary(failures=listing.failures, left_out=listing.left_out, others=listing.others)
+        self.summary.captioned, self.summary.sources = len(captions), len(mine)
         self.listed, self.mine = _by_path(listing.sources), _by_path(mine)
         self.changed: dict[tuple[str, str], None] = {}
         self.hashes: dict[str, str | None] = {}
@@ -224,7 +240,7 @@ class _Run:
         try:
             before = _stamp(source.file)
             try:
-                for sample in self.encoding.samples(source, sha256, first, self.caption_of(source), progress):
+                for sample in self.encoding.samples(source, sha256, first, self.captions.get(source.file), progress):
                     self._report(clips=self.step.clips + 1)
                     yield sample
             except VideoError as error:

@@ -15,6 +15,7 @@ from encoding_jobs import CountingEncoder, contents, make_video, shards, starts
 from torch import Tensor
 
 from k5kernels.latents import encode as encode_module
+from k5kernels.latents.captions import CaptionError
 from k5kernels.latents.job import EncodeSummary, Step, encode_videos
 from k5kernels.latents.journal import Journal
 from k5kernels.latents.shards import read_shard
@@ -613,10 +614,28 @@ def test_the_folder_to_write_to_is_no_source(encode: Encode, folder: Path) -> No
     assert summary.others == {}
 
 
-def test_captions_travel_in_the_shards(encode: Encode, tmp_path: Path) -> None:
-    encode(caption_of=lambda source: f"the video {source.path}" if source.path != "b.mp4" else None)
+def test_captions_travel_in_the_shards(encode: Encode, folder: Path, tmp_path: Path) -> None:
+    (folder / "b.txt").write_text("b from beside")
+    (folder / "c.txt").write_text("c from beside")
+    summary = encode(captions={"c.mp4": "c as given"})
+    assert (summary.captioned, summary.sources) == (2, 3)
     captions = {sample.record.source: sample.record.caption for shard in shards(tmp_path / "out") for sample in shard}
-    assert captions == {"a.mp4": "the video a.mp4", "b.mp4": None, "c.mp4": "the video c.mp4"}
+    assert captions == {"a.mp4": None, "b.mp4": "b from beside", "c.mp4": "c as given"}
+
+
+@pytest.mark.parametrize(
+    ("captions", "words"),
+    [({"x.mp4": "another video"}, "none that fits"), ({"clip": "one of two"}, "by path below the folder")],
+)
+def test_captions_that_fit_no_source_or_two_are_refused_before_anything_is_written(
+    encode: Encode, folder: Path, tmp_path: Path, captions: dict[str, str], words: str
+) -> None:
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        shutil.copy(folder / "a.mp4", folder / name / "clip.mp4")
+    with pytest.raises(CaptionError, match=words):
+        encode(captions=captions)
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_follows_the_sources(encode: Encode, folder: Path) -> None:
