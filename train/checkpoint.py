@@ -1,6 +1,8 @@
 """Checkpoints of single-process trainings: written whole or not at all, and checked before they are gone on from."""
 
 import json
+import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,8 +93,13 @@ def refuse_others(path: Path, stored: Mapping[str, Any], settings: Mapping[str, 
 
 def _read(path: Path) -> Checkpoint:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # so does torch.load
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that no checkpoint has: it is refused, or whole all the same
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to run the code that the file holds.
+        raise _damaged(path, "its pickle holds other things than a checkpoint's") from error
+    except Exception as error:  # torch.load raises errors of as many kinds as zipfile
         raise _damaged(path, error) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,18 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"format": 1, "done": 3, "settings": {}, "stage": Code()}, tmp_path / "checkpoint.pt")
-    assert_refused(tmp_path / "checkpoint.pt", "damaged or foreign")
+    assert_refused(tmp_path / "checkpoint.pt", "damaged or foreign", "its pickle holds other things")
     assert not (tmp_path / "ran").exists()
+
+
+def test_another_pickle_protocol_is_refused_without_a_warning_beside_the_line(path, recwarn):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(b"\x80\x02", b"\x80\x06\xff", 1) if name.endswith(".pkl") else data)
+    assert_refused(path, "damaged or foreign")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99, 0.9999])
