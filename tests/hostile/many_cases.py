@@ -4,14 +4,18 @@ import io
 import multiprocessing
 import os
 import resource
+import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from math import ceil
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from time import process_time
 
 import torch
 import typer
@@ -19,7 +23,8 @@ import typer
 from k5kernels.terminal import one_line_errors
 
 PROCESSES = 2
-SECONDS = 10.0  # a case that takes longer hangs
+SECONDS = 10  # of the processor: a case that takes longer hangs, also on a machine that has other work
+WAITING_SECONDS = 60  # by the clock, for a case that waits for something
 MEMORY = 2 << 30  # bytes of address space that a case may take beyond what its process has at the start
 LONGEST_LINE = 1000  # characters of an error
 FAULT = 1500  # characters shown of what a fault raised
@@ -89,7 +94,7 @@ def _run_share(check: Check, cases: range, folder: Path) -> Iterator[Outcome]:
             theirs.close()
             connection.recv()  # it has imported what the check needs
         connection.send(case)
-        outcome = _await(connection, case)
+        outcome = _await(connection, process, case)
         yield outcome
         if outcome.words in ("crash", "hang", "memory"):
             process.kill()
@@ -100,13 +105,16 @@ def _run_share(check: Check, cases: range, folder: Path) -> Iterator[Outcome]:
         process.join()
 
 
-def _await(connection: Connection, case: int) -> Outcome:
-    if not connection.poll(SECONDS):
-        return Outcome(case, "hang", f"no answer within {SECONDS:.0f} s")
+def _await(connection: Connection, process: BaseProcess, case: int) -> Outcome:
+    if not connection.poll(WAITING_SECONDS):
+        return Outcome(case, "hang", f"no answer within {WAITING_SECONDS} s")
     try:
         return connection.recv()
     except EOFError:
-        return Outcome(case, "crash", "the process died")
+        process.join()
+    if process.exitcode == -signal.SIGXCPU:
+        return Outcome(case, "hang", f"no answer within {SECONDS} s of the processor")
+    return Outcome(case, "crash", f"the process ended with {process.exitcode}")
 
 
 def _serve(connection: Connection, check: Check, folder: Path) -> None:
@@ -121,6 +129,8 @@ def _serve(connection: Connection, check: Check, folder: Path) -> None:
 
 
 def _run(check: Check, case: int, folder: Path) -> Outcome:
+    # The system counts the process's seconds, and ends it by SIGXCPU.
+    resource.setrlimit(resource.RLIMIT_CPU, (ceil(process_time()) + SECONDS, resource.RLIM_INFINITY))
     try:
         return Outcome(case, check(case, folder))
     except MemoryError:
