@@ -1,12 +1,18 @@
 """Small encoding jobs: an encoder that costs nothing, videos of noise, and what such a job leaves."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k5kernels.latents import encode as encode_module
+from k5kernels.latents.job import EncodeSummary
 from k5kernels.latents.shards import Sample, read_shard
 from k5kernels.latents.video import write_video
 from k5kernels.vae import HunyuanEncoder, VAEConfig
@@ -51,3 +57,26 @@ def shards(out: Path) -> list[list[Sample]]:
 def starts(out: Path) -> list[tuple[str, int]]:
     """(stem of the source, first frame) of every clip, in order."""
     return [(Path(s.record.source).stem, s.record.first_frame) for shard in shards(out) for s in shard]
+
+
+Encode = Callable[..., EncodeSummary]
+WHOLE = [("a", 0), ("a", 5), ("b", 0), ("c", 0), ("c", 5), ("c", 10)]
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in out.iterdir())
+
+
+@contextmanager
+def failing(name: str, error: BaseException) -> Iterator[None]:
+    """Reading the frames of the video of that name raises the error."""
+    real = encode_module.read_clips
+
+    def read(path: str, *arguments: Any) -> Any:
+        if Path(path).name == name:
+            raise error
+        return real(path, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode_module, "read_clips", read)
+        yield
