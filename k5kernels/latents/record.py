@@ -58,6 +58,8 @@ class ClipRecord:
             value = getattr(self, name)
             if type(value) is not kind and (value is not None or name in _REQUIRED):
                 raise ValueError(f"{name}: expected {kind.__name__}, got {value!r}")
+        for name in ("caption", "colour"):
+            _check_characters(name, getattr(self, name))
         latent_frames(self.frames)
         if min(self.height, self.width) < SPATIAL_STRIDE or self.first_frame < 0:
             got = f"{self.height}×{self.width} and first_frame {self.first_frame}"
@@ -70,6 +72,14 @@ class ClipRecord:
             raise ValueError(f"source_sha256: expected 64 hexadecimal digits, got {self.source_sha256!r}")
         if overlap := sorted(_KNOWN & set(self.extra)):
             raise ValueError(f"extra: expected other fields than the record's own, got {overlap}")
+
+
+def _check_characters(name: str, text: str | None) -> None:
+    """JSON may hold half of a character, \\ud800 to \\udfff, which no tokenizer and no file in UTF-8 takes."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected characters, got half of one at position {error.start}") from None
 
 
 _REQUIRED = UNVERSIONED - {"rate"}

@@ -77,6 +77,8 @@ def test_newer_version_is_refused_with_the_remedy() -> None:
         ({"height": "32"}, "height: expected int, got '32'"),
         ({"frames": None}, "frames: expected int, got None"),
         ({"extra": {}}, "got one named extra"),
+        ({"caption": "a \ud800"}, "caption: expected characters, got half of one at position 2"),
+        ({"colour": "\udc80"}, "colour: expected characters, got half of one at position 0"),
     ],
 )
 def test_text_that_is_no_record_is_refused(fields: dict, message: str) -> None:
