@@ -22,7 +22,7 @@ from k5kernels.latents.folder import Folder
 from k5kernels.latents.known import Known
 from k5kernels.latents.lock import locked, this_process
 from k5kernels.latents.manifest import Outcome, SourceEntry
-from k5kernels.latents.parts import job_id, lock_name, open_part, prefix_of
+from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, prefix_of
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
 from k5kernels.latents.video import AS_MODELS, Reading, VideoError
@@ -287,6 +287,12 @@ class _Run:
         """Make a shard again that is missing or damaged, where its sources are among those given."""
         samples: list[Sample] = []
         path, problem = self.writer.part.shard_path(number), ""
+        try:
+            if self.writer.adopt_again(number):
+                return
+        except JobError as error:
+            self.summary.failures[path] = f"{path}: {error}"
+            return
         for piece in self.manifest.shards[number].pieces:
             entry, end = self.manifest.sources[piece.source], _End()
             same = (one for one in self.listed.get(entry.source, ()) if self._hash(one) == entry.sha256)

@@ -14,6 +14,8 @@ from k5kernels.latents.manifest import (
     Change,
     Manifest,
     ManifestError,
+    NewerManifestError,
+    OldManifestError,
     change_from_json,
     change_to_json,
     manifest_from_json,
@@ -46,16 +48,17 @@ class Journal:
         Raises ManifestError where a file is not as it was written, OSError where one cannot be read.
         """
         for _ in range(TRIES):
+            before = folder.sizes()
             try:
-                return cls._load(folder, prefix)
-            except FileNotFoundError:
-                # Its writer has just put the changes into the whole manifest.
-                continue
+                return cls._load(folder, prefix, change_numbers(prefix, before))
+            except (FileNotFoundError, ManifestError):
+                if folder.sizes() == before:
+                    raise
+                # Its writer may have put the changes into the whole manifest meanwhile, and begun to number new ones.
         raise ManifestError(f"{folder.path(prefix + MANIFEST)}: changes faster than it can be read; try again")
 
     @classmethod
-    def _load(cls, folder: Folder, prefix: str) -> "Journal | None":
-        numbers = change_numbers(prefix, folder.sizes())
+    def _load(cls, folder: Folder, prefix: str, numbers: list[int]) -> "Journal | None":
         name = f"{prefix}{MANIFEST}"
         try:
             data = folder.read(name)
@@ -64,11 +67,15 @@ class Journal:
         with _named(folder.path(name)):
             journal = cls(folder, prefix, manifest_from_json(data))
         journal._whole_bytes, journal._changes = len(data), numbers
-        for number in numbers:
-            data = folder.read(change_name(prefix, number))
+        # The first ones may have been removed already, as `write_whole` does; none in between.
+        for expected, number in enumerate(numbers, start=numbers[0] if numbers else 0):
+            path = folder.path(change_name(prefix, number))
+            with _named(path):
+                if number != expected:
+                    raise ManifestError(f"the change before it, {expected}, is missing")
+                data = folder.read(change_name(prefix, number))
+                journal.manifest.apply(change_from_json(number, data))
             journal._changes_bytes += len(data)
-            with _named(folder.path(change_name(prefix, number))):
-                journal.manifest.apply(change_from_json(data))
         return journal
 
     def commit(self, change: Change) -> None:
@@ -77,8 +84,8 @@ class Journal:
         if self._whole_bytes < SMALL_BYTES or self._whole_bytes <= GROWTH * self._changes_bytes:
             self.write_whole()
             return
-        data = change_to_json(change)
         number = self._changes[-1] + 1 if self._changes else 0
+        data = change_to_json(number, change)
         self.folder.write(change_name(self.prefix, number), data)
         self._changes.append(number)
         self._changes_bytes += len(data)
@@ -113,7 +120,11 @@ def change_numbers(prefix: str, names: Iterable[str]) -> list[int]:
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
+    """Errors of the block name the file, and say what to do about damage."""
     try:
         yield
-    except ManifestError as error:
+    except (OldManifestError, NewerManifestError) as error:
         raise type(error)(f"{path}: {error}") from error
+    except ManifestError as error:
+        remedy = "put a copy back, or give another folder and encode anew"
+        raise ManifestError(f"{path}: is damaged, or not of k5 encode ({error}); {remedy}") from error

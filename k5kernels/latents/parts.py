@@ -11,14 +11,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from k5kernels.latents.folder import Folder
-from k5kernels.latents.journal import MANIFEST, Journal, change_name, change_numbers
+from k5kernels.latents.journal import CHANGE, MANIFEST, Journal, change_name, change_numbers
 from k5kernels.latents.lock import Holder, is_held, locked, read_holder, this_process
 from k5kernels.latents.manifest import Manifest, OldManifestError
 
 PREFIX = r"(|\d{4}-)"
 MANIFEST_NAME = re.compile(PREFIX + re.escape(MANIFEST))
 LOCK_NAME = re.compile(PREFIX + r"encode\.lock")
-SHARD_NAME = re.compile(PREFIX + r"\d{5,}\.tar")
+CHANGE_NAME = re.compile(PREFIX + CHANGE.pattern)
+SHARD_NAME = re.compile(PREFIX + r"(\d{5,})\.tar")
 PARTIAL_NAME = re.compile(PREFIX + r"(\d{5,}\.tar|manifest(\.change\d{8})?\.json|encode\.lock)\.partial")
 
 
@@ -46,12 +47,13 @@ def open_part(folder: Folder, own: Holder, prefix: str, settings: dict[str, Any]
     """The part of this prefix, of which the lock is held by `own`, and what is there of the others.
 
     overwrite: parts of another job are deleted. What is left of a process that was killed is removed.
-    Raises JobError where the folder is another job's, or where the job is shared otherwise at this moment,
-    ManifestError where a manifest is damaged, OSError where the folder cannot be read.
+    Raises JobError where the folder is another job's, where the job is shared otherwise at this moment, or where it
+    holds more than its manifest knows; ManifestError where a manifest is damaged, OSError where the folder cannot be
+    read.
     """
     names = folder.sizes()
     _check_locks(folder, names, own, prefix)
-    patterns = (MANIFEST_NAME, SHARD_NAME)
+    patterns = (MANIFEST_NAME, CHANGE_NAME, SHARD_NAME)
     prefixes = {match[1] for name in names for pattern in patterns if (match := pattern.fullmatch(name))}
     journals: dict[str, Journal] = {}
     for part in sorted(prefixes):
@@ -69,13 +71,15 @@ def open_part(folder: Folder, own: Holder, prefix: str, settings: dict[str, Any]
         elif journal is not None:
             journals[part] = journal
         else:
-            shard = next(name for name in sorted(names) if name.startswith(part) and SHARD_NAME.fullmatch(name))
-            raise JobError(f"{folder.out}: expected an empty folder or one with {part}{MANIFEST}, found only {shard}")
+            others = (CHANGE_NAME, SHARD_NAME)
+            found = min(n for n in names for other in others if (match := other.fullmatch(n)) and match[1] == part)
+            raise JobError(f"{folder.out}: expected an empty folder or one with {part}{MANIFEST}, found only {found}")
     names = folder.sizes()
     for name in sorted(names):
         if (match := PARTIAL_NAME.fullmatch(name)) and match[1] == prefix:
             folder.remove(name)
     journal = journals.pop(prefix, None) or Journal(folder, prefix, Manifest(settings))
+    _check_shards(folder, prefix, len(journal.manifest.shards), names)
     return Part(folder, prefix, journal, [other.manifest for other in journals.values()], names)
 
 
@@ -101,15 +105,32 @@ class Part:
     def next_shard(self) -> str | None:
         """Path of a shard that is there and not in the manifest: its writer was stopped between the two."""
         number = len(self.manifest.shards)
-        return self.shard_path(number) if shard_name(self.prefix, number) in self.names else None
+        return self.shard_path(number) if self.is_there(number) else None
 
-    def next_shard_bytes(self) -> int:
-        return self.names[shard_name(self.prefix, len(self.manifest.shards))]
+    def bytes_there(self, number: int) -> int:
+        """Size of the file of this shard's name at the start."""
+        return self.names[shard_name(self.prefix, number)]
 
     def damaged_shards(self) -> list[int]:
         """Numbers of the shards that are missing, or not of the size they had."""
         shards = enumerate(self.manifest.shards)
         return [n for n, shard in shards if self.names.get(shard_name(self.prefix, n)) != shard.bytes]
+
+    def is_there(self, number: int) -> bool:
+        """Whether there was a file of this shard's name at the start."""
+        return shard_name(self.prefix, number) in self.names
+
+
+def _check_shards(folder: Folder, prefix: str, known: int, names: Iterable[str]) -> None:
+    """A run that was stopped leaves at most one shard that its manifest does not know, the next one."""
+    matches = (SHARD_NAME.fullmatch(name) for name in names)
+    beyond = [int(match[2]) for match in matches if match and match[1] == prefix and int(match[2]) > known]
+    if beyond:
+        there = shard_name(prefix, min(beyond))
+        raise JobError(
+            f"{folder.path(prefix + MANIFEST)}: knows {known} shards, but {there} is there too; "
+            "put the manifest of this folder back, or give another folder and encode anew"
+        )
 
 
 def _load(folder: Folder, prefix: str, settings: dict[str, Any]) -> tuple[Journal | None, str | None]:

@@ -4,14 +4,15 @@ The order makes a job safe: a shard is on the disk before its name is, its name 
 source has ended in the manifest only when all its clips are in shards.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from k5kernels.latents.known import Known
 from k5kernels.latents.lock import Lock
 from k5kernels.latents.manifest import Change, Outcome, Piece, ShardEntry, SourceEntry
 from k5kernels.latents.parts import JobError, Part
-from k5kernels.latents.shards import Sample, ShardWriter, read_shard
+from k5kernels.latents.record import ClipRecord
+from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard
 
 # So many sources that gave no clips, and so no shard, are written to the manifest together.
 OUTCOMES_TOGETHER = 64
@@ -28,15 +29,15 @@ class PartWriter:
     def adopt(self) -> None:
         """Take in a shard that a stopped run has finished without telling the manifest.
 
-        Raises JobError where it is not of this job, ShardError where it is none.
+        Raises JobError where it is not of this job, or no shard.
         """
         path = self.part.next_shard()
         if path is None:
             return
         clips: list[tuple[int, int]] = []
         outcomes: dict[int, Outcome] = {}
-        for sample in read_shard(path):
-            source, sha256 = sample.record.source, sample.record.source_sha256
+        for record in self._records(path):
+            source, sha256 = record.source, record.source_sha256
             number = None if sha256 is None else self.known.number(source, sha256)
             if number is None or sha256 is None:
                 raise JobError(
@@ -45,8 +46,29 @@ class PartWriter:
             first = self.known.clips(source, sha256) + sum(before == number for before, _ in clips)
             clips.append((number, first))
             outcomes[number] = Outcome(number, sha256, whole=False)
-        shard = ShardEntry(self.part.next_shard_bytes(), _pieces(clips))
-        self._commit(Change(shards=((len(self.part.manifest.shards), shard),), outcomes=tuple(outcomes.values())))
+        next_number = len(self.part.manifest.shards)
+        shard = ShardEntry(self.part.bytes_there(next_number), _pieces(clips))
+        self._commit(Change(shards=((next_number, shard),), outcomes=tuple(outcomes.values())))
+
+    def adopt_again(self, number: int) -> bool:
+        """Take in a shard of another size than the manifest has for it, as a run leaves that was stopped when it had
+        just made the shard again. Whether it was one: a missing shard and a damaged one are not.
+
+        Raises JobError where it is whole, but of other clips.
+        """
+        if not self.part.is_there(number):
+            return False
+        entry = self.part.manifest.shards[number]
+        try:
+            found = [(one.record.source, one.record.source_sha256) for one in read_shard(self.part.shard_path(number))]
+        except ShardError:
+            return False
+        pieces = ((self.part.manifest.sources[piece.source], piece.clips) for piece in entry.pieces)
+        expected = [((source.source, source.sha256), clips) for source, clips in pieces]
+        if [(source, len(list(run))) for source, run in groupby(found)] != expected:
+            raise JobError("holds other clips than the manifest says; move it to another folder")
+        self._commit(Change(shards=((number, ShardEntry(self.part.bytes_there(number), entry.pieces)),)))
+        return True
 
     def arrive(self, sources: list[SourceEntry]) -> None:
         """Put new sources into the manifest, before anything is made of them."""
@@ -79,7 +101,7 @@ class PartWriter:
             self._outcomes = []
 
     def replace(self, number: int, samples: Iterable[Sample]) -> None:
-        """Write a shard again that was in the manifest."""
+        """Write a shard of the manifest again, in the place of a damaged one or of none."""
         size = self._write(number, samples)
         before = self.part.manifest.shards[number]
         if size != before.bytes:
@@ -89,6 +111,15 @@ class PartWriter:
         """Leave the manifest in one file."""
         self.lock.verify()
         self.part.journal.close()
+
+    def _records(self, path: str) -> Iterator[ClipRecord]:
+        try:
+            for sample in read_shard(path):
+                yield sample.record
+        except ShardError as error:
+            raise JobError(
+                f"{error}; no run of k5 encode leaves such a file here: move it to another folder"
+            ) from error
 
     def _write_shard(self, *outcomes: Outcome) -> None:
         number = len(self.part.manifest.shards)

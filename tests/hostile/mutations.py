@@ -7,6 +7,7 @@ import random
 import struct
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from typing import Any
 
 ODD_VALUES: tuple[Any, ...] = (
@@ -35,6 +36,33 @@ def mutate_json(data: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 2, 3))):
         value = _mutate_value(value, draw)
     return json.dumps(value).encode()
+
+
+def nudge_json(data: bytes, draw: random.Random) -> bytes:
+    """A JSON text in which one number, text or truth has become another that is as likely."""
+    value = json.loads(data)
+    leaves = list(_leaves(value))
+    holder, key = draw.choice(leaves)
+    match holder[key]:
+        case bool() as truth:
+            holder[key] = not truth
+        case int() as number:
+            holder[key] = number + draw.choice((-1, 1, 512))
+        case str() as text if text:
+            place = draw.randrange(len(text))
+            holder[key] = text[:place] + draw.choice("0123456789abcdef") + text[place + 1 :]
+        case _:
+            holder[key] = None if holder[key] is not None else "is broken"
+    return json.dumps(value).encode()
+
+
+def _leaves(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(list or object, index or key) of all that is neither."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, dict | list):
+            yield from _leaves(item)
+        else:
+            yield value, key
 
 
 def mutate_safetensors(data: bytes, draw: random.Random) -> bytes:

@@ -61,10 +61,10 @@ def faulty_jobs(folder: Path) -> Iterator[FaultyJobs]:
     shim = folder.with_name("fault_shim.so")
     command = [COMPILER, "-shared", "-fPIC", "-O1", "-w", "-o", str(shim), str(HERE / "fault_shim.c"), "-ldl"]
     subprocess.run(command, check=True, capture_output=True)
-    root = HERE.parents[1]
+    root, tests = HERE.parents[1], HERE.parent
     environment = os.environ | {
         "LD_PRELOAD": str(shim),
-        "PYTHONPATH": f"{root}{os.pathsep}{HERE}",
+        "PYTHONPATH": f"{root}{os.pathsep}{tests}",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "400",
     }

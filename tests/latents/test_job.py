@@ -234,7 +234,9 @@ def test_foreign_manifest_is_refused(encode: Encode, tmp_path: Path, text: str) 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text(text)
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"out/manifest\.json: expected"):
+        with pytest.raises(
+            ValueError, match=r"out/manifest\.json: is damaged, or not of k5 encode .*; put a copy back"
+        ):
             encode(overwrite=overwrite)
     assert contents(tmp_path / "out") == {"manifest.json": text.encode()}
 
@@ -356,6 +358,45 @@ def test_damaged_and_missing_shards_are_made_again(encode: Encode, tmp_path: Pat
     assert encode().shards_kept == 1
     assert encoder.clips == 4
     assert contents(tmp_path / "out") == before
+
+
+def test_a_manifest_from_before_some_shards_is_refused(encode: Encode, folder: Path, tmp_path: Path) -> None:
+    """Two more shards than it knows: to go on from there would write over them."""
+    encode()
+    earlier = (tmp_path / "out" / "manifest.json").read_bytes()
+    make_video(folder / "d.mp4", 15)
+    encode()
+    (tmp_path / "out" / "manifest.json").write_bytes(earlier)
+    before = contents(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"out/manifest\.json: knows 3 shards, but 00004\.tar is there too; put .* back"
+    ):
+        encode()
+    assert contents(tmp_path / "out") == before
+
+
+def test_changes_without_their_manifest_are_refused(encode: Encode, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.change00000003.json").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"with manifest\.json, found only manifest\.change00000003\.json"):
+        encode()
+
+
+def test_a_whole_shard_of_another_size_is_kept(encode: Encode, tmp_path: Path, encoder: CountingEncoder) -> None:
+    """As of a run that was stopped when it had just made the shard again; one of other clips is a failure."""
+    encode()
+    path = tmp_path / "out" / "00001.tar"
+    longer = path.read_bytes() + bytes(512)
+    path.write_bytes(longer)
+    assert encode() == EncodeSummary(shards=3, samples=6, shards_kept=2)
+    assert encoder.clips == 0
+    assert path.read_bytes() == longer
+    assert encode().shards_kept == 3
+    others = (tmp_path / "out" / "00000.tar").read_bytes()
+    path.write_bytes(others)
+    summary = encode()
+    assert "00001.tar: holds other clips than the manifest says; move it" in summary.failures[str(path)]
+    assert path.read_bytes() == others
 
 
 def test_missing_shard_of_a_source_that_is_gone_is_a_failure(encode: Encode, folder: Path, tmp_path: Path) -> None:
