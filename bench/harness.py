@@ -8,18 +8,20 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from train.resident import SETS_ALLOCATOR
 
 ROUNDS = 9
 ROUND_SECONDS = 0.02
+COPY = "copy"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Row:
     """Milliseconds of a call in every round, by variant; the first one is ours.
 
     operations: floating-point operations of a call, by variant, where variants do not compute equally much.
+    bytes_moved: bytes that a call must read from memory and write to it. The variant COPY moves as many, so ours is as
+    many times as fast as it as the share of the bandwidth of a copy that ours reaches.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Row:
     threads: int
     milliseconds: dict[str, list[float]]
     operations: dict[str, float] | None = None
+    bytes_moved: int | None = None
 
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(times) for name, times in self.milliseconds.items()}
@@ -54,11 +59,14 @@ class Row:
             part = f"{name} {median:.3f} ms"
             if self.operations:
                 part += f" {self.operations[name] / median / 1e6:.0f} GFLOP/s"
+            if self.bytes_moved and name in (next(iter(medians)), COPY):
+                part += f" {self.bytes_moved / median / 1e6:.1f} GB/s"
             if number:
                 low, middle, high = self.ratios(name)
                 part += f" ({middle:.2f}x, {low:.2f} to {high:.2f})"
             parts.append(part)
-        return f"{self.name}  {self.sizes}  {self.threads} threads:  {'  '.join(parts)}"
+        moved = f"  {self.bytes_moved / 1e6:.0f} MB moved" if self.bytes_moved else ""
+        return f"{self.name}  {self.sizes}{moved}  {self.threads} threads:  {'  '.join(parts)}"
 
 
 ROWS: list[Row] = []
@@ -88,20 +96,23 @@ def measure(
     check: Callable[[Any], None],
     operations: dict[str, float] | None = None,
     rounds: int = ROUNDS,
+    bytes_moved: int | None = None,
 ) -> Row:
     """Check the output of every variant, then time them in turn.
 
     variants: name -> call without arguments; the first is ours. check: raises where an output is wrong; then nothing
-    is timed. operations: as in Row.
+    is timed. operations: as in Row. bytes_moved: as in Row; with it a copy is timed too.
     """
     for variant in variants.values():
         check(variant())
+    if bytes_moved is not None:
+        variants = {**variants, COPY: copy_of(bytes_moved)}
     calls = {label: _calls_per_round(call) for label, call in variants.items()}
     samples: dict[str, list[float]] = {label: [] for label in variants}
     for _ in range(rounds):
         for label, call in variants.items():
             samples[label].append(1e3 * _seconds(call, calls[label]) / calls[label])
-    return Row(name, sizes, torch.get_num_threads(), samples, operations)
+    return Row(name, sizes, torch.get_num_threads(), samples, operations, bytes_moved)
 
 
 def compare(
@@ -111,13 +122,15 @@ def compare(
     check: Callable[[Any], None],
     operations: dict[str, float] | None = None,
     floors: Mapping[str, float] | None = None,
+    bytes_moved: int | None = None,
 ) -> Row:
     """`measure`, with the row kept for the summary and for pytest-benchmark's JSON.
 
     floors: variant -> how many times as fast as it ours must be at least, at the median; raises AssertionError where
     ours is not, with the row kept all the same.
     """
-    row = measure(benchmark.name.removeprefix("test_"), sizes, variants, check, operations)
+    name = benchmark.name.removeprefix("test_")
+    row = measure(name, sizes, variants, check, operations, bytes_moved=bytes_moved)
     ROWS.append(row)
     benchmark.extra_info.update(machine=machine(), sizes=sizes, threads=row.threads, median_ms=row.medians())
     ours = next(iter(variants))
@@ -126,6 +139,18 @@ def compare(
         median = row.ratios(variant)[1]
         assert median >= floor, f"{row.name}: {median:.2f}x {variant}, below the floor of {floor:g}x"
     return row
+
+
+def copy_of(bytes_moved: int) -> Callable[[], Tensor]:
+    """PyTorch's copy, on all threads, that reads half of these bytes and writes the other half."""
+    source = torch.ones(bytes_moved // 8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def in_float64(arguments: Iterable[Any]) -> list[Any]:
+    """The arguments with every tensor in float64."""
+    return [value.double() if isinstance(value, Tensor) else value for value in arguments]
 
 
 def memory_in_words() -> str:

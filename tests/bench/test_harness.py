@@ -68,6 +68,25 @@ def test_operations_turn_ratios_of_times_into_ratios_of_rates():
     assert "other 4.000 ms 2 GFLOP/s (0.50x" in str(row)
 
 
+def test_bytes_moved_bring_a_copy_of_as_many_bytes_which_floors_may_name(rows):
+    row = harness.compare(
+        RecordingBenchmark(), "[4]", {"ours": lambda: torch.ones(4)}, check, bytes_moved=32, floors={harness.COPY: 0.0}
+    )
+    assert list(row.milliseconds) == ["ours", harness.COPY]
+    target = harness.copy_of(4096)()
+    assert target.nbytes == 4096 // 2
+    assert target.eq(1).all()
+
+
+def test_a_row_with_bytes_moved_says_them_and_the_bandwidth_of_ours_and_of_the_copy():
+    times = {"ours": [2.0] * 3, "other": [8.0] * 3, harness.COPY: [1.0] * 3}
+    row = str(harness.Row("case", "[4]", 1, times, bytes_moved=6_000_000))
+    assert "[4]  6 MB moved" in row
+    assert "ours 2.000 ms 3.0 GB/s" in row
+    assert "other 8.000 ms (4.00x" in row
+    assert "copy 1.000 ms 6.0 GB/s (0.50x" in row
+
+
 def test_variants_take_turns(rows):
     order = []
     variants = {name: lambda name=name: order.append(name) or torch.ones(4) for name in ("ours", "other")}
