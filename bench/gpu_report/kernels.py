@@ -12,7 +12,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu_report.roofline import Size, Work
-from k5kernels.triton import attention_backward, attention_forward, block_mask, fractal, nabla_mask, sta_mask
+from k5kernels.triton import (
+    attention_backward,
+    attention_forward,
+    block_mask,
+    fractal,
+    gated_residual,
+    nabla_mask,
+    sta_mask,
+    token_runs,
+)
 
 Arguments = Mapping[str, Any]
 
@@ -108,6 +117,27 @@ def _row_shift(arguments: Arguments, size: Size) -> Work:
     return Work(2 * rows * size.head_dim, rows * (2 * arguments["out"].element_size() * size.head_dim + FLOAT))
 
 
+def _elementwise(operations: int) -> Callable[[Arguments, Size], Work]:
+    """A kernel that reads or writes each of its tensors once. operations: for each value of the first of them."""
+
+    def work(arguments: Arguments, size: Size) -> Work:
+        tensors = {id(x): x for x in arguments.values() if isinstance(x, Tensor)}
+        moved = sum(float(x.numel()) * x.element_size() for x in tensors.values())
+        return Work(operations * float(next(iter(tensors.values())).numel()), moved)
+
+    return work
+
+
+def _modulated(title: str, tokens: str) -> Callable[[Arguments], str]:
+    """tokens: the argument whose dtype the title names."""
+
+    def of_launch(arguments: Arguments) -> str:
+        per = ", per token" if arguments["PER_TOKEN"] else ", per clip" if arguments["CLIPS"] > 1 else ""
+        return f"{title} {_element(arguments[tokens])}{per}"
+
+    return of_launch
+
+
 def _element(tensor: Tensor) -> str:
     return ELEMENTS[tensor.dtype]
 
@@ -144,6 +174,9 @@ KERNELS: dict[Any, Kernel] = {
     sta_mask.count_near_kernel: Kernel(_always("sta_mask: count"), _sta),
     sta_mask.write_near_kernel: Kernel(_always("sta_mask: write"), _sta),
     fractal.gather_rows_kernel: Kernel(_always("fractal: gather bf16"), _gather),
+    gated_residual.gated_residual_kernel: Kernel(_modulated("gated_residual: forward", "y"), _elementwise(2)),
+    gated_residual.gated_residual_backward_kernel: Kernel(_modulated("gated_residual: backward", "y"), _elementwise(3)),
+    token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
     attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),
     attention_backward.backward_keys_kernel: Kernel(_attention_title("dk, dv"), _attention(4, 6, 2)),

@@ -10,7 +10,7 @@ from bench.gpu_report.roofline import Size, Work
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
 from k5kernels.triton import block_sparse_attention as attention
-from k5kernels.triton import fractal, nabla_mask, sta_mask
+from k5kernels.triton import fractal, gated_residual, nabla_mask, sta_mask
 from k5kernels.triton.launch import Launch, record_launches
 
 THR = 0.9
@@ -57,6 +57,7 @@ def _launch_all(size: Size) -> None:
             _attend(size, layout, dtype, expanded)
         nabla_mask.pool(_tokens(size, size.layout, dtype), size.layout.block_starts("meta"))
     _build_masks(size)
+    _modulate(size)
     T, H, W = size.layout.clips[0]
     x = torch.empty(1, T, H, W, size.heads * size.head_dim, dtype=torch.bfloat16, device="meta")
     fractal.fractal_flatten(x, size.layout.block_side)
@@ -85,6 +86,21 @@ def _build_masks(size: Size) -> None:
     for near in (None, nabla_mask.near_bits(*sta, rows[0], layout.max_clip_blocks)):
         kept, _ = nabla_mask.select(queries, keys, *rows, layout.max_clip_blocks, THR, near)
     nabla_mask.write_lists(kept, *rows, layout.max_clip_blocks, _offsets(size.heads, layout), _kept(size))
+
+
+def _modulate(size: Size) -> None:
+    """The operators that take a modulation: one row a sample, a clip or a token."""
+    S, d = size.tokens, size.heads * size.head_dim
+    for dtype, shape, starts in (
+        (torch.bfloat16, (1, d), [0, S]),
+        (torch.float32, (1, d), [0, S]),
+        (torch.bfloat16, (4, d), [0, S // 4, S // 2, 3 * S // 4, S]),
+        (torch.bfloat16, (1, S, d), [0, S]),
+    ):
+        x, y = (torch.empty(1, S, d, dtype=dtype, device="meta") for _ in range(2))
+        rows = torch.empty(shape, dtype=dtype, device="meta")
+        gated_residual.gated_residual(x, y, rows, starts)
+        gated_residual.gated_residual_backward(x, y, rows, starts)
 
 
 def _offsets(heads: int, layout: TokenLayout) -> Tensor:

@@ -17,8 +17,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from k5kernels.ops.library import GPU_DTYPES, Accepts
 from k5kernels.ops.precision import upcast
 from k5kernels.token_layout import TokenLayout
+
+WIDEST_ROW = 8192  # that a program of a GPU kernel keeps in registers
 
 
 def clip_starts_of(x: Tensor, layout: TokenLayout | None) -> list[int]:
@@ -41,6 +44,20 @@ def check_modulation(name: str, modulation: Tensor, x: Tensor, clip_starts: Sequ
             f"{name}: expected a floating {list(rows)} (one row {per_row}) or {list(x.shape)} (one a token), "
             f"got {modulation.dtype} {list(modulation.shape)}"
         )
+
+
+def narrow_rows(tensors: int) -> Accepts:
+    """What GPU kernels take that keep whole rows of d values in registers, in float32.
+
+    tensors: how many of the operator's first arguments are tensors.
+    """
+    return Accepts(
+        GPU_DTYPES,
+        others={
+            f"d up to {WIDEST_ROW}": lambda x, *rest: x.shape[-1] <= WIDEST_ROW,
+            "no tensor in float64": lambda *arguments: torch.float64 not in {x.dtype for x in arguments[:tensors]},
+        },
+    )
 
 
 def map_clips(
