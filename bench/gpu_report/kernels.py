@@ -18,6 +18,7 @@ from k5kernels.triton import (
     block_mask,
     fractal,
     gated_residual,
+    layernorm_modulate,
     nabla_mask,
     sta_mask,
     token_runs,
@@ -132,7 +133,8 @@ def _modulated(title: str, tokens: str) -> Callable[[Arguments], str]:
     """tokens: the argument whose dtype the title names."""
 
     def of_launch(arguments: Arguments) -> str:
-        per = ", per token" if arguments["PER_TOKEN"] else ", per clip" if arguments["CLIPS"] > 1 else ""
+        per_token = any(arguments.get(name) for name in ("PER_TOKEN", "SHIFT_PER_TOKEN", "SCALE_PER_TOKEN"))
+        per = ", per token" if per_token else ", per clip" if arguments["CLIPS"] > 1 else ""
         return f"{title} {_element(arguments[tokens])}{per}"
 
     return of_launch
@@ -176,6 +178,10 @@ KERNELS: dict[Any, Kernel] = {
     fractal.gather_rows_kernel: Kernel(_always("fractal: gather bf16"), _gather),
     gated_residual.gated_residual_kernel: Kernel(_modulated("gated_residual: forward", "y"), _elementwise(2)),
     gated_residual.gated_residual_backward_kernel: Kernel(_modulated("gated_residual: backward", "y"), _elementwise(3)),
+    layernorm_modulate.modulate_kernel: Kernel(_modulated("layernorm_modulate: forward", "x"), _elementwise(10)),
+    layernorm_modulate.modulate_backward_kernel: Kernel(
+        _modulated("layernorm_modulate: backward", "x"), _elementwise(20)
+    ),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
     attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),

@@ -10,11 +10,12 @@ from bench.gpu_report.roofline import Size, Work
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
 from k5kernels.triton import block_sparse_attention as attention
-from k5kernels.triton import fractal, gated_residual, nabla_mask, sta_mask
+from k5kernels.triton import fractal, gated_residual, layernorm_modulate, nabla_mask, sta_mask
 from k5kernels.triton.launch import Launch, record_launches
 
 THR = 0.9
 SCALE = 0.1
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _modulate(size: Size) -> None:
         rows = torch.empty(shape, dtype=dtype, device="meta")
         gated_residual.gated_residual(x, y, rows, starts)
         gated_residual.gated_residual_backward(x, y, rows, starts)
+        layernorm_modulate.layernorm_modulate(x, rows, rows, EPS, starts)
+        layernorm_modulate.layernorm_modulate_backward(x, y, rows, EPS, rows.shape, starts)
 
 
 def _offsets(heads: int, layout: TokenLayout) -> Tensor:

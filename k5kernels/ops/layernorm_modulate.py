@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
-from k5kernels.ops.modulation import check_modulation, clip_starts_of, map_clips, sum_to_modulation
+from k5kernels.ops.modulation import (
+    check_modulation,
+    clip_starts_of,
+    map_clips,
+    narrow_rows,
+    sum_to_modulation,
+)
 from k5kernels.ops.precision import compute_dtype, upcast
 from k5kernels.token_layout import TokenLayout
 
@@ -29,6 +35,7 @@ def layernorm_modulate(
     eps: added to the variance; the default is that of the released models, whose torch.nn.LayerNorm is given none.
 
     Raises ValueError where a shape or dtype does not fit. The result has the same bits for any number of threads.
+    On a GPU the sums of the gradients of shift and scale are added in an order that follows from the sizes alone.
     Saved for the backward: x and scale themselves, no copies; 2 * d bytes a token for x in bf16, 4 * d in float32.
     """
     if x.ndim != 3 or not x.is_floating_point():
@@ -104,9 +111,10 @@ register(
     _fake,
     _backward,
     _setup_context,
-    accepts={"cpu": Accepts(CPU_DTYPES)},
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": narrow_rows(tensors=3)},
 )
 register(
     layernorm_modulate_backward_reference,
     _backward_fake,
+    accepts={"cuda": narrow_rows(tensors=3)},
 )

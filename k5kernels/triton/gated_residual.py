@@ -9,7 +9,6 @@ from torch import Tensor
 
 from k5kernels.triton.launch import launch
 from k5kernels.triton.token_runs import (
-    STAGES,
     as_rows,
     backward_runs,
     load_row,
@@ -38,7 +37,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, clip_starts: Sequence[int
     launch(
         gated_residual_kernel, (runs.number,),
         x, y, rows, out, x.shape[2], *x.stride()[:2], *y.stride()[:2], *rows.stride()[:2], *runs.arguments,
-        CLIPS=runs.padded_clips, PER_TOKEN=gate.ndim == 3, STAGES=STAGES, **constants,
+        CLIPS=runs.padded_clips, PER_TOKEN=gate.ndim == 3, **constants,
     )  # fmt: skip
     return out
 
@@ -58,7 +57,7 @@ def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor, clip_starts: 
     launch(
         gated_residual_backward_kernel, (runs.number,),
         grad, y, rows, grad_y, parts, d, *grad.stride()[:2], *y.stride()[:2], *rows.stride()[:2], *runs.arguments,
-        runs.number, CLIPS=runs.padded_clips, PER_TOKEN=per_token, STAGES=STAGES, **constants,
+        runs.number, CLIPS=runs.padded_clips, PER_TOKEN=per_token, **constants,
     )  # fmt: skip
     if not per_token:
         sum_of_runs(parts, runs, grad_gate)

@@ -20,7 +20,9 @@ from k5kernels.triton.launch import launch
 WARPS = 8
 MOST_WARPS = 16
 VALUES_OF_A_THREAD = 16
-STAGES = 3  # tiles that are loaded while an earlier one is computed, and that one
+# Tiles in flight: one that is computed and those loaded meanwhile, into shared memory. Three tensors of this many
+# float32 values in two tiles fit in the shared memory of every card; of larger tiles one is loaded ahead.
+STAGES, STAGED_VALUES = 3, 4096
 RUNS = 1024  # of a batch in a backward: enough for every multiprocessor, few enough that their parts cost little
 LEAST_RUN = 8  # tokens: the parts of the sums then take no more memory than a gradient in bfloat16
 SUMMED_RUNS, SUMMED_COLUMNS = 256, 32  # by one program, in one step
@@ -76,7 +78,12 @@ def tile(width: int, values: int) -> dict[str, int]:
     padded = triton.next_power_of_2(width)
     rows = max(1, values // padded)
     warps = max(1, min(MOST_WARPS, rows * padded // (32 * VALUES_OF_A_THREAD)))
-    return {"WIDTH": padded, "ROWS": rows, "num_warps": max(warps, min(WARPS, padded // 256))}
+    return {
+        "WIDTH": padded,
+        "ROWS": rows,
+        "STAGES": STAGES if rows * padded <= STAGED_VALUES else 2,
+        "num_warps": max(warps, min(WARPS, padded // 256)),
+    }
 
 
 def as_rows(modulation: Tensor, clips: int) -> Tensor:
