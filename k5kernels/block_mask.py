@@ -169,6 +169,19 @@ def lists_to_dense(offsets: Tensor, indices: Tensor) -> Tensor:
     return dense.view(batch, heads, rows - 1, rows - 1)
 
 
+def dense_to_bits(dense: Tensor) -> Tensor:
+    """Bool [..., N_b] to int32 [..., ceil(N_b / 32)]: bit i of word w is block 32·w + i."""
+    padded = torch.nn.functional.pad(dense.to(torch.int32), (0, -dense.shape[-1] % 32))
+    words = padded.unflatten(-1, (padded.shape[-1] // 32, 32))
+    return (words << torch.arange(32, dtype=torch.int32, device=dense.device)).sum(-1, dtype=torch.int32)
+
+
+def bits_to_dense(bits: Tensor) -> Tensor:
+    """The inverse for square masks: int32 [..., N_b, ceil(N_b / 32)] to bool [..., N_b, N_b]."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    return (((bits[..., None] >> places) & 1) != 0).flatten(-2)[..., : bits.shape[-2]]
+
+
 def _rows(offsets: Tensor, indices: Tensor) -> Tensor:
     """The row of each entry of indices, numbered over all samples and heads: int64 [kept]."""
     counts = offsets.diff(dim=-1).flatten()

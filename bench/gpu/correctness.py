@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.results import Row
-from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_mask, sta_mask
+from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask, sta_mask
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 
 LAYOUTS = {
@@ -27,6 +27,7 @@ def check(device: torch.device, keep: Callable[[Row], None]) -> None:
     """Rows of the relative errors; raises AssertionError at the first that is too large."""
     for name, layout in LAYOUTS.items():
         check_masks(name, layout, device)
+        check_nabla_attention(name, layout, device)
         for dim in HEAD_DIMS:
             for dtype in TOLERANCES:
                 error = attention_error(layout, dim, dtype, device)
@@ -61,6 +62,27 @@ def check_masks(name: str, layout: TokenLayout, device: torch.device) -> None:
             offsets, indices = nabla_mask_reference(q, k, *starts, *sizes, thr, near.offsets, near.indices)
             other = (found.to_dense() != BlockMask(offsets, indices, layout).to_dense()).sum().item()
             assert other <= LARGEST_OTHER, f"nabla_mask, {name}, thr {thr}: {other} blocks not as in the reference"
+
+
+def check_nabla_attention(name: str, layout: TokenLayout, device: torch.device) -> None:
+    """Attention over the bits of a mask is, to the bit, that over its lists, and so is its replay from a CUDA graph.
+
+    Nothing that waits for the device can be captured.
+    """
+    q, k, v, grad = (x.bfloat16() for x in _normal(4, layout, 64, device))
+    step = partial(_with_gradients, partial(nabla_attention, layout=layout, thr=0.6, sta=WINDOW), q, k, v, grad)
+    mask = nabla_mask(q, k, layout, 0.6, WINDOW)
+    expected = _with_gradients(partial(block_sparse_attention, mask=mask), q, k, v, grad)
+    found = {"eager": step()}
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        found["a CUDA graph"] = captured
+    for way, tensors in found.items():
+        for one, other in zip(tensors, expected, strict=True):
+            assert torch.equal(one, other), f"nabla_attention, {name}, {way}: not as over the lists of its mask"
 
 
 def random_mask(layout: TokenLayout, device: torch.device) -> BlockMask:

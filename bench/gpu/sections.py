@@ -138,7 +138,12 @@ def waits(run: Run) -> None:
     grad = torch.ones_like(tokens.q)
     steps: dict[str, Callable[[], Any]] = {
         "attention over a given mask": partial(gradients, partial(block_sparse_attention, mask=given), leaves, grad),
-        "nabla_mask": partial(nabla_mask, tokens.q, tokens.k, tokens.layout, THRESHOLDS[1], STA),
+        "nabla_mask, whose lists have a length": partial(
+            nabla_mask, tokens.q, tokens.k, tokens.layout, THRESHOLDS[1], STA
+        ),
+        "nabla_attention": partial(
+            gradients, partial(nabla_attention, layout=tokens.layout, thr=THRESHOLDS[1], sta=STA), leaves, grad
+        ),
     }
     for name, step in steps.items():
         step()  # compiled

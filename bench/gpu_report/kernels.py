@@ -81,13 +81,6 @@ def _bits(arguments: Arguments, size: Size) -> Work:
     return Work(_map_cells(size), _map_cells(size) / 8)
 
 
-def _set_bits(arguments: Arguments, size: Size) -> Work:
-    """Of the Sliding-Tile Attention mask, which is one for all heads, or of a whole mask."""
-    if arguments["first_keys"] is None:
-        return _bits_and_lists(arguments, size)
-    return Work(STA_BLOCKS * size.blocks, INT * STA_BLOCKS * size.blocks + size.blocks**2 / 8)
-
-
 def _sta(arguments: Arguments, size: Size) -> Work:
     return Work(8.0 * size.blocks**2, INT * STA_BLOCKS * size.blocks + 4 * LONG * size.blocks)
 
@@ -169,10 +162,8 @@ KERNELS: dict[Any, Kernel] = {
     nabla_mask.select_kernel: Kernel(
         lambda a: "nabla_mask: select" if a["near"] is None else "nabla_mask: select with STA", _select
     ),
-    nabla_mask.write_lists_kernel: Kernel(_always("nabla_mask: write lists"), _bits_and_lists),
-    block_mask.set_bits_kernel: Kernel(
-        lambda a: "block mask: bits of lists" if a["first_keys"] is None else "nabla_mask: STA bits", _set_bits
-    ),
+    block_mask.write_lists_kernel: Kernel(_always("block mask: lists of bits"), _bits_and_lists),
+    block_mask.set_bits_kernel: Kernel(_always("block mask: bits of lists"), _bits_and_lists),
     sta_mask.count_near_kernel: Kernel(_always("sta_mask: count"), _sta),
     sta_mask.write_near_kernel: Kernel(_always("sta_mask: write"), _sta),
     fractal.gather_rows_kernel: Kernel(_always("fractal: gather bf16"), _gather),

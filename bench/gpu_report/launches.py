@@ -9,8 +9,8 @@ from bench.gpu_report.kernels import KERNELS, STA_WINDOW
 from bench.gpu_report.roofline import Size, Work
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
+from k5kernels.triton import block_mask, fractal, gated_residual, layernorm_modulate, nabla_mask, sta_mask
 from k5kernels.triton import block_sparse_attention as attention
-from k5kernels.triton import fractal, gated_residual, layernorm_modulate, nabla_mask, sta_mask
 from k5kernels.triton.launch import Launch, record_launches
 
 THR = 0.9
@@ -84,9 +84,9 @@ def _build_masks(size: Size) -> None:
     sta = sta_mask.sta_mask(coordinates, window, kept_blocks(layout, window))
     queries, keys = (torch.empty(size.heads, layout.blocks, size.head_dim, device="meta") for _ in range(2))
     rows = nabla_mask.keys_of_rows(layout.clip_block_starts("meta"), layout.blocks)
-    for near in (None, nabla_mask.near_bits(*sta, rows[0], layout.max_clip_blocks)):
-        kept, _ = nabla_mask.select(queries, keys, *rows, layout.max_clip_blocks, THR, near)
-    nabla_mask.write_lists(kept, *rows, layout.max_clip_blocks, _offsets(size.heads, layout), _kept(size))
+    for near in (None, block_mask.lists_to_bits(*sta)[0, 0]):
+        bits, _ = nabla_mask.select(queries, keys, *rows, 1, layout.max_clip_blocks, THR, near)
+    block_mask.bits_to_lists(bits[None], _offsets(size.heads, layout), _kept(size))
 
 
 def _modulate(size: Size) -> None:

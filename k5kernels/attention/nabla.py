@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from k5kernels.attention.engine import Call, Engine
 from k5kernels.block_mask import BlockMask
+from k5kernels.ops.bits_attention import bits_attention
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
-from k5kernels.ops.nabla_mask import nabla_mask
+from k5kernels.ops.nabla_mask import nabla_bits, nabla_mask
 from k5kernels.token_layout import TokenLayout
 
 _observers: list[Callable[[BlockMask], None]] = []
@@ -23,13 +25,23 @@ def nabla_attention(
     sta: a Sliding-Tile Attention window (w_T, w_H, w_W) in blocks, kept as well. Differentiable in q, k and v;
     no gradient flows through the mask.
 
+    On a GPU the host never waits for the device, forward or backward, so it can be captured in a CUDA graph (call it
+    once before); only masks that are observed (`record_block_masks`) are lists, for whose length the host waits.
+
     Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible, forward and backward (float32 and
     bfloat16 whatever the number of threads), but for the gradients of k and v where the reference serves on a GPU.
     """
+    if lists_make_the_host_wait(q.device) and not _observers:
+        return bits_attention(q, k, v, *nabla_bits(q, k, layout, thr, sta), layout)
     mask = nabla_mask(q, k, layout, thr, sta)
     for observe in _observers:
         observe(mask)
     return block_sparse_attention(q, k, v, mask)
+
+
+def lists_make_the_host_wait(device: torch.device) -> bool:
+    """Whether work on the device goes on beside the host, which then waits for the length of the lists of a mask."""
+    return device.type == "cuda"
 
 
 @contextmanager

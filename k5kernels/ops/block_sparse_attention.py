@@ -45,6 +45,15 @@ def block_sparse_attention(
         layout = mask.layout
     elif layout is not mask.layout and layout != mask.layout:  # torch.compile can compare the identity of any layout
         raise ValueError(f"layout: expected that of the mask, {mask.layout}, got {layout}; it can be left out")
+    q, k, v = checked_tokens(q, k, v, layout)
+    _check_mask(mask, q)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    blocks = (layout.block_starts(q.device), layout.max_block_tokens)
+    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)[0]
+
+
+def checked_tokens(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in the dtype that attention computes in; ValueError where their shapes or dtypes do not fit."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (_autocast(x) for x in (q, k, v))
     check_tokens("q", q, layout)
@@ -53,10 +62,7 @@ def block_sparse_attention(
             raise ValueError(
                 f"{name}: expected {q.dtype} {list(q.shape)} like q, got {tensor.dtype} {list(tensor.shape)}"
             )
-    _check_mask(mask, q)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    blocks = (layout.block_starts(q.device), layout.max_block_tokens)
-    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)[0]
+    return q, k, v
 
 
 def _autocast(x: Tensor) -> Tensor:

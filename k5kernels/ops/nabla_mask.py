@@ -9,11 +9,12 @@ float32 whatever the dtype of q and k.
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from k5kernels.block_mask import BlockMask, lists_to_dense, row_offsets
+from k5kernels.block_mask import BlockMask, dense_to_bits, lists_to_dense, row_offsets
 from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.sta_mask import check_window, sta_mask
 from k5kernels.token_layout import TokenLayout, to_blocks
@@ -35,8 +36,24 @@ def nabla_mask(
     probabilities are NaN (NaN or infinite input), every block of the clip is kept, so that the NaN reaches the output
     as in dense attention.
 
-    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible.
+    Raises ValueError where a shape, dtype or thr does not fit. Bit-reproducible. On a GPU the host waits for the length
+    of the lists.
     """
+    offsets, indices = torch.ops.k5.nabla_mask(*_arguments(q, k, layout, thr, sta))
+    return BlockMask(offsets, indices, layout)
+
+
+def nabla_bits(
+    q: Tensor, k: Tensor, layout: TokenLayout, thr: float, sta: tuple[int, int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same mask as bits, without waiting for the device: (bits, offsets), as `bits_attention` takes them."""
+    return torch.ops.k5.nabla_bits(*_arguments(q, k, layout, thr, sta))
+
+
+def _arguments(
+    q: Tensor, k: Tensor, layout: TokenLayout, thr: float, sta: tuple[int, int, int] | None
+) -> tuple[Any, ...]:
+    """Checked, and as the operators take them."""
     check_tokens("q", q, layout)
     if k.shape != q.shape or k.dtype != q.dtype:
         raise ValueError(f"k: expected {q.dtype} {list(q.shape)} like q, got {k.dtype} {list(k.shape)}")
@@ -45,7 +62,7 @@ def nabla_mask(
     if sta is not None:
         check_window("sta", sta)
         near = sta_mask(layout, sta, q.device)
-    offsets, indices = torch.ops.k5.nabla_mask(
+    return (
         q.detach(),
         k.detach(),
         layout.block_starts(q.device),
@@ -56,7 +73,6 @@ def nabla_mask(
         None if near is None else near.offsets,
         None if near is None else near.indices,
     )
-    return BlockMask(offsets, indices, layout)
 
 
 def check_thr(thr: float) -> None:
@@ -107,6 +123,27 @@ def nabla_mask_reference(
     return row_offsets(torch.cat(counts).view(B, h, blocks)), torch.cat(indices)
 
 
+def nabla_bits_reference(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(bits, offsets): bit i of word w of a row is set where its list has key block 32·w + i.
+
+    bits: int32 [B, h, N_b, ceil(N_b / 32)]. offsets: of the lists of `nabla_mask_reference`.
+    """
+    offsets, indices = nabla_mask_reference(
+        q, k, block_starts, clip_block_starts, max_block_tokens, max_clip_blocks, thr, sta_offsets, sta_indices
+    )
+    return dense_to_bits(lists_to_dense(offsets, indices)), offsets
+
+
 def _near(offsets: Tensor | None, indices: Tensor | None, block_starts: Tensor) -> Tensor:
     """The Sliding-Tile Attention mask as bool [1, N_b, N_b]; all False where there is none."""
     if offsets is None or indices is None:
@@ -151,8 +188,29 @@ def _fake(
     return offsets, block_starts.new_empty(kept, dtype=torch.int32)
 
 
+def _bits_fake(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    blocks = block_starts.shape[0] - 1
+    bits = block_starts.new_empty(*q.shape[:2], blocks, (blocks + 31) // 32, dtype=torch.int32)
+    return bits, block_starts.new_empty(*q.shape[:2], blocks + 1)
+
+
 register(
     nabla_mask_reference,
     _fake,
     accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES)},
+)
+register(
+    nabla_bits_reference,
+    _bits_fake,
+    accepts={"cuda": Accepts(GPU_DTYPES)},
 )

@@ -1,7 +1,9 @@
-"""The lists of a `BlockMask` in other forms, on the GPU: as bits, and transposed.
+"""The lists of a `BlockMask` in other forms, on the GPU: as bits, from bits, and transposed.
 
-The transposed lists are made from the bits, N_b²/8 bytes a head: a pass over the bits in order gives ascending lists
-without a sort.
+Bits are int32 [B, h, N_b, ceil(N_b / 32)]: bit i of word w of a row is set where the row reads key block 32·w + i. They
+take N_b²/8 bytes a head, and a pass over them in order gives ascending lists, of the rows or transposed, without a
+sort. A list has no length that the host knows: its memory holds `capacity` entries, and those behind the last offset
+are never read.
 """
 
 import torch
@@ -12,57 +14,87 @@ from torch import Tensor
 from k5kernels.block_mask import row_offsets
 from k5kernels.triton.launch import launch
 
-# What one program of each kernel looks at in one step: entries of a list, rows.
+# What one program of each kernel looks at in one step: entries of a list, rows, words.
 LISTED_KEYS = 128
 ROWS_AT_ONCE = 128
+WORDS_AT_ONCE = 16
 
 
-def lists_to_bits(offsets: Tensor, indices: Tensor, words: int, first_keys: Tensor | None = None) -> Tensor:
-    """The lists as bits: bit i of row r is set where the row reads key block first_keys[r] + i.
-
-    int32 [B_m·H_m·N_b, words]. offsets, indices: of `BlockMask`. first_keys: int64 [N_b], zeros where None.
-    """
-    masks, blocks = offsets.shape[0] * offsets.shape[1], offsets.shape[2] - 1
-    bits = indices.new_zeros(masks * blocks, words)
+def lists_to_bits(offsets: Tensor, indices: Tensor) -> Tensor:
+    """The lists of a `BlockMask` as bits: int32 [B_m, H_m, N_b, words]."""
+    batch, heads, rows = offsets.shape
+    blocks = rows - 1
+    words = triton.cdiv(blocks, 32)
+    bits = indices.new_zeros(batch, heads, blocks, words)
     launch(
-        set_bits_kernel, (blocks, masks), offsets.contiguous(), indices, first_keys, bits, words,
+        set_bits_kernel, (blocks, batch * heads), offsets.contiguous(), indices, bits, words,
         KEYS=LISTED_KEYS, num_warps=1,
     )  # fmt: skip
     return bits
 
 
+def bits_to_lists(bits: Tensor, offsets: Tensor, capacity: int) -> Tensor:
+    """The key blocks whose bits are set, row after row, each row from its offset on: int32 [capacity].
+
+    offsets: int64 [B, h, N_b + 1], of which the first may be any number that is then the place of the first entry.
+    """
+    batch, heads, blocks, words = bits.shape
+    indices = bits.new_empty(capacity)
+    launch(
+        write_lists_kernel, (blocks, batch * heads), bits.contiguous(), offsets.contiguous(), indices, words,
+        WORDS=WORDS_AT_ONCE, num_warps=1,
+    )  # fmt: skip
+    return indices
+
+
 def transposed_lists(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """(offsets, indices) of `BlockMask.transpose`: for each key block the query blocks that read it, ascending."""
-    batch, heads, rows = offsets.shape
-    blocks = rows - 1
-    words = triton.cdiv(blocks, 32)
-    bits = lists_to_bits(offsets, indices, words)
-    counts = offsets.new_empty(batch, heads, blocks)
+    return transposed_bits_to_lists(lists_to_bits(offsets, indices), indices.shape[0])
+
+
+def transposed_bits_to_lists(bits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The same of a mask as bits: offsets int64 [B, h, N_b + 1], and readers int32 [capacity]."""
+    batch, heads, blocks, words = bits.shape
+    bits = bits.contiguous()
+    counts = bits.new_empty(batch, heads, blocks, dtype=torch.int64)
     grid = (words, batch * heads)
     launch(count_readers_kernel, grid, bits, counts, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
-    own = row_offsets(counts)
-    readers = torch.empty_like(indices)
-    launch(write_readers_kernel, grid, bits, own, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
-    return own, readers
+    offsets = row_offsets(counts)
+    readers = bits.new_empty(capacity)
+    launch(write_readers_kernel, grid, bits, offsets, readers, blocks, words, ROWS=ROWS_AT_ONCE, num_warps=4)
+    return offsets, readers
 
 
 @triton.jit
-def set_bits_kernel(offsets, indices, first_keys, bits, words, KEYS: tl.constexpr):
+def set_bits_kernel(offsets, indices, bits, words, KEYS: tl.constexpr):
     """The list of one row as bits."""
     block = tl.program_id(0)
     mask = tl.program_id(1).to(tl.int64)
     blocks = tl.num_programs(0)
-    first_key = 0
-    if first_keys is not None:
-        first_key = tl.load(first_keys + block)
     offsets += mask * (blocks + 1) + block
     bits += (mask * blocks + block) * words
     end = tl.load(offsets + 1)
     for first in range(tl.load(offsets), end, KEYS):
         entry = first + tl.arange(0, KEYS)
         there = entry < end
-        column = tl.load(indices + entry, mask=there, other=0) - first_key
+        column = tl.load(indices + entry, mask=there, other=0)
         tl.atomic_or(bits + column // 32, (1 << (column % 32)).to(tl.int32), mask=there)
+
+
+@triton.jit
+def write_lists_kernel(bits, offsets, indices, words, WORDS: tl.constexpr):
+    """The numbers of the key blocks whose bits are set in one row, ascending, from its offset on."""
+    block = tl.program_id(0)
+    mask = tl.program_id(1).to(tl.int64)
+    blocks = tl.num_programs(0)
+    bits += (mask * blocks + block) * words
+    place = tl.load(offsets + mask * (blocks + 1) + block)
+    for first in range(0, words, WORDS):
+        key = first * 32 + tl.arange(0, WORDS * 32)
+        word = tl.load(bits + key // 32, mask=key // 32 < words, other=0)
+        keep = (word >> (key % 32)) & 1
+        tl.store(indices + place + tl.cumsum(keep, axis=0) - 1, key, mask=keep != 0)
+        place += tl.sum(keep)
 
 
 @triton.jit

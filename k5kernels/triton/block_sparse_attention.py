@@ -34,11 +34,27 @@ def block_sparse_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if q.numel():
+        attend(out, lse, q, k, v, offsets, indices, block_starts, max_block_tokens, scale)
+    return out, lse
+
+
+def attend(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
+) -> None:
+    """Write out [B, h, S, D] and lse [B, h, S], both contiguous."""
     B, h, S = q.shape[:3]
     blocks = block_starts.shape[0] - 1
-    out, lse = q.new_empty(q.shape), q.new_empty(B, h, S, dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
     q, k, v = (addressable(x) for x in (q, k, v))
     tiling = Tiling(q, blocks, max_block_tokens)
     offsets = offsets.contiguous()
@@ -50,7 +66,6 @@ def block_sparse_attention(
         q, keys, values, out, lse, offsets, indices, block_starts, *strides, *sizes,
         TILES=tiling.per_block, **constants,
     )  # fmt: skip
-    return out, lse
 
 
 def block_sparse_attention_backward(
@@ -68,15 +83,38 @@ def block_sparse_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
+    grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    if q.numel():
+        readers = transposed_lists(offsets, indices)
+        lists = (offsets, indices, *readers)
+        differentiate(grads, grad_out, grad_lse, q, k, v, out, lse, *lists, block_starts, max_block_tokens, scale)
+    return grads
+
+
+def differentiate(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    reader_offsets: Tensor,
+    readers: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
+) -> None:
+    """Write the gradients of q, k and v, contiguous. reader_offsets, readers: the transposed lists."""
     B, h, S = q.shape[:3]
     blocks = block_starts.shape[0] - 1
-    grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    if q.numel() == 0:
-        return grad_q, grad_k, grad_v
+    grad_q, grad_k, grad_v = grads
     grad_out, q, k, v, out = (addressable(x) for x in (grad_out, q, k, v, out))
     tiling = Tiling(q, blocks, max_block_tokens)
     shift = row_shift(grad_out, out, grad_lse, tiling.width)
-    readers = transposed_lists(offsets, indices)
     offsets, lse = offsets.contiguous(), lse.contiguous()
     strides = tuple(stride for x in (q, k, v, grad_out) for stride in x.stride()[:3])
     sizes = (h, S, blocks, *mask_strides(offsets), scale, scale * LOG2_E)
@@ -87,13 +125,12 @@ def block_sparse_attention_backward(
         q, keys, values, grad_out, lse, shift, grad_q, offsets, indices, block_starts, *strides, *sizes,
         TILES=tiling.per_block, **constants,
     )  # fmt: skip
-    (queries, grads), constants = tiling.tiles("backward_keys", q, grad_out)
+    (queries, grad_tiles), constants = tiling.tiles("backward_keys", q, grad_out)
     launch(
         backward_keys_kernel, grid,
-        queries, k, v, grads, lse, shift, grad_k, grad_v, *readers, block_starts, *strides, *sizes,
+        queries, k, v, grad_tiles, lse, shift, grad_k, grad_v, reader_offsets, readers, block_starts, *strides, *sizes,
         TILES=tiling.per_block, **constants,
     )  # fmt: skip
-    return grad_q, grad_k, grad_v
 
 
 class Tiling:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k5kernels.block_mask import row_offsets
-from k5kernels.triton.block_mask import lists_to_bits
+from k5kernels.triton.block_mask import bits_to_lists, lists_to_bits
 from k5kernels.triton.launch import launch
 
 # Logits in memory at a time: 64 MiB. At Pro's longest clip that is enough programs for all multiprocessors; of Lite's
@@ -42,17 +42,38 @@ def nabla_mask(
     sta_offsets: Tensor | None,
     sta_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.nabla_mask`. Bit-reproducible."""
+    """(offsets, indices) of `BlockMask`, as in `k5kernels.ops.nabla_mask`. Bit-reproducible.
+
+    The host waits for the device: only the data tells the length of the lists. `nabla_bits` does not wait.
+    """
+    bits, offsets = nabla_bits(
+        q, k, block_starts, clip_block_starts, max_block_tokens, max_clip_blocks, thr, sta_offsets, sta_indices
+    )
+    return offsets, bits_to_lists(bits, offsets, int(offsets.diff(dim=-1).sum()))
+
+
+def nabla_bits(
+    q: Tensor,
+    k: Tensor,
+    block_starts: Tensor,
+    clip_block_starts: Tensor,
+    max_block_tokens: int,
+    max_clip_blocks: int,
+    thr: float,
+    sta_offsets: Tensor | None,
+    sta_indices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(bits, offsets) as in `k5kernels.ops.nabla_mask`. Bit-reproducible; the host does not wait for the device."""
     blocks = block_starts.shape[0] - 1
     key_starts, key_counts = keys_of_rows(clip_block_starts, blocks)
     near = None
     if sta_offsets is not None and sta_indices is not None:
-        near = near_bits(sta_offsets, sta_indices, key_starts, max_clip_blocks)
+        near = lists_to_bits(sta_offsets, sta_indices)[0, 0]
     queries, keys = pool(q, block_starts), pool(k, block_starts)
-    kept, counts = select(queries, keys, key_starts, key_counts, max_clip_blocks, thr, near)
-    offsets = row_offsets(counts.view(*q.shape[:2], blocks))
-    total = int(counts.sum())  # the host waits for the device: only the data tells the length of the lists
-    return offsets, write_lists(kept, key_starts, key_counts, max_clip_blocks, offsets, total)
+    kept, counts = select(
+        queries, keys, key_starts, key_counts, clip_block_starts.shape[0] - 1, max_clip_blocks, thr, near
+    )
+    return kept.view(*q.shape[:2], *kept.shape[1:]), row_offsets(counts.view(*q.shape[:2], blocks))
 
 
 def keys_of_rows(clip_block_starts: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -60,11 +81,6 @@ def keys_of_rows(clip_block_starts: Tensor, blocks: int) -> tuple[Tensor, Tensor
     lengths = clip_block_starts.diff()
     starts = clip_block_starts[:-1].repeat_interleave(lengths, output_size=blocks)
     return starts, lengths.repeat_interleave(lengths, output_size=blocks)
-
-
-def near_bits(sta_offsets: Tensor, sta_indices: Tensor, key_starts: Tensor, max_clip_blocks: int) -> Tensor:
-    """A Sliding-Tile Attention mask, one for all heads, as the bits that `select` takes: int32 [N_b, words]."""
-    return lists_to_bits(sta_offsets, sta_indices, triton.cdiv(max_clip_blocks, 32), key_starts)
 
 
 def pool(x: Tensor, block_starts: Tensor) -> Tensor:
@@ -85,22 +101,26 @@ def select(
     keys: Tensor,
     key_starts: Tensor,
     key_counts: Tensor,
+    clips: int,
     max_clip_blocks: int,
     thr: float,
     near: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What each query block keeps: bits, int32 [B·h·N_b, words], and how many are set, int64 [B·h, N_b].
+    """What each query block keeps: bits, int32 [B·h, N_b, words], and how many are set, int64 [B·h, N_b].
 
     queries, keys: pooled. key_starts, key_counts: of `keys_of_rows`. near: bits of the blocks that every head keeps,
-    int32 [N_b, words], or None. Bit i of a row stands for key block i of the row's clip.
+    int32 [N_b, words], or None.
     """
     heads, blocks, D = queries.shape
-    kept = queries.new_empty(heads * blocks, triton.cdiv(max_clip_blocks, 32), dtype=torch.int32)
+    words = triton.cdiv(blocks, 32)
+    # A row writes the words of its clip, which with one clip are all there are.
+    kept = (queries.new_empty if clips == 1 else queries.new_zeros)(heads, blocks, words, dtype=torch.int32)
     counts = queries.new_empty(heads, blocks, dtype=torch.int64)
     tiles = triton.cdiv(blocks, TILE_ROWS)
     items, step = logits_at_once(heads * tiles, max_clip_blocks)
     logits = queries.new_empty(items * TILE_ROWS, step)
-    columns, rows, warps = whole_row_tile(max_clip_blocks)
+    # Columns of a row begin with a whole word: with those of a clip there may be 31 of the clip before it.
+    columns, rows, warps = whole_row_tile(max_clip_blocks if clips == 1 else max_clip_blocks + 31)
     for first in range(0, heads * tiles, items):
         programs = min(items, heads * tiles - first)
         launch(
@@ -110,25 +130,10 @@ def select(
         )  # fmt: skip
         launch(
             select_kernel, (programs * TILE_ROWS // rows,),
-            logits, key_counts, near, kept, counts, first, tiles, blocks, step, kept.shape[1], dropped_mass(thr),
+            logits, key_starts, key_counts, near, kept, counts, first, tiles, blocks, step, words, dropped_mass(thr),
             TILE=TILE_ROWS, ROWS=rows, COLUMNS=columns, num_warps=warps,
         )  # fmt: skip
     return kept, counts
-
-
-def write_lists(
-    kept: Tensor, key_starts: Tensor, key_counts: Tensor, max_clip_blocks: int, offsets: Tensor, total: int
-) -> Tensor:
-    """The key blocks whose bits are set, row after row: int32 [total]. kept: of `select`."""
-    indices = kept.new_empty(total)
-    total_rows, words = kept.shape
-    columns, rows, warps = whole_row_tile(max_clip_blocks)
-    launch(
-        write_lists_kernel, (triton.cdiv(total_rows, rows),),
-        kept, key_starts, key_counts, offsets, indices, total_rows, offsets.shape[2] - 1, words,
-        ROWS=rows, COLUMNS=columns, num_warps=warps,
-    )  # fmt: skip
-    return indices
 
 
 def logits_at_once(tiles: int, max_clip_blocks: int) -> tuple[int, int]:
@@ -212,21 +217,24 @@ def logits_kernel(
 
 @triton.jit(do_not_specialize=["first_item", "dropped"])
 def select_kernel(
-    logits, key_counts, near, kept, counts, first_item, tiles, blocks, step, words, dropped: tl.int64,
+    logits, key_starts, key_counts, near, kept, counts, first_item, tiles, blocks, step, words, dropped: tl.int64,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of whole rows and the bits of what they keep: all but the smallest, whose sum stays below `dropped`.
+    """Softmax of whole rows, and the bits of what they keep in the words of their clip.
 
-    The largest is kept even where the sum of all rounds below `dropped`.
+    Dropped are the smallest, whose sum stays below `dropped`. The largest is kept even where the sum of all rounds
+    below it.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     item = first_item + row // TILE
     block = item % tiles * TILE + row % TILE
     there = block < blocks
     target = (item // tiles).to(tl.int64) * blocks + block
+    start = tl.load(key_starts + block, mask=there, other=0).to(tl.int32)
     column = tl.arange(0, COLUMNS)
-    inside = column[None, :] < tl.load(key_counts + block, mask=there, other=0)[:, None]
-    values = tl.load(logits + row.to(tl.int64)[:, None] * step + column[None, :], mask=inside, other=float("-inf"))
+    key = column[None, :] - (start % 32)[:, None]  # of the row's clip
+    inside = (key >= 0) & (key < tl.load(key_counts + block, mask=there, other=0)[:, None])
+    values = tl.load(logits + row.to(tl.int64)[:, None] * step + key, mask=inside, other=float("-inf"))
     weights = tl.where(inside, tl.exp(values - tl.max(values, axis=1)[:, None]), 0.0)
     total = tl.sum(weights, axis=1)
     probabilities = tl.div_rn(weights, tl.broadcast_to(total[:, None], [ROWS, COLUMNS]))
@@ -248,30 +256,12 @@ def select_kernel(
     place = tl.cumsum(tied.to(tl.int32), axis=1)
     keep = (order > low[:, None]) | (tied & (place > dropped_ties[:, None])) | (total != total)[:, None]
     if near is not None:
-        word = tl.load(near + block.to(tl.int64)[:, None] * words + column[None, :] // 32, mask=inside, other=0)
+        at = near + block.to(tl.int64)[:, None] * words + (start // 32)[:, None] + column[None, :] // 32
+        word = tl.load(at, mask=inside, other=0)
         keep |= (word >> (column % 32)[None, :]) & 1 != 0
     keep = keep & inside
     bits = tl.reshape(keep.to(tl.int32) << (column % 32)[None, :], [ROWS, COLUMNS // 32, 32])
-    word_number = tl.arange(0, COLUMNS // 32)
-    word_there = there[:, None] & (word_number < words)[None, :]
-    tl.store(kept + target[:, None] * words + word_number[None, :], tl.sum(bits, axis=2), mask=word_there)
+    word = (start // 32)[:, None] + tl.arange(0, COLUMNS // 32)[None, :]
+    some = tl.max(tl.reshape(inside.to(tl.int32), [ROWS, COLUMNS // 32, 32]), axis=2) > 0
+    tl.store(kept + target[:, None] * words + word, tl.sum(bits, axis=2), mask=some)
     tl.store(counts + target, tl.sum(keep.to(tl.int32), axis=1).to(tl.int64), mask=there)
-
-
-@triton.jit
-def write_lists_kernel(
-    kept, key_starts, key_counts, offsets, indices, total_rows, blocks, words,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The numbers of the key blocks whose bits are set, ascending, each row from its offset on."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = row < total_rows
-    block = row % blocks
-    column = tl.arange(0, COLUMNS)
-    inside = column[None, :] < tl.load(key_counts + block, mask=there, other=0)[:, None]
-    word = tl.load(kept + row.to(tl.int64)[:, None] * words + column[None, :] // 32, mask=inside, other=0)
-    keep = (word >> (column % 32)[None, :]) & 1
-    start = tl.load(offsets + row // blocks * (blocks + 1) + block, mask=there, other=0)
-    key = tl.load(key_starts + block, mask=there, other=0)[:, None] + column[None, :]
-    place = start[:, None] + tl.cumsum(keep, axis=1) - 1
-    tl.store(indices + place, key.to(tl.int32), mask=keep != 0)

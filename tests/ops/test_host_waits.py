@@ -10,6 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k5kernels import TokenLayout, block_sparse_attention, nabla_attention, sta_mask
+from k5kernels.attention import nabla
 
 CLIPS = TokenLayout([(2, 9, 17), (1, 8, 20)])
 READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "unique_dim", "_unique2"}
@@ -40,6 +41,14 @@ def test_a_compiled_nabla_attention_reads_nothing_back(sta):
     assert {"nabla_mask", "block_sparse_attention", "block_sparse_attention_backward"} <= set(names)
     assert ("sta_mask" in names) == (sta is not None)
     assert READS & set(names) == set()
+
+
+def test_as_on_a_gpu_it_reads_nothing_back_and_has_no_size_that_is_known_later(monkeypatch):
+    monkeypatch.setattr(nabla, "lists_make_the_host_wait", lambda device: True)
+    tokens = [x.requires_grad_() for x in random_tokens(CLIPS, 1, 2, 8)]
+    names = operators_of(partial(nabla_attention, layout=CLIPS, thr=0.6, sta=(3, 3, 1)), tokens)
+    assert {"nabla_bits", "bits_attention", "bits_attention_backward", "sta_mask"} <= set(names)
+    assert {"nabla_mask", "sym_constrain_range_for_size", *READS} & set(names) == set()
 
 
 def test_attention_over_a_given_mask_reads_nothing_back():

@@ -1,10 +1,11 @@
-"""The other forms of a mask's lists by the Triton kernels."""
+"""The other forms of a mask's lists by the Triton kernels: bits, lists of bits, transposed lists."""
 
 import pytest
 import torch
 from block_masks import random_mask
 
 from k5kernels import TokenLayout
+from k5kernels.block_mask import bits_to_dense, dense_to_bits
 from k5kernels.triton import block_mask as kernels
 
 SEVERAL = TokenLayout([(2, 9, 17), (1, 8, 20), (3, 5, 7)])
@@ -19,3 +20,17 @@ def test_transposed_lists_are_those_of_the_mask(layout, density):
     expected = mask.transpose()
     assert torch.equal(offsets, expected.offsets)
     assert torch.equal(indices, expected.indices)
+
+
+@pytest.mark.parametrize(("density", "words"), [(0.0, 16), (0.3, 2), (1.0, 16)])
+def test_bits_are_those_of_the_lists_and_lists_those_of_the_bits(density, words, monkeypatch):
+    monkeypatch.setattr(kernels, "WORDS_AT_ONCE", words)
+    mask = random_mask(ROWS_OF_SEVERAL_WORDS, 1, 1, density)
+    bits = kernels.lists_to_bits(mask.offsets, mask.indices)
+    assert torch.equal(bits, dense_to_bits(mask.to_dense()))
+    assert torch.equal(bits_to_dense(bits), mask.to_dense())
+    kept = mask.indices.shape[0]
+    assert torch.equal(kernels.bits_to_lists(bits, mask.offsets, kept), mask.indices)
+    longer = kernels.bits_to_lists(bits, mask.offsets, kept + 100)
+    assert longer.shape == (kept + 100,)
+    assert torch.equal(longer[:kept], mask.indices)

@@ -10,8 +10,8 @@ from dense_attention import random_tokens
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
 from k5kernels.triton import attention_configurations as configurations
+from k5kernels.triton import bits_attention, fractal, nabla_mask, sta_mask
 from k5kernels.triton import block_sparse_attention as attention
-from k5kernels.triton import fractal, nabla_mask, sta_mask
 from k5kernels.triton.launch import generation_of, launch, record_launches
 
 RAGGED = TokenLayout([(2, 9, 17), (1, 8, 20)])
@@ -115,15 +115,34 @@ def test_masks_of_a_layout_and_fractal_order_read_no_values():
     assert len(launches) == 4
 
 
-def test_nabla_reads_one_number_the_length_of_its_lists():
-    q = torch.empty(1, 2, RAGGED.tokens, 64, device="meta")
-    starts = (RAGGED.block_starts("meta"), RAGGED.clip_block_starts("meta"))
-    near = (torch.empty(1, 1, RAGGED.blocks + 1, dtype=torch.int64, device="meta"), q.new_empty(9, dtype=torch.int32))
+def nabla_arguments(device, near_entries=9):
+    q = torch.empty(1, 2, RAGGED.tokens, 64, device=device)
+    starts = (RAGGED.block_starts(device), RAGGED.clip_block_starts(device))
+    near = (
+        torch.zeros(1, 1, RAGGED.blocks + 1, dtype=torch.int64, device=device),
+        torch.zeros(near_entries, dtype=torch.int32, device=device),
+    )
+    return q, q, *starts, RAGGED.max_block_tokens, RAGGED.max_clip_blocks, 0.9, *near
+
+
+def test_nabla_attention_reads_no_number_forward_or_backward():
+    recorded = []
+    for device in ("cpu", "meta"):  # a read of a value on "meta" raises
+        arguments = nabla_arguments(device)
+        q, block_starts = arguments[0], arguments[2]
+        sizes = (RAGGED.max_block_tokens, RAGGED.max_clip_blocks, 0.1)
+        with record_launches(90) as launches:
+            bits, offsets = nabla_mask.nabla_bits(*arguments)
+            offsets.zero_()  # the launches that would have written it were recorded
+            given = (bits, offsets, block_starts, *sizes)
+            out, lse = bits_attention.bits_attention(q, q, q, *given)
+            bits_attention.bits_attention_backward(q, lse, q, q, q, out, lse, *given)
+        recorded.append(described(launches))
+    assert len(recorded[0]) > 10
+    assert recorded[0] == recorded[1]
+
+
+def test_a_public_mask_reads_one_number_the_length_of_its_lists():
     with record_launches(90) as launches, pytest.raises(RuntimeError, match="item"):
-        nabla_mask.nabla_mask(q, q, *starts, RAGGED.max_block_tokens, RAGGED.max_clip_blocks, 0.9, *near)
+        nabla_mask.nabla_mask(*nabla_arguments("meta"))
     assert launches[-1].kernel is nabla_mask.select_kernel
-    bits = torch.empty(2 * RAGGED.blocks, 1, dtype=torch.int32, device="meta")
-    offsets = torch.empty(1, 2, RAGGED.blocks + 1, dtype=torch.int64, device="meta")
-    rows = nabla_mask.keys_of_rows(starts[1], RAGGED.blocks)
-    with record_launches(90):
-        assert nabla_mask.write_lists(bits, *rows, RAGGED.max_clip_blocks, offsets, 7).shape == (7,)
