@@ -62,10 +62,12 @@ def bits_attention_backward(
     for part, capacity in parts(q, bits, max_clip_blocks):
         own = places(offsets[part])
         lists = (own, bits_to_lists(bits[part], own, capacity), *transposed_bits_to_lists(bits[part], capacity))
-        tensors = (x[part] for x in (q, k, v, out, lse))
         grads = (grad_q[part], grad_k[part], grad_v[part])
         own_grad_lse = None if grad_lse is None else grad_lse[part]
-        differentiate(grads, grad_out[part], own_grad_lse, *tensors, *lists, block_starts, max_block_tokens, scale)
+        differentiate(
+            grads, grad_out[part], own_grad_lse, q[part], k[part], v[part], out[part], lse[part], *lists,
+            block_starts, max_block_tokens, scale,
+        )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
