@@ -20,6 +20,7 @@ from k5kernels.triton import (
     gated_residual,
     layernorm_modulate,
     nabla_mask,
+    qk_norm_rope,
     sta_mask,
     token_runs,
 )
@@ -172,6 +173,10 @@ KERNELS: dict[Any, Kernel] = {
     layernorm_modulate.modulate_kernel: Kernel(_modulated("layernorm_modulate: forward", "x"), _elementwise(10)),
     layernorm_modulate.modulate_backward_kernel: Kernel(
         _modulated("layernorm_modulate: backward", "x"), _elementwise(20)
+    ),
+    qk_norm_rope.norm_rope_kernel: Kernel(lambda a: f"qk_norm_rope: forward {_element(a['q'])}", _elementwise(20)),
+    qk_norm_rope.norm_rope_backward_kernel: Kernel(
+        lambda a: f"qk_norm_rope: backward {_element(a['q'])}", _elementwise(40)
     ),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),

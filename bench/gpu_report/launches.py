@@ -9,7 +9,15 @@ from bench.gpu_report.kernels import KERNELS, STA_WINDOW
 from bench.gpu_report.roofline import Size, Work
 from k5kernels import TokenLayout
 from k5kernels.ops.sta_mask import kept_blocks
-from k5kernels.triton import block_mask, fractal, gated_residual, layernorm_modulate, nabla_mask, sta_mask
+from k5kernels.triton import (
+    block_mask,
+    fractal,
+    gated_residual,
+    layernorm_modulate,
+    nabla_mask,
+    qk_norm_rope,
+    sta_mask,
+)
 from k5kernels.triton import block_sparse_attention as attention
 from k5kernels.triton.launch import Launch, record_launches
 
@@ -59,6 +67,7 @@ def _launch_all(size: Size) -> None:
         nabla_mask.pool(_tokens(size, size.layout, dtype), size.layout.block_starts("meta"))
     _build_masks(size)
     _modulate(size)
+    _normalize_heads(size)
     T, H, W = size.layout.clips[0]
     x = torch.empty(1, T, H, W, size.heads * size.head_dim, dtype=torch.bfloat16, device="meta")
     fractal.fractal_flatten(x, size.layout.block_side)
@@ -104,6 +113,18 @@ def _modulate(size: Size) -> None:
         gated_residual.gated_residual_backward(x, y, rows, starts)
         layernorm_modulate.layernorm_modulate(x, rows, rows, EPS, starts)
         layernorm_modulate.layernorm_modulate_backward(x, y, rows, EPS, rows.shape, starts)
+
+
+def _normalize_heads(size: Size) -> None:
+    """q and k: views into a fused projection; their gradients: as attention gives them, heads before tokens."""
+    for dtype in (torch.bfloat16, torch.float32):
+        fused = torch.empty(1, size.tokens, 3, size.heads, size.head_dim, dtype=dtype, device="meta")
+        grad = torch.empty(1, size.heads, size.tokens, size.head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        weight = torch.empty(size.head_dim, device="meta")
+        angles = torch.empty(size.tokens, size.head_dim // 2, device="meta")
+        q, k, _ = fused.unbind(2)
+        qk_norm_rope.qk_norm_rope(q, k, weight, weight, angles, angles, EPS)
+        qk_norm_rope.qk_norm_rope_backward(grad, grad, q, k, weight, weight, angles, angles, EPS)
 
 
 def _offsets(heads: int, layout: TokenLayout) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.ops.library import GPU_DTYPES, Accepts
-from k5kernels.ops.precision import upcast
+from k5kernels.ops.precision import in_float32, upcast
 from k5kernels.token_layout import TokenLayout
 
 WIDEST_ROW = 8192  # that a program of a GPU kernel keeps in registers
@@ -55,7 +55,7 @@ def narrow_rows(tensors: int) -> Accepts:
         GPU_DTYPES,
         others={
             f"d up to {WIDEST_ROW}": lambda x, *rest: x.shape[-1] <= WIDEST_ROW,
-            "no tensor in float64": lambda *arguments: torch.float64 not in {x.dtype for x in arguments[:tensors]},
+            **in_float32(tensors),
         },
     )
 

@@ -1,5 +1,7 @@
 """The dtype that operators compute in, whatever dtype their tensors are stored in."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def upcast(x: Tensor) -> Tensor:
     """x in its compute dtype: itself where it has that already."""
     return x.to(compute_dtype(x))
+
+
+def in_float32(tensors: int) -> Mapping[str, Callable[..., bool]]:
+    """The condition, as `Accepts` takes it, of a kernel that computes in float32 alone.
+
+    tensors: how many of the operator's first arguments are tensors.
+    """
+    return {"no tensor in float64": lambda *arguments: torch.float64 not in {x.dtype for x in arguments[:tensors]}}

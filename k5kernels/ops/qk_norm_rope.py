@@ -10,10 +10,11 @@ Computed in float32 (float64 for float64) whatever the dtype of q and k, rounded
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import CPU_DTYPES, Accepts, register
-from k5kernels.ops.precision import compute_dtype, upcast
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
+from k5kernels.ops.precision import compute_dtype, in_float32, upcast
 
 EPS = torch.finfo(torch.float32).eps
+WIDEST_HEAD = 1024  # of which a program of the GPU kernels holds rows
 
 
 def qk_norm_rope(
@@ -27,6 +28,7 @@ def qk_norm_rope(
     torch.nn.RMSNorm is given none and then takes float32's machine epsilon.
 
     Raises ValueError where a shape or dtype does not fit. The results have the same bits for any number of threads.
+    On a GPU the sums of the weights' gradients are added in an order that follows from the sizes alone.
     Saved for the backward: the arguments themselves, no copies; of q and k together 4 * h * D bytes a token in bf16,
     8 * h * D in float32.
     """
@@ -142,9 +144,10 @@ register(
     _fake,
     _backward,
     _setup_context,
-    accepts={"cpu": Accepts(CPU_DTYPES)},
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES, WIDEST_HEAD, in_float32(tensors=6))},
 )
 register(
     qk_norm_rope_backward_reference,
     _backward_fake,
+    accepts={"cuda": Accepts(GPU_DTYPES, WIDEST_HEAD, in_float32(tensors=8))},
 )
