@@ -19,6 +19,7 @@ from time import process_time
 
 import torch
 import typer
+from memory_folder import memory_folder
 
 from k5kernels.terminal import one_line_errors
 
@@ -34,7 +35,7 @@ Check = Callable[[int, Path], str]
 
 # Imports once what every process needs, and forks the processes from there.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "av", "webdataset", "fsspec"])
+CONTEXT.set_forkserver_preload(["torch", "k5kernels.latents.job", "k5kernels.planner", "model.weights", "train.run"])
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Outcome:
     fault: str = ""
 
 
-def tally(title: str, check: Check, cases: range, folder: Path) -> Counter[str]:
+def tally(title: str, check: Check, cases: range) -> Counter[str]:
     """Run the cases, print how often each outcome came, and fail on the first faults.
 
-    check: it is pickled, and runs in other processes. folder: where these have their folders.
+    check: it is pickled, and runs in other processes.
     """
-    with ThreadPoolExecutor(PROCESSES) as pool:
+    with memory_folder() as folder, ThreadPoolExecutor(PROCESSES) as pool:
         shares = [(cases[start::PROCESSES], folder / str(start)) for start in range(PROCESSES)]
         found = list(pool.map(lambda share: list(_run_share(check, *share)), shares))
     outcomes = sorted((outcome for share in found for outcome in share), key=lambda outcome: outcome.case)

@@ -157,8 +157,8 @@ def test_an_undamaged_job_ends_as_expected(damaged_job: DamagedJob, tmp_path: Pa
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_damaged_jobs(damaged_job: DamagedJob, tmp_path: Path, count: int) -> None:
-    counts = tally("manifests and changes", damaged_job, range(count), tmp_path)
+def test_damaged_jobs(damaged_job: DamagedJob, count: int) -> None:
+    counts = tally("manifests and changes", damaged_job, range(count))
     assert counts["refused in one line"] > count // 2
     assert counts["ended the same"] > 0
     assert counts["taken, sealed again"] > 0

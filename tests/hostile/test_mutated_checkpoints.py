@@ -81,6 +81,6 @@ def test_damaged_checkpoints(tmp_path: Path, count: int) -> None:
         trained.step()
     trained.save(tmp_path / "good.pt")
     check = DamagedCheckpoint((tmp_path / "good.pt").read_bytes())
-    counts = tally("checkpoints", check, range(count), tmp_path)
+    counts = tally("checkpoints", check, range(count))
     assert counts["refused in one line"] > count // 2
     assert counts["taken as it was"] > 0

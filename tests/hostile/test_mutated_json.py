@@ -85,7 +85,7 @@ class DamagedJSON:
 
 @pytest.mark.parametrize("count", [40, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_damaged_json(kind: str, tmp_path: Path, count: int) -> None:
-    counts = tally(kind, DamagedJSON(kind), range(count), tmp_path)
+def test_damaged_json(kind: str, count: int) -> None:
+    counts = tally(kind, DamagedJSON(kind), range(count))
     assert counts["taken"] > 0
     assert counts["refused in one line"] > 0 or kind == "log"

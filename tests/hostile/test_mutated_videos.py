@@ -119,7 +119,7 @@ def test_a_rate_of_almost_nothing_holds_no_frame_without_end(damaged_video: Dama
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_damaged_videos(damaged_video: DamagedVideo, tmp_path: Path, count: int) -> None:
-    counts = tally("videos", damaged_video, range(count), tmp_path)
+def test_damaged_videos(damaged_video: DamagedVideo, count: int) -> None:
+    counts = tally("videos", damaged_video, range(count))
     assert counts["encoded"] > 0
     assert counts["refused in one line"] > 0

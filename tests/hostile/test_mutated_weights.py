@@ -3,9 +3,13 @@
 import random
 import re
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from many_cases import tally
 
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.weights import load_decoder, load_encoder, save_vae
@@ -19,9 +23,40 @@ VALUES += [f'"{dtype}"' for dtype in ("F32", "F64", "I8", "F4", "BOOL", "U64", "
 LONGEST_MESSAGE = 700
 
 
+LOADERS: dict[str, Callable[[Path], torch.nn.Module]] = {
+    "crossdit": load_crossdit,
+    "encoder": load_encoder,
+    "decoder": load_decoder,
+}
+
+
+@dataclass(frozen=True)
+class DamagedWeights:
+    """files: whole ones, by what loads them."""
+
+    files: dict[str, bytes]
+
+    def __call__(self, case: int, folder: Path) -> str:
+        draw = random.Random(case)
+        kind = draw.choice(sorted(self.files))
+        path = folder / "damaged.safetensors"
+        path.write_bytes(mutated(self.files[kind], draw))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                model = LOADERS[kind](path)
+        except WeightsError as error:
+            message = str(error)
+            assert message.startswith(str(path)), message
+            assert len(message.splitlines()) == 1, message
+            assert len(message) < LONGEST_MESSAGE, message
+            return "refused in one line"
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values()), "not finite"
+        return "loaded"
+
+
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Whole files, and what loads them."""
+def damaged_weights(tmp_path_factory: pytest.TempPathFactory) -> DamagedWeights:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     small = {"model_dim": 16, "time_dim": 4, "ff_dim": 8, "in_text_dim": 4, "in_text_dim2": 4}
@@ -30,11 +65,8 @@ def files(tmp_path_factory):
     )
     vae = VAEConfig(widths=(2, 2, 2, 2), groups=1, layers_per_block=1, latent_channels=1)
     save_vae(folder / "vae", HunyuanEncoder(vae), HunyuanDecoder(vae))
-    return [
-        ((folder / "crossdit").read_bytes(), load_crossdit),
-        ((folder / "vae").read_bytes(), load_encoder),
-        ((folder / "vae").read_bytes(), load_decoder),
-    ]
+    crossdit, both = (folder / "crossdit").read_bytes(), (folder / "vae").read_bytes()
+    return DamagedWeights({"crossdit": crossdit, "encoder": both, "decoder": both})
 
 
 def mutated(data: bytes, generator: random.Random) -> bytes:
@@ -93,24 +125,13 @@ def header_length(data):
 
 
 @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_damaged_weights_end_in_one_line_or_load_finite(files, tmp_path, count):
-    generator, path = random.Random(count), tmp_path / "damaged.safetensors"
-    refused = loaded = 0
-    for _ in range(count):
-        data, load = generator.choice(files)
-        path.write_bytes(mutated(data, generator))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                model = load(path)
-        except WeightsError as error:
-            refused += 1
-            message = str(error)
-            assert message.startswith(str(path))
-            assert len(message.splitlines()) == 1
-            assert len(message) < LONGEST_MESSAGE
-        else:
-            loaded += 1
-            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    assert refused > count // 2
-    assert loaded > 0
+def test_damaged_weights(damaged_weights: DamagedWeights, count: int) -> None:
+    counts = tally("weights", damaged_weights, range(count))
+    assert counts["refused in one line"] > count // 2
+    assert counts["loaded"] > 0
+
+
+def test_undamaged_weights_load(damaged_weights: DamagedWeights, tmp_path: Path) -> None:
+    for kind, data in damaged_weights.files.items():
+        (tmp_path / kind).write_bytes(data)
+        LOADERS[kind](tmp_path / kind)

@@ -1,4 +1,4 @@
-"""Runs `k5 encode` again and again, each time in a fork of this process, which has imported everything once.
+"""Runs `k5 encode` again and again, each time in a fork of this process, which has run it once.
 
 Started with the shim of fault_shim.c loaded. Takes requests as lines of JSON: the arguments of `k5 encode`, the folder
 whose files are watched, which call fails (0: none) and how. Answers with the exit code (negative: the signal that
@@ -6,20 +6,25 @@ ended it), the number of calls, the one that failed, and what was written to std
 """
 
 import ctypes
+import io
 import json
 import os
 import sys
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from encoding_jobs import CountingEncoder
+import typer
+from encoding_jobs import CountingEncoder, make_video
 
 from k5kernels.cli import app
-from k5kernels.latents import display, job
+from k5kernels.latents import job
 from k5kernels.vae import weights
 
+COMMAND = typer.main.get_command(app)
 SHIM = ctypes.CDLL(None)
 SHIM.fault_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
 SHIM.fault_last.restype = ctypes.c_char_p
@@ -33,7 +38,7 @@ def run(request: dict[str, Any]) -> None:
     SHIM.fault_arm(os.fsencode(request["folder"]), request["call"], request["action"])
     code = 70
     try:
-        app(request["arguments"])
+        COMMAND(request["arguments"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:
@@ -45,11 +50,20 @@ def run(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
+def warm_up() -> None:
+    """A whole job in this process, so that no fork pays for what is imported and set up by the first one."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        videos = make_video(Path(folder) / "a.mp4", 1)
+        arguments = ["encode", str(videos), "--vae", "none", "--out", f"{folder}/out", "--clip-frames", "1"]
+        COMMAND(arguments, standalone_mode=False)
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    weights.load_encoder = lambda path: CountingEncoder()
+    encoder = CountingEncoder()
+    weights.load_encoder = lambda path: encoder
     job.encode_videos = partial(job.encode_videos, samples_per_shard=2)
-    assert display
+    warm_up()
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -31,14 +31,14 @@ class Result:
 
 
 class FaultyJobs:
-    """`k5 encode` with clips of 5 frames, 2 a shard."""
+    """`k5 encode` with clips of a frame, 2 a shard."""
 
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self.folder = process, folder
 
     def run(self, videos: Path, out: Path, call: int = 0, action: int = 0, *options: str) -> Result:
         """call: number of the call that fails. action: its error number, or minus the signal that ends the process."""
-        arguments = ["encode", str(videos), "--vae", "none", "--out", str(out), "--clip-frames", "5", *options]
+        arguments = ["encode", str(videos), "--vae", "none", "--out", str(out), "--clip-frames", "1", *options]
         request = {
             "arguments": arguments,
             "folder": f"{self.folder}/",

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from encoding_jobs import contents, make_video, shards
 from faults import COMPILER, FaultyJobs, Result, faulty_jobs
+from memory_folder import memory_folder
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler, for the shim that makes calls fail")
 
@@ -31,11 +32,11 @@ class Case:
     def __init__(self, jobs: FaultyJobs) -> None:
         self.jobs, self.videos, self.out = jobs, jobs.folder / "videos", jobs.folder / "out"
         self.begun, expected = jobs.folder.with_name("begun"), jobs.folder / "expected"
-        make_video(self.videos / "m.mp4", 15, 1)
+        make_video(self.videos / "m.mp4", 3, 1)
         assert jobs.run(self.videos, expected).code == 0
         shutil.copytree(expected, self.begun)
-        make_video(self.videos / "a.mp4", 11, 2)
-        make_video(self.videos / "more" / "z.mp4", 5, 3)
+        make_video(self.videos / "a.mp4", 2, 2)
+        make_video(self.videos / "more" / "z.mp4", 1, 3)
         self.calls = jobs.run(self.videos, expected).calls
         self.expected = contents(expected)
         self.samples = latents(expected)
@@ -64,10 +65,10 @@ def latents(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Case]]:
+def cases() -> Iterator[list[Case]]:
     """Two of the same, each with a process of its own."""
     with ExitStack() as stack:
-        folders = [tmp_path_factory.mktemp("faults") / "watched" for _ in range(2)]
+        folders = [stack.enter_context(memory_folder()) / "watched" for _ in range(2)]
         for folder in folders:
             folder.mkdir()
         yield [Case(stack.enter_context(faulty_jobs(folder))) for folder in folders]
