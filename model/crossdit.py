@@ -29,14 +29,11 @@ from k5kernels.attention import attention as run_attention
 from k5kernels.offload import offload_saved_tensors
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
-from k5kernels.ops.qk_norm_rope import qk_norm_rope
+from k5kernels.ops.qk_norm_rope import EPS, qk_norm_rope
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.token_layout import TokenLayout
 from model.conditioning import TextCondition
 from model.rope import frequencies, text_rope, visual_rope
-
-LAYERNORM_EPS = 1e-5
-RMSNORM_EPS = torch.finfo(torch.float32).eps
 
 Blocks = Callable[[Tensor], Tensor]
 Cache = Callable[[Blocks, Tensor], Tensor]
@@ -179,9 +176,9 @@ class TextBlock(nn.Module):
             return run_attention(q, k, v, mask=mask)
 
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.text_modulation(modulation)
-        out = self.self_attention(layernorm_modulate(x, shift, scale, LAYERNORM_EPS), rope, attend)
+        out = self.self_attention(layernorm_modulate(x, shift, scale), rope, attend)
         x = gated_residual(x, out, gate)
-        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, LAYERNORM_EPS))
+        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale))
         return gated_residual(x, out, ff_gate)
 
 
@@ -204,11 +201,11 @@ class VisualBlock(nn.Module):
 
         parts = self.visual_modulation(context.modulation)
         shift, scale, gate, text_shift, text_scale, text_gate, ff_shift, ff_scale, ff_gate = parts
-        out = self.self_attention(layernorm_modulate(x, shift, scale, LAYERNORM_EPS, layout), context.rope, attend)
+        out = self.self_attention(layernorm_modulate(x, shift, scale, layout=layout), context.rope, attend)
         x = gated_residual(x, out, gate, layout)
-        queries = layernorm_modulate(x, text_shift, text_scale, LAYERNORM_EPS, layout)
+        queries = layernorm_modulate(x, text_shift, text_scale, layout=layout)
         x = gated_residual(x, self.cross_attention.to_text(queries, context), text_gate, layout)
-        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, LAYERNORM_EPS, layout))
+        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, layout=layout))
         return gated_residual(x, out, ff_gate, layout)
 
 
@@ -228,7 +225,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Self-attention of x [B, S, d] with rotary positions; attend takes q, k, v as [B, h, S, D]."""
         q, k, v = self._heads(self.to_query(x)), self._heads(self.to_key(x)), self._heads(self.to_value(x))
-        q, k = qk_norm_rope(q, k, self.query_norm.weight, self.key_norm.weight, *rope, eps=RMSNORM_EPS)
+        q, k = qk_norm_rope(q, k, self.query_norm.weight, self.key_norm.weight, *rope)
         return self._merge(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)))
 
     def to_text(self, x: Tensor, context: VisualContext) -> Tensor:
@@ -261,7 +258,7 @@ def _attend_per_clip(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, layou
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    return rms_norm(x.to(wide), weight.shape, weight.to(wide), RMSNORM_EPS).to(x.dtype)
+    return rms_norm(x.to(wide), weight.shape, weight.to(wide), EPS).to(x.dtype)
 
 
 class FeedForward(nn.Module):
@@ -327,7 +324,7 @@ class TextEmbedding(nn.Module):
     def __init__(self, text_dim: int, out_dim: int):
         super().__init__()
         self.in_layer = nn.Linear(text_dim, out_dim)
-        self.norm = nn.LayerNorm(out_dim, eps=LAYERNORM_EPS)
+        self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, text: Tensor) -> Tensor:
         text = self.in_layer(text.to(self.in_layer.weight.dtype))
@@ -355,4 +352,4 @@ class OutLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor, layout: TokenLayout) -> Tensor:
         shift, scale = self.modulation(modulation)
-        return self.out_layer(layernorm_modulate(x, shift, scale, LAYERNORM_EPS, layout))
+        return self.out_layer(layernorm_modulate(x, shift, scale, layout=layout))
