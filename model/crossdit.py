@@ -31,6 +31,7 @@ from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import EPS, qk_norm_rope
 from k5kernels.presets import CrossDiTConfig
+from k5kernels.profiling import stage
 from k5kernels.token_layout import TokenLayout
 from model.conditioning import TextCondition
 from model.rope import frequencies, text_rope, visual_rope
@@ -100,15 +101,16 @@ class CrossDiT(nn.Module):
         Raises ValueError where a shape does not fit the config, the layout or the batch.
         """
         self._check(x, time, text, layout)
-        modulation = self._modulation(time, text.pooled)
-        context = VisualContext(
-            layout,
-            attention,
-            rope=visual_rope(layout, self.config.axes_dims, rope_scale, x.device),
-            text=self._refine_text(text, modulation),
-            text_mask=None if text.mask is None else text.mask[:, None, None],
-            modulation=modulation,
-        )
+        with stage("text and time"):
+            modulation = self._modulation(time, text.pooled)
+            context = VisualContext(
+                layout,
+                attention,
+                rope=visual_rope(layout, self.config.axes_dims, rope_scale, x.device),
+                text=self._refine_text(text, modulation),
+                text_mask=None if text.mask is None else text.mask[:, None, None],
+                modulation=modulation,
+            )
 
         def blocks(tokens: Tensor) -> Tensor:
             return self._visual_blocks(tokens, context)
@@ -140,10 +142,13 @@ class CrossDiT(nn.Module):
             for block in self.visual_transformer_blocks:
                 # The tokens alone are an argument of the recomputed function: a checkpoint saves its arguments, and
                 # the context, which all blocks share, would be saved and offloaded once a block.
-                if recompute:
-                    tokens = checkpoint(lambda tokens, block=block: block(tokens, context), tokens, use_reentrant=False)
-                else:
-                    tokens = block(tokens, context)
+                with stage("visual block"):
+                    if recompute:
+                        tokens = checkpoint(
+                            lambda tokens, block=block: block(tokens, context), tokens, use_reentrant=False
+                        )
+                    else:
+                        tokens = block(tokens, context)
         return tokens
 
     def _check(self, x: Tensor, time: Tensor, text: TextCondition, layout: TokenLayout) -> None:
@@ -201,12 +206,15 @@ class VisualBlock(nn.Module):
 
         parts = self.visual_modulation(context.modulation)
         shift, scale, gate, text_shift, text_scale, text_gate, ff_shift, ff_scale, ff_gate = parts
-        out = self.self_attention(layernorm_modulate(x, shift, scale, layout=layout), context.rope, attend)
-        x = gated_residual(x, out, gate, layout)
-        queries = layernorm_modulate(x, text_shift, text_scale, layout=layout)
-        x = gated_residual(x, self.cross_attention.to_text(queries, context), text_gate, layout)
-        out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, layout=layout))
-        return gated_residual(x, out, ff_gate, layout)
+        with stage("self-attention"):
+            out = self.self_attention(layernorm_modulate(x, shift, scale, layout=layout), context.rope, attend)
+            x = gated_residual(x, out, gate, layout)
+        with stage("cross-attention"):
+            queries = layernorm_modulate(x, text_shift, text_scale, layout=layout)
+            x = gated_residual(x, self.cross_attention.to_text(queries, context), text_gate, layout)
+        with stage("feed-forward"):
+            out = self.feed_forward(layernorm_modulate(x, ff_shift, ff_scale, layout=layout))
+            return gated_residual(x, out, ff_gate, layout)
 
 
 class Attention(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
+from k5kernels.profiling import stage
 from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
@@ -103,7 +104,8 @@ def sampling_steps(
         if cache is not None:
             cache.reset(steps)
         for index, (time, next_time) in enumerate(pairwise(times)):
-            towards = guided_velocity(latent, time)
+            with stage("sampling step"):
+                towards = guided_velocity(latent, time)
             next_latent = latent + (next_time - time) * towards
             if first_frame is not None:
                 next_latent[:, :1] = first_frame

@@ -12,6 +12,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from k5kernels.profiling import stage
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, refuse_others, save_checkpoint
 from train.log import Log
 from train.schedule import Schedule
@@ -52,10 +53,12 @@ class Loop:
     def backward(self) -> float:
         """Loss and clipped gradients of the next step. Raises NonFiniteError where one of them is not finite."""
         generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.done)
-        loss = self.stage.loss(self.done, generator)
+        with stage("loss"):
+            loss = self.stage.loss(self.done, generator)
         for optimizer in self.stage.optimizers.values():
             optimizer.zero_grad()
-        loss.value.backward()
+        with stage("backward"):
+            loss.value.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
         value, size = torch.stack(
             [loss.value.detach(), norm]
@@ -71,9 +74,10 @@ class Loop:
         factor = self.schedule.factor(self.done)
         for group in self._groups():
             group["lr"] = group["peak_lr"] * factor
-        for optimizer in self.stage.optimizers.values():
-            optimizer.step()
-        self.stage.average.update(self.done)
+        with stage("optimizer"):
+            for optimizer in self.stage.optimizers.values():
+                optimizer.step()
+            self.stage.average.update(self.done)
         self.done += 1
 
     def run(

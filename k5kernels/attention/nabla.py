@@ -11,6 +11,7 @@ from k5kernels.block_mask import BlockMask
 from k5kernels.ops.bits_attention import bits_attention
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.ops.nabla_mask import nabla_bits, nabla_mask
+from k5kernels.profiling import stage
 from k5kernels.token_layout import TokenLayout
 
 _observers: list[Callable[[BlockMask], None]] = []
@@ -32,11 +33,16 @@ def nabla_attention(
     bfloat16 whatever the number of threads), but for the gradients of k and v where the reference serves on a GPU.
     """
     if lists_make_the_host_wait(q.device) and not _observers:
-        return bits_attention(q, k, v, *nabla_bits(q, k, layout, thr, sta), layout)
-    mask = nabla_mask(q, k, layout, thr, sta)
+        with stage("NABLA mask"):
+            bits = nabla_bits(q, k, layout, thr, sta)
+        with stage("block-sparse attention"):
+            return bits_attention(q, k, v, *bits, layout)
+    with stage("NABLA mask"):
+        mask = nabla_mask(q, k, layout, thr, sta)
     for observe in _observers:
         observe(mask)
-    return block_sparse_attention(q, k, v, mask)
+    with stage("block-sparse attention"):
+        return block_sparse_attention(q, k, v, mask)
 
 
 def lists_make_the_host_wait(device: torch.device) -> bool:

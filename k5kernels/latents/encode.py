@@ -16,6 +16,7 @@ from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
 from k5kernels.latents.video import AS_MODELS, Reading, VideoError, nearest_bucket, read_clips, to_model
+from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
 
 # Called after each clip: frames of the source encoded so far, frames it announces (0 where it does not).
@@ -103,7 +104,7 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
 def _encode(frames: Tensor, encoder: HunyuanEncoder) -> Tensor:
     """float16 latent [16, T, h, w] of uint8 frames [F, H, W, 3]."""
     weight = next(encoder.parameters())
-    with torch.inference_mode():
+    with stage("encode clip"), torch.inference_mode():
         latent = encoder(to_model(frames).to(weight.device, weight.dtype))
     # Outside inference mode, so that the copy can be trained on.
     return latent[0].to("cpu", torch.float16, copy=True)
