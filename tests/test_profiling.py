@@ -31,6 +31,12 @@ def nvtx_ranges(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return told
 
 
+def test_the_package_takes_the_ranges():
+    assert profiling.HAS_NVTX
+    with stage("a stage"):
+        pass
+
+
 def test_ranges_nest(nvtx_ranges):
     with stage("outer"), stage("inner"):
         pass
