@@ -37,11 +37,12 @@ def test_encode_writes_the_clips_of_a_video_into_a_shard(folder, tmp_path):
     assert "1 clips in 1 shards" in result.stdout
 
 
-def test_encode_takes_captions_from_a_file_and_says_how_many_fit(folder, tmp_path):
+def test_encode_takes_captions_from_a_file_and_says_at_its_start_how_many_fit(folder, tmp_path):
     (tmp_path / "captions.csv").write_text("path,caption\nclip,A clip of noise.\n")
     arguments = f"encode {folder}/clip.mp4 --vae {folder}/vae.safetensors --out {tmp_path}/out --clip-frames 5"
     result = k5(f"{arguments} --captions {tmp_path}/captions.csv")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (0, "1 of 1 sources have a caption")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (0, "1 of 1 sources have a caption")
+    assert "[1/1]" in result.stderr.splitlines()[1]
     (sample,) = read_shard(tmp_path / "out" / "00000.tar")
     assert sample.record.caption == "A clip of noise."
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from k5kernels.latents.failures import ending, told
+
 KEY_FIELDS = ("file_name", "path", "file", "video", "key")
 CAPTION_FIELDS = ("caption", "text")
 SIDECAR_SUFFIXES = (".txt", ".json")
@@ -78,29 +80,48 @@ def match_captions(captions: Mapping[str, str], sources: Iterable[str]) -> dict[
     return matched
 
 
-def sidecar_captions(files: Mapping[str, str]) -> dict[str, str]:
-    """Source -> caption, from text beside the videos: `clip.txt` or `clip.mp4.txt`, the caption alone, and `clip.json`
-    or `clip.mp4.json`, an object with `caption`; a JSON object without one is about something else and passed over.
+def sidecar_captions(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(source -> caption, source -> why what stands beside it cannot be its caption).
 
-    files: source -> path of its file. Raises CaptionError where a sidecar cannot be used, two of a video differ, or
-    one fits two videos; OSError where a folder or a sidecar cannot be read.
+    A caption stands in `clip.txt` or `clip.mp4.txt`, alone, or in `clip.json` or `clip.mp4.json`, an object with
+    `caption`; a JSON object without one is about something else and passed over. It cannot be used where the file is
+    damaged or cannot be read, where two captions of a video differ, and where one fits two videos.
+
+    files: source -> path of its file. Raises OSError where what fails would fail for every source (no open files).
     """
-    beside = _Folders()
-    matched: dict[str, str] = {}
-    owners: dict[str, str] = {}
+    folders = _Folders()
+    found: dict[str, dict[str, str]] = {}
+    problems: dict[str, str] = {}
     for source, file in files.items():
-        found: dict[str, str] = {}
-        for names in _sidecar_names(file):
-            if found := {path: words for path in beside.paths(file, names) if (words := _sidecar(path)) is not None}:
-                break
-        if len(set(found.values())) > 1:
-            raise CaptionError(f"{file}: {_quoted(found)} have different captions; keep one of them")
-        for path, words in found.items():
-            if owners.setdefault(path, file) != file:
-                named = os.path.basename(file) + os.path.splitext(path)[1]
-                raise CaptionError(f"{path}: fits {owners[path]} and {file}; name it {named} to tell them apart")
-            matched[source] = words
-    return matched
+        try:
+            found[source] = _beside(file, folders)
+        except CaptionError as error:
+            problems[source] = str(error)
+        except OSError as error:
+            if ended := ending(error, file):
+                raise ended from error
+            problems[source] = f"{error.filename or file}: {told(error)}"
+    owners = defaultdict(list)
+    for source, captions in found.items():
+        for path in captions:
+            owners[path].append(source)
+    for path, sources in owners.items():
+        for source in sources if len(sources) > 1 else ():
+            named = os.path.basename(files[source]) + os.path.splitext(path)[1]
+            fits = _quoted(os.path.basename(files[one]) for one in sources)
+            problems[source] = f"{path} fits {fits}; name it {named} if it is of this one"
+    usable = {source: captions for source, captions in found.items() if captions and source not in problems}
+    return {source: next(iter(captions.values())) for source, captions in usable.items()}, problems
+
+
+def _beside(file: str, folders: "_Folders") -> dict[str, str]:
+    """Path -> caption, the same one, of the files beside a video; empty where there are none."""
+    for names in _sidecar_names(file):
+        if found := {path: words for path in folders.paths(file, names) if (words := _sidecar(path)) is not None}:
+            if len(set(found.values())) > 1:
+                raise CaptionError(f"{_quoted(found)} have different captions; keep one of them")
+            return found
+    return {}
 
 
 class _Folders:

@@ -48,9 +48,14 @@ def encode(
 
         chosen = choose_device(device)
         reading = Reading(fps=parse_fps(fps), background=parse_colour(background))
-        captioned = None if captions is None else read_captions(captions)
+        given = None if captions is None else read_captions(captions)
         encoder = load_encoder(vae).to(chosen)
         terminal = console(stderr=True)
+
+        def tell_captions(captioned: int, sources: int) -> None:
+            if captioned:
+                terminal.print(f"{captioned} of {sources} sources have a caption")
+
         with display(terminal) as progress:
             summary = encode_videos(
                 videos,
@@ -63,11 +68,10 @@ def encode(
                 of=of,
                 overwrite=overwrite,
                 retry_failed=retry_failed,
-                captions=captioned,
+                captions=given,
+                on_captions=tell_captions,
                 progress=progress,
             )
-    if summary.captioned:
-        terminal.print(f"{summary.captioned} of {summary.sources} sources have a caption")
     for line in left_out(summary):
         terminal.print(line, soft_wrap=True)
     typer.echo(f"{out}: {summary.samples} clips in {summary.shards} shards, {summary.shards_kept} kept from before")

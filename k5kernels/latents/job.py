@@ -87,6 +87,7 @@ def encode_videos(
     overwrite: bool = False,
     retry_failed: bool = False,
     captions: Mapping[str, str] | None = None,
+    on_captions: Callable[[int, int], None] = lambda captioned, sources: None,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> EncodeSummary:
     """Encode videos and pictures into shards `out/00000.tar`, …; `out` is a folder or an fsspec URL.
@@ -98,7 +99,9 @@ def encode_videos(
     overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
     are tried again; the others are tried again anyway.
     captions: by path or name, as `match_captions` takes them; they go before those in files beside the videos
-    (`sidecar_captions`). A clip keeps the caption that it was encoded with.
+    (`sidecar_captions`). A clip keeps the caption that it was encoded with; a video is not encoded as long as what
+    stands beside it cannot be its caption. on_captions: called at the start with how many sources of this process have
+    a caption, and how many there are.
     A second call goes on where the first ended, and encodes what is new. Finished shards are never touched; one that
     is missing or damaged is made again.
     Raises ValueError for arguments that do not fit, captions that fit no source or two, a folder of another job, and
@@ -115,6 +118,7 @@ def encode_videos(
     listing = find_sources(paths, folder.local)
     mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
     matched = _captions(listing, mine, captions)
+    on_captions(len(matched.captions), len(mine))
     folder.create()
     prefix = prefix_of(index, of)
     with _memory_named(folder), locked(folder, lock_name(prefix), this_process(job_id(settings), of)) as lock:
@@ -124,13 +128,26 @@ def encode_videos(
         return _Run(writer, known, encoding, listing, mine, matched, progress).run()
 
 
-def _captions(listing: Listing, mine: list[Source], given: Mapping[str, str] | None) -> dict[str, str]:
-    """File -> caption, of the sources in `mine` that have one; those given are matched with all that are listed."""
+@dataclass(frozen=True)
+class _Captions:
+    """captions: file -> caption. problems: file -> why what stands beside it cannot be its caption."""
+
+    captions: dict[str, str]
+    problems: dict[str, str]
+
+
+def _captions(listing: Listing, mine: list[Source], given: Mapping[str, str] | None) -> _Captions:
+    """Those of the sources in `mine`. Whether a caption fits two sources is asked of all that are listed."""
     matched = match_captions(given or {}, [source.path for source in listing.sources])
     if given and listing.sources and not matched:
         raise CaptionError(f"captions: expected some for {listing.sources[0].path} and so on, got none that fits")
-    beside = sidecar_captions({source.file: source.file for source in mine})
-    return beside | {source.file: matched[source.path] for source in mine if source.path in matched}
+    captions = {source.file: matched[source.path] for source in mine if source.path in matched}
+    open_files = {source.file for source in mine} - set(captions)
+    stems = {os.path.splitext(file)[0] for file in open_files}
+    near = (source.file for source in listing.sources if os.path.splitext(source.file)[0] in stems)
+    beside, problems = sidecar_captions({file: file for file in near})
+    captions |= {file: words for file, words in beside.items() if file in open_files}
+    return _Captions(captions, {file: why for file, why in problems.items() if file in open_files})
 
 
 @contextmanager
@@ -151,15 +168,15 @@ class _Run:
         encoding: Encoding,
         listing: Listing,
         mine: list[Source],
-        captions: dict[str, str],
+        captions: _Captions,
         progress: Callable[[Step], None],
     ) -> None:
-        """mine: the listed sources that this process encodes. captions: by file."""
+        """mine: the listed sources that this process encodes."""
         self.writer, self.known, self.encoding = writer, known, encoding
         self.captions, self.progress = captions, progress
         self.manifest = writer.part.manifest
         self.summary = EncodeSummary(failures=listing.failures, left_out=listing.left_out, others=listing.others)
-        self.summary.captioned, self.summary.sources = len(captions), len(mine)
+        self.summary.captioned, self.summary.sources = len(captions.captions), len(mine)
         self.listed, self.mine = _by_path(listing.sources), _by_path(mine)
         self.changed: dict[tuple[str, str], None] = {}
         self.hashes: dict[str, str | None] = {}
@@ -236,11 +253,14 @@ class _Run:
         def progress(frames: int, announced: int) -> None:
             self._report(frames=frames, announced=announced)
 
-        failure = None
+        if source.file in self.captions.problems:
+            end.passing = f"its caption: {self.captions.problems[source.file]}"
+            return
+        failure, caption = None, self.captions.captions.get(source.file)
         try:
             before = _stamp(source.file)
             try:
-                for sample in self.encoding.samples(source, sha256, first, self.captions.get(source.file), progress):
+                for sample in self.encoding.samples(source, sha256, first, caption, progress):
                     self._report(clips=self.step.clips + 1)
                     yield sample
             except VideoError as error:

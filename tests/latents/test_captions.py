@@ -1,6 +1,9 @@
 """Captions reach the video they are of, whatever form their names have, and are never guessed."""
 
+import errno
 import json
+import os
+import re
 import unicodedata
 
 import pytest
@@ -129,7 +132,7 @@ def test_files_that_are_none_are_one_line(tmp_path, name, content, words):
 
 
 def beside(folder, **files):
-    """Captions of the videos in the folder, with those files beside them."""
+    """Captions of the videos in the folder, with those files beside them, and what is wrong with others."""
     videos = {}
     for name, content in files.items():
         path = folder / name.replace("__", "/").replace("_", ".")
@@ -154,28 +157,28 @@ def beside(folder, **files):
     ],
 )
 def test_a_caption_beside_the_video_is_found(tmp_path, files):
-    assert beside(tmp_path, clip_mp4="", **files) == {"clip.mp4": "a cat"}
+    assert beside(tmp_path, clip_mp4="", **files) == ({"clip.mp4": "a cat"}, {})
 
 
 def test_a_video_without_a_caption_beside_it_has_none(tmp_path):
-    assert beside(tmp_path, clip_mp4="", other_txt="a dog", clip_json='{"title": "x"}') == {}
+    assert beside(tmp_path, clip_mp4="", other_txt="a dog", clip_json='{"title": "x"}') == ({}, {})
 
 
 def test_each_folder_has_its_own_captions_beside_the_videos(tmp_path):
     files = {"one__clip_mp4": "", "two__clip_mp4": "", "one__clip_txt": "a cat", "two__clip_txt": "a dog"}
-    assert beside(tmp_path, **files) == {"one/clip.mp4": "a cat", "two/clip.mp4": "a dog"}
+    assert beside(tmp_path, **files) == ({"one/clip.mp4": "a cat", "two/clip.mp4": "a dog"}, {})
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_a_caption_beside_the_video_is_found_in_either_form_of_its_accents(tmp_path, forms):
     video, caption = (unicodedata.normalize(form, "été") for form in forms)
-    assert beside(tmp_path, **{f"{video}_mp4": "", f"{caption}_txt": "summer"}) == {f"{video}.mp4": "summer"}
+    assert beside(tmp_path, **{f"{video}_mp4": "", f"{caption}_txt": "summer"}) == ({f"{video}.mp4": "summer"}, {})
 
 
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"clip_mkv": "", "clip_txt": "whose?"}, r"clip\.txt: fits .*clip\.m.*name it clip\.mkv\.txt"),
+        ({"clip_mkv": "", "clip_txt": "whose?"}, r"clip\.txt fits `clip\.mp4` and `clip\.mkv`; name it clip\.mp4\.txt"),
         ({"clip_txt": "a cat", "clip_json": '{"caption": "a dog"}'}, "have different captions"),
         ({"clip_txt": " \n"}, r"clip\.txt: expected a caption, got an empty one"),
         ({"clip_txt": b"caf\xe9"}, r"clip\.txt: expected text in UTF-8"),
@@ -184,7 +187,23 @@ def test_a_caption_beside_the_video_is_found_in_either_form_of_its_accents(tmp_p
         ({"clip_json": '{"caption": 3}'}, r"clip\.json: expected a caption, got int"),
     ],
 )
-def test_a_file_beside_the_video_that_cannot_be_its_caption_is_refused(tmp_path, files, words):
-    with pytest.raises(CaptionError, match=words) as caught:
-        beside(tmp_path, clip_mp4="", **files)
-    assert "\n" not in str(caught.value)
+def test_a_file_beside_the_video_that_cannot_be_its_caption_is_its_problem_alone(tmp_path, files, words):
+    captions, problems = beside(tmp_path, clip_mp4="", good_mp4="", good_txt="a dog", **files)
+    assert captions == {"good.mp4": "a dog"}
+    assert list(problems) == ["clip.mp4", *(["clip.mkv"] if "clip_mkv" in files else [])]
+    assert re.search(words, problems["clip.mp4"])
+    assert "\n" not in problems["clip.mp4"]
+
+
+def test_a_caption_that_cannot_be_read_is_a_problem_unless_none_could_be(tmp_path, monkeypatch):
+    def read_bytes(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", read_bytes)
+    (tmp_path / "clip.txt").touch()
+    number = errno.EACCES
+    file = str(tmp_path / "clip.mp4")
+    assert sidecar_captions({"clip.mp4": file}) == ({}, {"clip.mp4": f"{tmp_path}/clip.txt: Permission denied"})
+    number = errno.EMFILE
+    with pytest.raises(OSError, match="Too many open files"):
+        sidecar_captions({"clip.mp4": file})

@@ -218,6 +218,41 @@ def test_captions_travel_in_the_shards(encode: Encode, folder: Path, tmp_path: P
     assert captions == {"a.mp4": None, "b.mp4": "b from beside", "c.mp4": "c as given"}
 
 
+def test_a_caption_beside_a_video_that_cannot_be_used_is_told_and_tried_again(
+    encode: Encode, folder: Path, tmp_path: Path
+) -> None:
+    for name, caption in (("a", b"a cat"), ("b", b"caf\xe9"), ("c", b"a dog")):
+        (folder / f"{name}.txt").write_bytes(caption)
+    counts: list[tuple[int, int]] = []
+    summary = encode(on_captions=lambda *count: counts.append(count))
+    assert counts == [(2, 3)]
+    assert summary.failures == {
+        str(folder / "b.mp4"): f"{folder}/b.mp4: its caption: {folder}/b.txt: expected text in UTF-8, byte 3 is none; "
+        "convert it"
+    }
+    assert starts(tmp_path / "out") == [*WHOLE[:2], *WHOLE[3:]]
+    (folder / "b.txt").write_text("a bird")
+    assert encode().failures == {}
+    captions = {sample.record.source: sample.record.caption for shard in shards(tmp_path / "out") for sample in shard}
+    assert captions == {"a.mp4": "a cat", "b.mp4": "a bird", "c.mp4": "a dog"}
+    assert len(starts(tmp_path / "out")) == len(WHOLE)
+
+
+def test_a_given_caption_needs_none_beside_the_video(encode: Encode, folder: Path) -> None:
+    (folder / "b.txt").touch()
+    assert encode(captions={"b.mp4": "a bird"}).failures == {}
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_caption_that_fits_two_videos_is_noticed_by_every_share(encode: Encode, folder: Path, index: int) -> None:
+    """g.mp4 and g.mkv are of different shares."""
+    shutil.copy(folder / "b.mp4", folder / "g.mkv")
+    shutil.copy(folder / "b.mp4", folder / "g.mp4")
+    (folder / "g.txt").write_text("whose?")
+    (failed,) = encode(index=index, of=2).failures.values()
+    assert "g.txt fits `g.mkv` and `g.mp4`" in failed
+
+
 @pytest.mark.parametrize(
     ("captions", "words"),
     [({"x.mp4": "another video"}, "none that fits"), ({"clip": "one of two"}, "by path below the folder")],
