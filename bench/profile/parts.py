@@ -1,0 +1,162 @@
+"""The parts of a step: its operators, each timed alone, with the floating-point operations and bytes it needs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from k5kernels import TokenLayout
+
+
+@dataclass
+class Part:
+    """Calls of one operator in one phase. operations: floating-point ones, of products alone. bytes: of arguments and
+    results, each once a call: what a perfect cache would move."""
+
+    phase: str
+    name: str
+    calls: int = 0
+    seconds: float = 0.0
+    operations: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Roof:
+    """Measured here: floating-point operations/s of a large matrix product, bytes/s of a large copy."""
+
+    operations: float
+    bandwidth: float
+
+    def share(self, part: Part) -> float:
+        """The least time the part could take under this roof, against the time it took."""
+        least = max(part.operations / self.operations, part.bytes / self.bandwidth)
+        return least / part.seconds
+
+
+class Parts(TorchDispatchMode):
+    """Times every operator that runs inside, alone: the device is waited for before and after it.
+
+    So the sum is the time without overlap, which on a GPU is more than that of a step whose launches run ahead.
+    phase: the part's phase from now on.
+    """
+
+    def __init__(self, device: torch.device, layout: TokenLayout) -> None:
+        super().__init__()
+        self.device, self.layout = device, layout
+        self.phase = ""
+        self.found: dict[tuple[str, str], Part] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function.is_view or function.namespace == "prim":
+            return function(*args, **kwargs)
+        synchronize(self.device)
+        began = time.perf_counter()
+        out = function(*args, **kwargs)
+        synchronize(self.device)
+        seconds = time.perf_counter() - began
+        name = f"{function.namespace}.{function.overloadpacket.__name__}"
+        part = self.found.setdefault((self.phase, name), Part(self.phase, name))
+        part.calls += 1
+        part.seconds += seconds
+        part.operations += self._operations(function, args, kwargs, out)
+        part.bytes += _bytes((args, kwargs, out))
+        return out
+
+    def _operations(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+        if function.overloadpacket in flop_registry:
+            return float(flop_registry[function.overloadpacket](*args, **kwargs, out_val=out))
+        count = _PRODUCTS.get(function.overloadpacket.__name__)
+        return 0.0 if count is None else count(self.layout, *args)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
+    """Of this device, by a product of 4096² matrices and a copy of 512 MiB; the best of five each."""
+    side, size = 4096, 2**29
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Roof(
+        2 * side**3 / _best(device, lambda: left @ right), 2 * size / _best(device, lambda: target.copy_(source))
+    )
+
+
+def _best(device: torch.device, call: Callable[[], Any]) -> float:
+    call()
+    times = []
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _bytes(tree: Any) -> float:
+    """Of the tensors in it, those on the same memory once; an expanded tensor has the bytes it holds."""
+    held = {}
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            elements = prod(size for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride)
+            held[leaf.data_ptr(), leaf.shape] = elements * leaf.element_size()
+    return float(sum(held.values()))
+
+
+def _dense(layout: TokenLayout, q: Tensor, k: Tensor, *rest: Any) -> float:
+    return 4.0 * q.numel() * k.shape[2]
+
+
+def _dense_backward(layout: TokenLayout, grad: Tensor, q: Tensor, k: Tensor, *rest: Any) -> float:
+    return 2.5 * _dense(layout, q, k)
+
+
+def _sparse(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> float:
+    """offsets: [B or 1, h or 1, N_b + 1], of which the last says how many blocks are kept."""
+    B, h, _, D = q.shape
+    kept = offsets[..., -1].expand(B, h) - offsets[..., 0].expand(B, h)
+    return 4.0 * D * layout.block_side**4 * float(kept.sum())
+
+
+def _sparse_backward(
+    layout: TokenLayout, grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    offsets: Tensor, *rest: Any,
+) -> float:  # fmt: skip
+    return 2.5 * _sparse(layout, q, k, v, offsets)
+
+
+def _bits(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, offsets: Tensor, *rest: Any) -> float:
+    return _sparse(layout, q, k, v, offsets)
+
+
+def _bits_backward(
+    layout: TokenLayout, grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    bits: Tensor, offsets: Tensor, *rest: Any,
+) -> float:  # fmt: skip
+    return 2.5 * _sparse(layout, q, k, v, offsets)
+
+
+# What PyTorch's counter does not know.
+_PRODUCTS: dict[str, Callable[..., float]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _dense,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _dense_backward,
+    "block_sparse_attention": _sparse,
+    "block_sparse_attention_backward": _sparse_backward,
+    "bits_attention": _bits,
+    "bits_attention_backward": _bits_backward,
+}

@@ -1,0 +1,81 @@
+"""The profile of a step counts the work of its parts, and writes a table, a file and a picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from typer.testing import CliRunner, Result
+
+from bench.profile.__main__ import app
+from bench.profile.parts import Part, Parts, Roof
+from k5kernels import TokenLayout, block_sparse_attention, nabla_mask
+
+CPU = torch.device("cpu")
+LAYOUT = TokenLayout(((2, 16, 16),))
+
+
+def found(function) -> dict[str, Part]:
+    with Parts(CPU, LAYOUT) as parts:
+        function()
+    return {part.name: part for part in parts.found.values()}
+
+
+def test_operations_and_bytes_of_a_product():
+    left, right = torch.randn(30, 20), torch.randn(20, 10)
+    part = found(lambda: left @ right)["aten.mm"]
+    assert (part.calls, part.operations, part.bytes) == (1, 2 * 30 * 20 * 10, 4 * (600 + 200 + 300))
+
+
+def test_an_expanded_tensor_has_the_bytes_it_holds():
+    row, many = torch.randn(1, 50), torch.randn(20, 50)
+    assert found(lambda: row.expand(20, 50) * many)["aten.mul"].bytes == 4 * (50 + 1000 + 1000)
+
+
+def test_sparse_attention_has_the_operations_of_its_kept_blocks():
+    q, k, v = (torch.randn(1, 3, LAYOUT.tokens, 16, requires_grad=True) for _ in range(3))
+    mask = nabla_mask(q, k, LAYOUT, 0.5)
+    sparse = found(lambda: block_sparse_attention(q, k, v, mask).sum().backward())
+    dense = found(lambda: scaled_dot_product_attention(q, k, v).sum().backward())
+    of_dense = 4 * 3 * LAYOUT.tokens**2 * 16
+    assert sparse["k5.block_sparse_attention"].operations == pytest.approx(mask.density * of_dense)
+    assert sparse["k5.block_sparse_attention_backward"].operations == pytest.approx(2.5 * mask.density * of_dense)
+    assert dense["aten._scaled_dot_product_flash_attention_for_cpu"].operations == of_dense
+    assert dense["aten._scaled_dot_product_flash_attention_for_cpu_backward"].operations == 2.5 * of_dense
+
+
+def test_the_roof_is_the_slower_of_products_and_memory():
+    roof = Roof(operations=100.0, bandwidth=10.0)
+    assert roof.share(Part("forward", "a", seconds=4.0, operations=200.0, bytes=10.0)) == 0.5
+    assert roof.share(Part("forward", "b", seconds=4.0, operations=100.0, bytes=40.0)) == 1.0
+
+
+def run(*words: str, out: Path) -> Result:
+    return CliRunner().invoke(app, ["--clip", "1x8x8", "--out", str(out), *words])
+
+
+@pytest.mark.slow
+def test_a_step_is_profiled_forward_and_backward(tmp_path):
+    done = run("--backward", out=tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "whole" in done.stdout
+    written = json.loads((tmp_path / "profile.json").read_text())
+    names = {(part["phase"], part["name"]) for part in written["parts"]}
+    assert {("forward", "aten.addmm"), ("forward", "k5.nabla_mask")} <= names
+    assert ("backward", "k5.block_sparse_attention_backward") in names
+    assert (tmp_path / "profile.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--clip", "31"], "--clip: expected tokens as 31x16x24, got '31'"),
+        (["--preset", "huge"], "expected a preset of ['image_lite', 'video_lite', 'video_pro']"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(tmp_path, words, message):
+    refused = run(*words, out=tmp_path)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert message in refused.stderr
+    assert list(tmp_path.iterdir()) == []
