@@ -36,21 +36,21 @@ def profile(
 ) -> list[Part]:
     """Of one block's step, median times of the rounds, the longest part first."""
 
-    def step(phase: Callable[[str], None]) -> None:
-        phase("forward")
+    def step(enter: Callable[[str], object]) -> None:
+        enter("forward")
         out = block(x, inputs.context(attention))
         if backward:
-            phase("backward")
+            enter("backward")
             torch.autograd.grad(out, [x, *block.parameters()], gradient, allow_unused=True)
 
     x = inputs.x.detach().requires_grad_(backward)
     gradient = torch.randn_like(x)
     rounds: list[Parts] = []
     with torch.set_grad_enabled(backward):
-        step(lambda phase: None)  # warms up: kernels are compiled, masks of the layout are kept
+        step(str)  # warms up: kernels are compiled, masks of the layout are kept
         for _ in range(ROUNDS):
             with Parts(device, inputs.layout) as parts:
-                step(lambda phase, parts=parts: setattr(parts, "phase", phase))
+                step(parts.enter)
             rounds.append(parts)
     for key, part in rounds[0].found.items():
         part.seconds = float(Tensor([one.found[key].seconds for one in rounds]).median())

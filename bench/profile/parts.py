@@ -45,7 +45,6 @@ class Parts(TorchDispatchMode):
     """Times every operator that runs inside, alone: the device is waited for before and after it.
 
     So the sum is the time without overlap, which on a GPU is more than that of a step whose launches run ahead.
-    phase: the part's phase from now on.
     """
 
     def __init__(self, device: torch.device, layout: TokenLayout) -> None:
@@ -53,6 +52,10 @@ class Parts(TorchDispatchMode):
         self.device, self.layout = device, layout
         self.phase = ""
         self.found: dict[tuple[str, str], Part] = {}
+
+    def enter(self, phase: str) -> None:
+        """What follows belongs to this phase."""
+        self.phase = phase
 
     def __torch_dispatch__(
         self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
