@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from bench.gpu.results import Machine, Results, Row
+from bench.gpu.run import make_run
 from bench.gpu.runner import Section, run
-from bench.gpu.sections import SECTIONS, make_run
+from bench.gpu.sections import SECTIONS
 
 
 def main() -> int:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.shaped_block import DIRECTION, NOISE, ROPE_SCALE
 from k5kernels import BlockMask, TokenLayout, nabla_mask
 from model.rope import visual_rope
 
 THRESHOLDS = (0.9, 0.7, 0.4)
 STA = (11, 3, 3)
 RANDOM_DENSITY = 0.1
-# How far tokens of a head stand from its direction, against the length of that direction before the rotation.
-DIRECTION, NOISE = 1.6, 0.7
-ROPE_SCALE = (1.0, 2.0, 2.0)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 A variant is timed only after its output was compared with that of another one.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,42 +14,16 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu import correctness
-from bench.gpu.inputs import SIZES, STA, THRESHOLDS, TINY, Size, Tokens, masks, products, tokens_with_locality
+from bench.gpu.block import block
+from bench.gpu.inputs import STA, THRESHOLDS, Tokens, masks, products, tokens_with_locality
 from bench.gpu.results import Row
-from bench.gpu.timing import interleaved, quartiles
+from bench.gpu.run import Run
 from k5kernels import BlockMask, block_sparse_attention, nabla_attention, nabla_mask
 
 FLEX_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64}
 # Two kernels that add bf16 products in different orders.
 LARGEST_DIFFERENCE = 2e-2
 BACKWARD_PRODUCTS = 3.5  # of forward and backward, against those of the forward: 7 matrix products instead of 2
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a section runs, and where its rows go."""
-
-    device: torch.device
-    sizes: tuple[Size, ...]
-    keep: Callable[[Row], None]
-
-    def measure(
-        self, section: str, size: Size, variants: Mapping[str, Callable[[], Any]], *,
-        mask: str | None = None, density: float | None = None, work: dict[str, float] | None = None,
-    ) -> None:  # fmt: skip
-        """Time the variants in turn; a row in ms each, and one in TFLOP/s where its work is given."""
-        for name, times in interleaved(variants).items():
-            lower, median, upper = quartiles(times)
-            about = (section, str(size), mask, density, name)
-            self.keep(Row(*about, "ms", median, lower, upper, len(times)))
-            if work:
-                rate, high, low = (work[name] / ms / 1e9 for ms in (median, lower, upper))
-                self.keep(Row(*about, "TFLOP/s", rate, low, high, len(times)))
-
-
-def make_run(dry: bool, keep: Callable[[Row], None]) -> Run:
-    """dry: tiny tokens on the CPU, to try the sections without a GPU."""
-    return Run(torch.device("cpu"), TINY, keep) if dry else Run(torch.device("cuda"), SIZES, keep)
 
 
 def attention(run: Run) -> None:
@@ -208,5 +181,6 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "backward": (backward, 60),
     "mask": (mask, 40),
     "nabla": (nabla, 40),
+    "block": (block, 90),
     "waits": (waits, 40),
 }

@@ -8,13 +8,13 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import matplotlib
 import torch
 import typer
 from matplotlib import pyplot
-from torch import Tensor
 
 from bench.harness import machine
 from bench.profile.parts import Part, Parts, Roof, measure_roof
@@ -53,7 +53,7 @@ def profile(
                 step(parts.enter)
             rounds.append(parts)
     for key, part in rounds[0].found.items():
-        part.seconds = float(Tensor([one.found[key].seconds for one in rounds]).median())
+        part.seconds = median(one.found[key].seconds for one in rounds)
     return sorted(rounds[0].found.values(), key=lambda part: -part.seconds)
 
 
