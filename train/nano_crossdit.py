@@ -37,6 +37,7 @@ from train.latents import LatentSet
 from train.log import Log
 from train.loop import LOG, Loop
 from train.nano_settings import record
+from train.only_training import only_training
 from train.run import WEIGHTS, save_averaged
 from train.schedule import Schedule
 
@@ -133,17 +134,17 @@ def main(
 ) -> None:
     """Train, or go on; then measure."""
     chosen = choose_device(device)
-    out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    if evaluate:
-        model = load_crossdit(CROSSDIT_WEIGHTS).to(chosen)
-    else:
-        shard = out / "latents.tar"
-        if not shard.exists():
-            encode_clips(shard, chosen)
-        model = train_stages(out, shard, chosen)
-        figures["crossdit"] = {"script": "train/nano_crossdit.py", "seed": 0, "stages": stage_figures(out)}
-    record(settings or out / "settings.json", figures | calibrate_and_measure(model))
+    with only_training(out):
+        if evaluate:
+            model = load_crossdit(CROSSDIT_WEIGHTS).to(chosen)
+        else:
+            shard = out / "latents.tar"
+            if not shard.exists():
+                encode_clips(shard, chosen)
+            model = train_stages(out, shard, chosen)
+            figures["crossdit"] = {"script": "train/nano_crossdit.py", "seed": 0, "stages": stage_figures(out)}
+        record(settings or out / "settings.json", figures | calibrate_and_measure(model))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from train.evaluation import psnr
 from train.log import Log
 from train.loop import LOG, Loop
 from train.nano_settings import record
+from train.only_training import only_training
 from train.schedule import Schedule
 from train.vae_stage import VAE, VAEStage
 
@@ -89,10 +90,11 @@ def main(
         return {"psnr_db": held_out_psnr(averaged.encoder, averaged.decoder, held_out)}
 
     schedule = Schedule(steps, WARMUP_STEPS, decay_steps=steps // 2, max_grad_norm=None, seed=seed)
-    Loop(stage, schedule).run(out, every, measure)
-    stage.average.copy_to(averaged)
     weights = out / "vae.safetensors"
-    export(averaged, scaling_factor(averaged, list(training.values())[:: len(TRAINING_RESOLUTIONS)]), weights)
+    with only_training(out):
+        Loop(stage, schedule).run(out, every, measure)
+        stage.average.copy_to(averaged)
+        export(averaged, scaling_factor(averaged, list(training.values())[:: len(TRAINING_RESOLUTIONS)]), weights)
     seconds = round(Log(out / LOG).seconds())
     figures = {"script": "train/nano_vae.py", "seed": seed, "steps": steps, "seconds": seconds}
     reached = held_out_psnr(load_encoder(weights).to(chosen), load_decoder(weights).to(chosen), held_out)

@@ -9,6 +9,7 @@ prints the prediction and trains nothing, `--profile` says for which machine.
 
 import hashlib
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +36,7 @@ from train.checkpoint import check_settings
 from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossdit_settings
 from train.latents import LatentSet, read_shards
 from train.loop import CHECKPOINT, Loop
+from train.only_training import only_training
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
 from train.schedule import Schedule
@@ -193,7 +195,7 @@ def main(
             return "nothing is saved yet"
         return f"{out / CHECKPOINT} holds step {loop.saved} of {steps}, and the same command goes on from there"
 
-    with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left):
+    with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left), ExitStack() as held:
         # What is wrong with the settings is said before anything is loaded.
         window = RELEASED_WINDOW if nabla_window else None
         attention = DENSE if nabla_thr is None else AttentionConfig("nabla", nabla_thr, window)
@@ -211,7 +213,7 @@ def main(
         sizes = model_config(preset, init, model_dim, blocks)
         texts = read_captions(captions) if captions is not None else {}
         if not dry_run_only:
-            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_training(out))
             start = None if init is None else weights_digest(init)
             known = schedule.settings | crossdit_settings(config, sizes, start)
             check_settings(out / CHECKPOINT, known, set_on_resume)

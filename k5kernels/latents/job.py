@@ -15,18 +15,18 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from k5kernels.folder import Folder
 from k5kernels.latents.captions import CaptionError, match_captions, sidecar_captions
 from k5kernels.latents.encode import Encoding
 from k5kernels.latents.failures import ending, told
-from k5kernels.latents.folder import Folder
 from k5kernels.latents.known import Known
-from k5kernels.latents.lock import locked, this_process
 from k5kernels.latents.manifest import Outcome, SourceEntry
 from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, prefix_of
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
 from k5kernels.latents.video import AS_MODELS, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
+from k5kernels.lock import locked, this_process
 from k5kernels.vae import HunyuanEncoder
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from k5kernels.latents.folder import Folder
+from k5kernels.folder import Folder
 from k5kernels.latents.manifest import (
     Change,
     Manifest,

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from k5kernels.latents.folder import Folder
+from k5kernels.folder import Folder
 from k5kernels.latents.journal import CHANGE, MANIFEST, Journal, change_name, change_numbers
-from k5kernels.latents.lock import Holder, is_held, locked, read_holder, this_process
 from k5kernels.latents.manifest import Manifest, OldManifestError
+from k5kernels.lock import Holder, is_held, locked, read_holder, this_process
 
 PREFIX = r"(|\d{4}-)"
 MANIFEST_NAME = re.compile(PREFIX + re.escape(MANIFEST))

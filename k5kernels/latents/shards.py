@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from webdataset.tariterators import group_by_keys
 
-from k5kernels.latents.folder import naming, write_whole
+from k5kernels.folder import naming, write_whole
 from k5kernels.latents.record import ClipRecord, from_json, to_json
 from k5kernels.vae.config import SPATIAL_STRIDE, VAEConfig, latent_frames
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from k5kernels.folder import naming
 from k5kernels.latents.failures import ending, told
-from k5kernels.latents.folder import naming
 
 VIDEOS_AND_PICTURES = """
 .3g2 .3gp .amv .apng .asf .avi .avif .bmp .dv .f4v .flv .gif .h264 .heic .hevc .jpeg .jpg .m2ts .m4v .mjpeg .mkv .mov

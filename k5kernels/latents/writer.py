@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 from k5kernels.latents.known import Known
-from k5kernels.latents.lock import Lock
 from k5kernels.latents.manifest import Change, Outcome, Piece, ShardEntry, SourceEntry
 from k5kernels.latents.parts import JobError, Part
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, ShardError, ShardWriter, read_shard
+from k5kernels.lock import Lock
 
 # So many sources that gave no clips, and so no shard, are written to the manifest together.
 OUTCOMES_TOGETHER = 64

@@ -313,7 +313,7 @@ def test_a_full_disk_under_the_latents_is_one_line(small, invoke, tmp_path, monk
         with replacing(path):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k5kernels.latents.folder.write_whole", full)
+    monkeypatch.setattr("k5kernels.folder.write_whole", full)
     result = invoke(noise_video(tmp_path / "clip.mp4", 5, 128, 128))
     assert_one_clear_line(result, "No space left on device", "manifest.json")
     assert_no_results(tmp_path / "out")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from k5kernels.folder import Folder
 from k5kernels.latents import journal as journal_module
-from k5kernels.latents.folder import Folder
 from k5kernels.latents.journal import Journal, change_name
 from k5kernels.latents.manifest import (
     Change,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from encoding_jobs import CountingEncoder, contents, make_video, shards
 
-from k5kernels.latents.folder import Folder
+from k5kernels.folder import Folder
 from k5kernels.latents.job import EncodeSummary, encode_videos
-from k5kernels.latents.lock import LockedError, locked, this_process
+from k5kernels.lock import LockedError, locked, this_process
 from train.latents import read_shards
 
 Encode = Callable[..., EncodeSummary]

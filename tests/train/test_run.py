@@ -17,6 +17,7 @@ from k5kernels.latents.shards import ShardWriter
 from k5kernels.planner import H100, save_profile
 from model.weights import load_crossdit
 from train import run
+from train.only_training import only_training
 from train.run import main
 
 app = typer.Typer()
@@ -275,6 +276,14 @@ def test_a_signal_ends_the_run_in_one_line_with_its_checkpoint(latents, trained,
     assert signal.getsignal(number) is not None
     monkeypatch.undo()
     assert invoke(latents, trained, 4).exit_code == 0
+
+
+def test_a_second_run_into_the_folder_is_refused_and_changes_nothing(latents, trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    with only_training(trained):
+        assert_one_line(invoke(latents, trained, 4), f"{trained}: is being written by process {os.getpid()} on", "wait")
+        assert invoke(latents, trained, 4, "--dry-run").exit_code == 0
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
 def test_weights_that_float16_cannot_hold_are_not_written(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from k5kernels.latents.folder import Folder, naming, write_whole
+from k5kernels.folder import Folder, naming, write_whole
 
 
 @pytest.fixture(params=["{tmp}/a/b", "memory://test_folder{tmp}"])

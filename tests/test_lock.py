@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from k5kernels.latents import lock as module
-from k5kernels.latents.folder import Folder
-from k5kernels.latents.lock import Holder, Lock, LockedError, is_held, locked, read_holder, this_process
+from k5kernels import lock as module
+from k5kernels.folder import Folder
+from k5kernels.lock import Holder, Lock, LockedError, is_held, locked, read_holder, this_process
 
 HOLD = """
 import sys, time
-from k5kernels.latents.folder import Folder
-from k5kernels.latents.lock import locked, this_process
+from k5kernels.folder import Folder
+from k5kernels.lock import locked, this_process
 with locked(Folder(sys.argv[1]), "encode.lock", this_process("job", 1)):
     print("held", flush=True)
     time.sleep(60)
@@ -74,7 +74,7 @@ def test_the_file_goes_also_after_an_error(folder: Folder) -> None:
 
 def test_a_second_holder_is_refused_in_one_clear_line(folder: Folder) -> None:
     with locked(folder, "encode.lock", this_process("job", 1)) as lock:
-        words = rf"is being written by process {os.getpid()} on .*, since .*; wait .* or share the work by --index"
+        words = rf"is being written by process {os.getpid()} on .*, since .*; wait for its end, or give another"
         with pytest.raises(LockedError, match=words), locked(folder, "encode.lock", this_process("job", 1)):
             pass
         lock.verify()

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that says who writes, and that a dead writer leaves behind without harm.
+"""One writer to a folder at a time: a lock file says who writes, and a dead writer leaves it behind without harm.
 
 On a local or network disk the operating system holds the lock (`flock`) and lets go of it when the process ends,
 however it ends. Where it cannot (object stores, some network disks), and where the writer was on another machine, a
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from k5kernels.latents.folder import Folder, naming
+from k5kernels.folder import Folder, naming
 
 RENEW_SECONDS = 10.0
 # How long a lock of another machine is watched before it counts as left behind.
@@ -147,7 +147,7 @@ def read_holder(folder: Folder, name: str) -> Holder | None:
 
 
 def is_held(folder: Folder, name: str, holder: Holder) -> bool:
-    """Whether the lock of another part is held, as far as can be known without taking it."""
+    """Whether another's lock is held, as far as can be known without taking it."""
     if not holder.is_of_this_system:
         return True
     if folder.local is not None:
@@ -185,8 +185,7 @@ def _is_renewed(folder: Folder, name: str, before: Holder) -> bool:
 
 def _refused(folder: Folder, holder: Holder | None) -> LockedError:
     return LockedError(
-        f"{folder.out}: is being written by {holder or 'another process'}; wait for its end, give another folder, "
-        "or share the work by --index and --of"
+        f"{folder.out}: is being written by {holder or 'another process'}; wait for its end, or give another folder"
     )
 
 
