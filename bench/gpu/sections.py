@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu import correctness
 from bench.gpu.block import block
+from bench.gpu.graph import graph
 from bench.gpu.inputs import STA, THRESHOLDS, Tokens, masks, products, tokens_with_locality
 from bench.gpu.results import Row
 from bench.gpu.run import Run
@@ -182,5 +183,6 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "mask": (mask, 40),
     "nabla": (nabla, 40),
     "block": (block, 90),
+    "graph": (graph, 40),
     "waits": (waits, 40),
 }
