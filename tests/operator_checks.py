@@ -60,3 +60,14 @@ def assert_thread_count_changes_no_bit(
     for threads in thread_counts:
         set_threads(threads)
         torch.testing.assert_close(function(), expected, rtol=0, atol=0)
+
+
+def assert_equals_its_parts(function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
+    """`function` of tensors [B, S, ...] gives the bits that it gives of each eighth of their tokens.
+
+    Kernels write a result past the caches where it is large: here the whole, not its eighths.
+    """
+    whole = function(*tensors)
+    eighths = zip(*(tensor.split(tensor.shape[1] // 8, dim=1) for tensor in tensors), strict=True)
+    parts = [function(*eighth) for eighth in eighths]
+    torch.testing.assert_close(whole, torch.cat(parts, dim=1), rtol=0, atol=0)

@@ -1,14 +1,15 @@
-// x + gate * y, the gate one row a clip or one a token.
+// x + gate * y, the gate one row a clip or one a token; and its gradients.
 #pragma once
 
 #include <cstdint>
 
 #include "modulation.h"
+#include "pieces.h"
 #include "vec.h"
 
 namespace k5 {
 
-// x, y and out are dense [batch, sequences.tokens, width].
+// x, y and out are dense [batch, sequences.tokens, width]. past_caches: whether to write out by `stream` of vec.h.
 template <class X, class Y>
 struct GatedResidual {
   const X* x;
@@ -17,16 +18,36 @@ struct GatedResidual {
   X* out;
   Sequences sequences;
   int64_t width;
+  bool past_caches;
+};
+
+// grad (of out), y and grad_y are dense [batch, sequences.tokens, width].
+template <class X, class Y>
+struct GatedResidualBackward {
+  const X* grad;
+  const Y* y;
+  Modulation gate;
+  Y* grad_y;
+  ModulationGradient grad_gate;
+  Sequences sequences;
+  int64_t width;
+  bool past_caches;
 };
 
 // A row is one token, numbered over the whole batch.
 namespace portable {
 template <class X, class Y>
 void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);
-}
+template <class X, class Y>
+void gated_residual_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces, int64_t first_piece,
+                             int64_t end_piece);
+}  // namespace portable
 namespace avx2 {
 template <class X, class Y>
 void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);
-}
+template <class X, class Y>
+void gated_residual_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces, int64_t first_piece,
+                             int64_t end_piece);
+}  // namespace avx2
 
 }  // namespace k5

@@ -8,7 +8,8 @@
 
 namespace k5 {
 
-// mean and variance are [batch, groups]; weight and bias are dense float32 [channels].
+// mean and variance are [batch, groups]; weight and bias are dense float32 [channels]. past_caches: whether to write out
+// by `stream` of vec.h.
 template <class T>
 struct GroupNormSiLU {
   const T* x;
@@ -19,6 +20,7 @@ struct GroupNormSiLU {
   T* out;
   int64_t channels, positions, groups;
   float eps;
+  bool past_caches;
 };
 
 namespace portable {

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "lanes.h"
+#include "prefetch.h"
+
 namespace k5::K5_ISA {
 namespace {
 
@@ -47,42 +50,42 @@ inline Moments moments_of_run(const T* run, int64_t length) {
   return moments;
 }
 
-// The positions [first, end) of a chunk, numbered over the whole batch, and the sample they belong to.
-struct Chunk {
-  int64_t sample, first, end;
-};
-
-inline Chunk chunk_at(int64_t number, int64_t positions) {
-  const int64_t chunks = chunks_of(positions), sample = number / chunks, start = number % chunks * kChunkPositions;
-  const int64_t end = std::min(start + kChunkPositions, positions);
-  return {sample, sample * positions + start, sample * positions + end};
+// Fetches the chunk that follows while this one is read again from the cache.
+template <class T>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (const char *line = reinterpret_cast<const char*>(row), *end = reinterpret_cast<const char*>(row + width);
+       line < end; line += 64)
+    __builtin_prefetch(line, 0, kMayDrop);
 }
 
-// Of a chunk, for whole vectors of channels, or (kPartial) for one of `count` channels.
-template <int kVectors, bool kPartial, class T>
-inline void chunk_moments(const T* x, int64_t stride, int64_t positions, int64_t count, const T* pivots, float* means,
-                          float* squares) {
-  const auto lanes = [&](const T* row, int vector) {
-    return kPartial ? load_partial(row, count) : load(row + vector * kLanes);
-  };
-  const auto write = [&](float* target, Vec8 value) {
-    kPartial ? store_partial(target, value, count) : store(target, value);
-  };
-  Vec8 pivot[kVectors], total[kVectors] = {}, square[kVectors] = {};
-  for (int v = 0; v < kVectors; v++) pivot[v] = lanes(pivots, v);
-  for (int64_t position = 0; position < positions; position++)
-    for (int v = 0; v < kVectors; v++) total[v] += lanes(x + position * stride, v) - pivot[v];
-  for (int v = 0; v < kVectors; v++) {
-    total[v] /= static_cast<float>(positions);
-    write(means + v * kLanes, total[v]);
-    total[v] += pivot[v];
+template <bool kPastCaches, class T>
+void gradient_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel, int64_t end_channel) {
+  for (int64_t number = first_channel; number < end_channel; number++) {
+    const int64_t sample = number / op.channels, channel = number % op.channels;
+    const float* terms = op.terms + sample * 3 * op.channels + channel;
+    const float centre = terms[0], linear = terms[op.channels], constant = terms[2 * op.channels];
+    const T* x = op.x + number * op.positions;
+    T* grad_x = op.grad_x + number * op.positions;
+    for_lanes(op.positions, [&](int64_t i, int, auto lanes) {
+      lanes.template set<kPastCaches>(grad_x + i, (lanes.get(x + i) - centre) * linear + constant);
+    });
   }
-  for (int64_t position = 0; position < positions; position++)
-    for (int v = 0; v < kVectors; v++) {
-      const Vec8 difference = lanes(x + position * stride, v) - total[v];
-      square[v] += difference * difference;
-    }
-  for (int v = 0; v < kVectors; v++) write(squares + v * kLanes, square[v]);
+  if (kPastCaches) end_of_stream();
+}
+
+template <bool kPastCaches, class T>
+void gradient_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position, int64_t end_position) {
+  const int64_t C = op.channels;
+  for (int64_t position = first_position; position < end_position; position++) {
+    const float* terms = op.terms + position / op.positions * 3 * C;
+    const T* x = op.x + position * C;
+    T* grad_x = op.grad_x + position * C;
+    for_lanes(C, [&](int64_t i, int, auto lanes) {
+      const Vec8 centred = lanes.get(x + i) - lanes.get(terms + i);
+      lanes.template set<kPastCaches>(grad_x + i, centred * lanes.get(terms + C + i) + lanes.get(terms + 2 * C + i));
+    });
+  }
+  if (kPastCaches) end_of_stream();
 }
 
 }  // namespace
@@ -100,19 +103,30 @@ void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t f
 template <class T>
 void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,
                                     int64_t end_chunk) {
-  constexpr int64_t kBlock = 4 * kLanes;
-  const int64_t C = op.channels, whole = C / kLanes * kLanes;
+  const int64_t C = op.channels;
   for (int64_t number = first_chunk; number < end_chunk; number++) {
-    const Chunk chunk = chunk_at(number, op.positions);
+    const PositionsChunk chunk = chunk_at(number, op.positions);
     const int64_t positions = chunk.end - chunk.first;
-    const T *x = op.x + chunk.first * C, *pivots = op.x + chunk.sample * op.positions * C;
+    const T *first = op.x + chunk.first * C, *pivots = op.x + chunk.sample * op.positions * C;
     float *means = partial + number * 2 * C, *squares = means + C;
-    int64_t i = 0;
-    for (; i + kBlock <= whole; i += kBlock)
-      chunk_moments<4, false>(x + i, C, positions, kLanes, pivots + i, means + i, squares + i);
-    for (; i < whole; i += kLanes)
-      chunk_moments<1, false>(x + i, C, positions, kLanes, pivots + i, means + i, squares + i);
-    if (i < C) chunk_moments<1, true>(x + i, C, positions, C - i, pivots + i, means + i, squares + i);
+    for (int64_t i = 0; i < 2 * C; i++) means[i] = 0;
+    for (int64_t position = 0; position < positions; position++) {
+      const T* x = first + position * C;
+      for_lanes(C, [&](int64_t i, int, auto lanes) {
+        lanes.set(means + i, lanes.get(means + i) + (lanes.get(x + i) - lanes.get(pivots + i)));
+      });
+    }
+    for_lanes(C, [&](int64_t i, int, auto lanes) {
+      lanes.set(means + i, lanes.get(means + i) / static_cast<float>(positions));
+    });
+    for (int64_t position = 0; position < positions; position++) {
+      const T* x = first + position * C;
+      if (number + 1 < end_chunk) prefetch_row(x + positions * C, C);
+      for_lanes(C, [&](int64_t i, int, auto lanes) {
+        const Vec8 difference = lanes.get(x + i) - (lanes.get(means + i) + lanes.get(pivots + i));
+        lanes.set(squares + i, lanes.get(squares + i) + difference * difference);
+      });
+    }
   }
 }
 
@@ -147,10 +161,26 @@ void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* p
   }
 }
 
+template <class T>
+void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel,
+                                              int64_t end_channel) {
+  op.past_caches ? gradient_contiguous<true>(op, first_channel, end_channel)
+                 : gradient_contiguous<false>(op, first_channel, end_channel);
+}
+
+template <class T>
+void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position,
+                                                 int64_t end_position) {
+  op.past_caches ? gradient_channels_last<true>(op, first_position, end_position)
+                 : gradient_channels_last<false>(op, first_position, end_position);
+}
+
 #define K5_INSTANTIATE(T)                                                                                   \
   template void groupnorm_statistics_contiguous(const GroupNormStatistics<T>&, int64_t, int64_t);           \
   template void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>&, float*, int64_t, int64_t);    \
-  template void groupnorm_statistics_merge(const GroupNormStatistics<T>&, const float*, int64_t, int64_t);
+  template void groupnorm_statistics_merge(const GroupNormStatistics<T>&, const float*, int64_t, int64_t);  \
+  template void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>&, int64_t, int64_t); \
+  template void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>&, int64_t, int64_t);
 
 K5_INSTANTIATE(float)
 K5_INSTANTIATE(BFloat16)

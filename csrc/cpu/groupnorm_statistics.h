@@ -23,6 +23,28 @@ constexpr int64_t kChunkPositions = 128;
 
 static inline int64_t chunks_of(int64_t positions) { return (positions + kChunkPositions - 1) / kChunkPositions; }
 
+// The positions [first, end) of a chunk, numbered over the whole batch, and the sample they belong to.
+struct PositionsChunk {
+  int64_t sample, first, end;
+};
+
+static inline PositionsChunk chunk_at(int64_t number, int64_t positions) {
+  const int64_t chunks = chunks_of(positions), sample = number / chunks, start = number % chunks * kChunkPositions;
+  const int64_t end = start + kChunkPositions < positions ? start + kChunkPositions : positions;
+  return {sample, sample * positions + start, sample * positions + end};
+}
+
+// The gradient of x from those of the statistics: constant + linear * (x - centre), of each channel of each sample. terms
+// [batch, 3, channels]: centre, linear, constant. past_caches: whether to write grad_x by `stream` of vec.h.
+template <class T>
+struct GroupNormStatisticsBackward {
+  const T* x;
+  const float* terms;
+  T* grad_x;
+  int64_t channels, positions;
+  bool past_caches;
+};
+
 namespace portable {
 // Contiguous: whole groups, numbered batch * groups + group.
 template <class T>
@@ -39,6 +61,16 @@ void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* par
 template <class T>
 void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample,
                                 int64_t end_sample);
+
+// Contiguous: channels, numbered sample * channels + channel.
+template <class T>
+void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel,
+                                              int64_t end_channel);
+
+// Channels-last: positions, numbered over the whole batch.
+template <class T>
+void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position,
+                                                 int64_t end_position);
 }  // namespace portable
 namespace avx2 {
 template <class T>
@@ -49,6 +81,12 @@ void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* par
 template <class T>
 void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample,
                                 int64_t end_sample);
+template <class T>
+void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel,
+                                              int64_t end_channel);
+template <class T>
+void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position,
+                                                 int64_t end_position);
 }  // namespace avx2
 
 }  // namespace k5

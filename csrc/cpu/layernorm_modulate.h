@@ -1,14 +1,16 @@
-// LayerNorm without affine, then scale and shift by the time embedding: norm(x) * (1 + scale) + shift.
+// LayerNorm without affine, then scale and shift by the time embedding: norm(x) * (1 + scale) + shift; and its
+// gradients.
 #pragma once
 
 #include <cstdint>
 
 #include "modulation.h"
+#include "pieces.h"
 #include "vec.h"
 
 namespace k5 {
 
-// x and out are dense [batch, sequences.tokens, width].
+// x and out are dense [batch, sequences.tokens, width]. past_caches: whether to write out by `stream` of vec.h.
 template <class T>
 struct LayerNormModulate {
   const T* x;
@@ -17,16 +19,37 @@ struct LayerNormModulate {
   Sequences sequences;
   int64_t width;
   float eps;
+  bool past_caches;
+};
+
+// grad (of out), x and grad_x are dense [batch, sequences.tokens, width].
+template <class T>
+struct LayerNormModulateBackward {
+  const T* grad;
+  const T* x;
+  Modulation scale;
+  T* grad_x;
+  ModulationGradient grad_shift, grad_scale;
+  Sequences sequences;
+  int64_t width;
+  float eps;
+  bool past_caches;
 };
 
 // A row is one token, numbered over the whole batch.
 namespace portable {
 template <class T>
 void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);
-}
+template <class T>
+void layernorm_modulate_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
+                                 int64_t end_piece);
+}  // namespace portable
 namespace avx2 {
 template <class T>
 void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);
-}
+template <class T>
+void layernorm_modulate_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
+                                 int64_t end_piece);
+}  // namespace avx2
 
 }  // namespace k5

@@ -1,34 +1,61 @@
-// RMSNorm of every head, then rotary position embedding of the pairs (2i, 2i+1).
+// RMSNorm of every head, then rotary position embedding of the pairs (2i, 2i+1); and its gradients.
 #pragma once
 
 #include <cstdint>
 
+#include "pieces.h"
 #include "vec.h"
 
 namespace k5 {
 
-// x is [batch, sequence, heads, width] with unit stride along the even width, out the same and dense; weight
-// [width], cos and sin [sequence, width / 2] are dense float32.
+// [batch, sequence, heads, width] with unit stride along the width.
+template <class T>
+struct Heads {
+  const T* data;
+  int64_t batch_stride, sequence_stride, head_stride;
+};
+
+// The width is even. weight [width], cos and sin [sequence, width / 2] are dense float32; out is dense. past_caches:
+// whether to write out by `stream` of vec.h.
 template <class T>
 struct NormRope {
-  const T* x;
+  Heads<T> x;
   const float* weight;
   const float* cos;
   const float* sin;
   T* out;
   int64_t sequence, heads, width;
-  int64_t batch_stride, sequence_stride, head_stride;
   float eps;
+  bool past_caches;
+};
+
+// The same, with grad the gradient of out. grad_weight [pieces, width]: sums over the kPieceRows tokens of each piece;
+// the last piece may have fewer.
+template <class T>
+struct NormRopeBackward {
+  Heads<T> grad, x;
+  const float* weight;
+  const float* cos;
+  const float* sin;
+  T* grad_x;
+  float* grad_weight;
+  int64_t batch, sequence, heads, width;
+  float eps;
+  bool past_caches;
 };
 
 // A row is one token, all its heads.
 namespace portable {
 template <class T>
 void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row);
-}
+template <class T>
+void norm_rope_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece);
+}  // namespace portable
 namespace avx2 {
 template <class T>
 void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row);
-}
+template <class T>
+void norm_rope_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece);
+}  // namespace avx2
 
 }  // namespace k5

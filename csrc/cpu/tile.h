@@ -214,12 +214,6 @@ K5_INLINE Vector exp2(Vector value) {
   return (polynomial * rest + 1.0f) * bits_as<Vector>(power);
 }
 
-#ifdef __clang__
-#define K5_SHUFFLE(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
-#else
-#define K5_SHUFFLE(one, other, ...) __builtin_shuffle(one, other, UVec8{__VA_ARGS__})
-#endif
-
 // to[j][i] = from[i][j].
 K5_INLINE void transpose_eight(const Vec8 (&from)[8], Vec8 (&to)[8]) {
   Vec8 pair[8], quad[8];

@@ -23,7 +23,7 @@ typedef uint32_t UVec8 __attribute__((vector_size(32)));
 typedef int32_t IVec8 __attribute__((vector_size(32)));
 typedef uint16_t HVec8 __attribute__((vector_size(16)));
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 8, kStreamBytes = 32;
 
 // The bits of a value as a value of another type.
 template <class To, class From>
@@ -69,12 +69,50 @@ static inline Vec8 load(const BFloat16* source) {
 
 static inline void store(float* target, Vec8 value) { std::memcpy(target, &value, sizeof(value)); }
 
-// Rounds to nearest even; a NaN stays a NaN.
-static inline void store(BFloat16* target, Vec8 value) {
+// Rounded to the nearest bfloat16, to even where two are as near: its bits are the upper halves. A NaN stays a NaN.
+static inline UVec8 round_to_upper_halves(Vec8 value) {
   const UVec8 bits = bits_as<UVec8>(value);
-  const UVec8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const HVec8 half = narrow(value == value ? rounded : UVec8{} + 0x7fc0u);
+  return value == value ? bits + 0x7fffu + ((bits >> 16) & 1u) : UVec8{} + 0x7fc00000u;
+}
+
+static inline HVec8 rounded_to_bfloat16(Vec8 value) { return narrow(round_to_upper_halves(value) >> 16); }
+
+static inline void store(BFloat16* target, Vec8 value) {
+  const HVec8 half = rounded_to_bfloat16(value);
   std::memcpy(target, &half, sizeof(half));
+}
+
+// The product, rounded: without this the compiler may fuse it with an addition that follows, which rounds once.
+static inline Vec8 rounded(Vec8 product) {
+#ifdef __AVX2__
+  asm("" : "+x"(product));
+#endif
+  return product;
+}
+
+// Writes past the caches, for results larger than the caches: an ordinary store would read each line before it is
+// overwritten, and write it back later all the same. The target must be aligned to what one call writes, at most
+// kStreamBytes. Other threads may read what was written only after a call of `end_of_stream`.
+static inline void stream(float* target, Vec8 value) {
+#ifdef __AVX2__
+  _mm256_stream_ps(target, (__m256)value);
+#else
+  store(target, value);
+#endif
+}
+
+static inline void stream(BFloat16* target, Vec8 value) {
+#ifdef __AVX2__
+  _mm_stream_si128(reinterpret_cast<__m128i*>(target), (__m128i)rounded_to_bfloat16(value));
+#else
+  store(target, value);
+#endif
+}
+
+static inline void end_of_stream() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
 }
 
 // The first `count` < 8 lanes: loads zeros for the others, and does not store the others.
@@ -98,12 +136,57 @@ static inline Vec8 keep_first(Vec8 value, int64_t count) {
   return value;
 }
 
-// (a, b, c, d, …) becomes (b, a, d, c, …).
-static inline Vec8 swap_pairs(Vec8 value) {
+// Lanes of two vectors, by number: those of the second are 8 to 15.
 #ifdef __clang__
-  return __builtin_shufflevector(value, value, 1, 0, 3, 2, 5, 4, 7, 6);
+#define K5_SHUFFLE(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
 #else
-  return __builtin_shuffle(value, UVec8{1, 0, 3, 2, 5, 4, 7, 6});
+#define K5_SHUFFLE(one, other, ...) __builtin_shuffle(one, other, UVec8{__VA_ARGS__})
+#endif
+
+// Eight pairs of neighbours in memory.
+struct Pairs {
+  Vec8 even, odd;
+};
+
+static inline Pairs load_pairs(const float* source) {
+  const Vec8 low = load(source), high = load(source + kLanes);
+  return {K5_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14), K5_SHUFFLE(low, high, 1, 3, 5, 7, 9, 11, 13, 15)};
+}
+
+static inline Vec8 low_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 0, 8, 1, 9, 2, 10, 3, 11); }
+static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 4, 12, 5, 13, 6, 14, 7, 15); }
+
+static inline void store_pairs(float* target, Pairs pairs) {
+  store(target, low_half(pairs));
+  store(target + kLanes, high_half(pairs));
+}
+
+static inline void stream_pairs(float* target, Pairs pairs) {
+  stream(target, low_half(pairs));
+  stream(target + kLanes, high_half(pairs));
+}
+
+// A pair of bfloat16 is a 32-bit integer with the even one in its lower half.
+static inline Pairs load_pairs(const BFloat16* source) {
+  UVec8 both;
+  std::memcpy(&both, source, sizeof(both));
+  return {bits_as<Vec8>(both << 16), bits_as<Vec8>(both & 0xffff0000u)};
+}
+
+static inline UVec8 rounded_to_bfloat16(Pairs pairs) {
+  return (round_to_upper_halves(pairs.even) >> 16) | (round_to_upper_halves(pairs.odd) & 0xffff0000u);
+}
+
+static inline void store_pairs(BFloat16* target, Pairs pairs) {
+  const UVec8 both = rounded_to_bfloat16(pairs);
+  std::memcpy(target, &both, sizeof(both));
+}
+
+static inline void stream_pairs(BFloat16* target, Pairs pairs) {
+#ifdef __AVX2__
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)rounded_to_bfloat16(pairs));
+#else
+  store_pairs(target, pairs);
 #endif
 }
 

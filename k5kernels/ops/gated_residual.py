@@ -91,5 +91,8 @@ register(
 register(
     gated_residual_backward_reference,
     _backward_fake,
-    accepts={"cuda": narrow_rows(tensors=3)},
+    accepts={
+        "cpu": Accepts(CPU_DTYPES, others={"y in float32 or bfloat16": lambda grad, y, *rest: y.dtype in CPU_DTYPES}),
+        "cuda": narrow_rows(tensors=3),
+    },
 )

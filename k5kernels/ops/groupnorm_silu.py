@@ -16,7 +16,7 @@ from torch import Tensor
 from k5kernels.ops.groupnorm_silu_apply import EPS, check_affine
 from k5kernels.ops.groupnorm_statistics import check_groups, memory_format_like
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
-from k5kernels.ops.precision import compute_dtype
+from k5kernels.ops.precision import GRAD_LIKE_X, compute_dtype
 
 
 def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = EPS) -> Tensor:
@@ -28,8 +28,8 @@ def groupnorm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: fl
     x: [B, C, ...], any floating dtype. weight, bias: [C], any floating dtype. groups: divides C. eps: added to
     the variance; the default is that of the released HunyuanVideo VAE.
 
-    Raises ValueError where a shape or dtype does not fit. The C++ kernel gives the same bits for any number of
-    threads; PyTorch's GroupNorm, which the reference and the backward call, only for one and the same number.
+    Raises ValueError where a shape or dtype does not fit. The C++ kernels, forward and backward, give the same bits for
+    any number of threads; PyTorch's GroupNorm, which the references call, only for one and the same number.
     Saved for the backward: x itself, no copy; 2 * C bytes a position in bf16, 4 * C in float32.
     """
     check_groups(x, groups)
@@ -105,4 +105,5 @@ register(
 register(
     groupnorm_silu_backward_reference,
     _backward_fake,
+    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X)},
 )

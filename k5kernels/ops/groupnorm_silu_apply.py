@@ -18,7 +18,7 @@ from k5kernels.ops.groupnorm_statistics import (
     per_channel,
 )
 from k5kernels.ops.library import CPU_DTYPES, Accepts, register
-from k5kernels.ops.precision import compute_dtype
+from k5kernels.ops.precision import GRAD_LIKE_X, compute_dtype
 
 EPS = 1e-6
 
@@ -146,4 +146,5 @@ register(
 register(
     groupnorm_silu_apply_backward_reference,
     _backward_fake,
+    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X)},
 )

@@ -135,4 +135,12 @@ register(
 register(
     groupnorm_statistics_backward_reference,
     _backward_fake,
+    accepts={
+        "cpu": Accepts(
+            (torch.float64,),
+            others={
+                "x in float32 or bfloat16": lambda grad_mean, grad_variance, x, mean: x.dtype in CPU_DTYPES,
+            },
+        )
+    },
 )

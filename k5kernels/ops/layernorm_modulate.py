@@ -18,7 +18,7 @@ from k5kernels.ops.modulation import (
     narrow_rows,
     sum_to_modulation,
 )
-from k5kernels.ops.precision import compute_dtype, upcast
+from k5kernels.ops.precision import GRAD_LIKE_X, compute_dtype, upcast
 from k5kernels.token_layout import TokenLayout
 
 EPS = 1e-5
@@ -116,5 +116,5 @@ register(
 register(
     layernorm_modulate_backward_reference,
     _backward_fake,
-    accepts={"cuda": narrow_rows(tensors=3)},
+    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X), "cuda": narrow_rows(tensors=3)},
 )

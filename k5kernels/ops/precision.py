@@ -25,3 +25,9 @@ def in_float32(tensors: int) -> Mapping[str, Callable[..., bool]]:
     tensors: how many of the operator's first arguments are tensors.
     """
     return {"no tensor in float64": lambda *arguments: torch.float64 not in {x.dtype for x in arguments[:tensors]}}
+
+
+# The condition of a kernel whose element type serves both, as `Accepts` takes it; autograd never breaks it.
+GRAD_LIKE_X: Mapping[str, Callable[..., bool]] = {
+    "grad in the dtype of x": lambda grad, x, *rest: grad.dtype == x.dtype,
+}

@@ -149,5 +149,13 @@ register(
 register(
     qk_norm_rope_backward_reference,
     _backward_fake,
-    accepts={"cuda": Accepts(GPU_DTYPES, WIDEST_HEAD, in_float32(tensors=8))},
+    accepts={
+        "cpu": Accepts(
+            CPU_DTYPES,
+            others={
+                "gradients in the dtype of q": lambda grad_q, grad_k, q, *rest: grad_q.dtype == grad_k.dtype == q.dtype
+            },
+        ),
+        "cuda": Accepts(GPU_DTYPES, WIDEST_HEAD, in_float32(tensors=8)),
+    },
 )

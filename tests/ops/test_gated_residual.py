@@ -6,6 +6,7 @@ from modulations import LENGTHS, PER, clip_starts_for, layout_for, layout_of, mo
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
+    assert_equals_its_parts,
     assert_thread_count_changes_no_bit,
     outputs_and_gradients,
 )
@@ -34,6 +35,7 @@ def reference(x, y, gate, layout=None):
 @given(B=st.integers(1, 3), lengths=LENGTHS, d=st.integers(1, 80))
 @example(B=1, lengths=[1], d=1)
 @example(B=2, lengths=[1, 1, 5], d=131)
+@example(B=2, lengths=[150, 64, 3], d=19)
 def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, lengths, d):
     arguments = (*inputs(B, lengths, d, per, dtype, device), layout_for(per, lengths))
     assert_accurate(gated_residual, reference, arguments, DIFFERENTIABLE)
@@ -192,9 +194,32 @@ def test_one_compiled_graph_serves_all_lengths_of_the_clips(device):
     assert_compiled_equals_eager(add, argument_sets, DIFFERENTIABLE)
 
 
-def test_thread_count_changes_no_bit(isa, set_threads):
-    arguments = inputs(2, 150, 257)
-    assert_thread_count_changes_no_bit(lambda: gated_residual(*arguments), set_threads)
+@pytest.mark.parametrize("per", PER)
+def test_thread_count_changes_no_bit(isa, set_threads, per):
+    arguments = (*inputs(2, [150, 70], 257, per), layout_for(per, [150, 70]))
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(gated_residual, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype):
+    x, y, gate = inputs(1, 2048, 1792, dtype=dtype)
+    assert_equals_its_parts(lambda x, y: gated_residual(x, y, gate), (x, y))
+    assert_equals_its_parts(lambda x, y: torch.ops.k5.gated_residual_backward(x, y, gate, [0, x.shape[1]])[0], (x, y))
+
+
+def test_a_gradient_of_any_strides_gives_the_same_bits(isa, device):
+    grad, y, gate = inputs(2, 6, 10, device=device)
+    strided = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    for one, other in zip(
+        torch.ops.k5.gated_residual_backward(strided, y, gate, [0, 6]),
+        torch.ops.k5.gated_residual_backward(grad, y, gate, [0, 6]),
+        strict=True,
+    ):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

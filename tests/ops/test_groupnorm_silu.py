@@ -172,11 +172,36 @@ def test_one_compiled_graph_serves_all_sizes(device, channels_last):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_thread_count_changes_no_bit(isa, set_threads, channels_last):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_count_changes_no_bit(isa, set_threads, dtype, channels_last):
     if isa == "reference":
         pytest.skip("PyTorch's GroupNorm, which the reference calls, sums in an order that depends on the threads")
-    arguments = inputs((1, 24, 3, 40, 31), 4, channels_last=channels_last)
-    assert_thread_count_changes_no_bit(lambda: groupnorm_silu(*arguments), set_threads)
+    arguments = inputs((2, 24, 3, 40, 31), 4, dtype, channels_last=channels_last)
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(groupnorm_silu, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_too_large_for_the_caches_is_as_accurate(isa, dtype, channels_last):
+    arguments = inputs((1, 32, 4, 128, 160), 8, dtype, channels_last=channels_last)
+    assert_accurate(groupnorm_silu, groupnorm_silu_reference, arguments, DIFFERENTIABLE)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gradient_of_the_other_format_gives_the_same_result(isa, device, channels_last):
+    x, *rest = inputs((2, 8, 5, 4), 4, device=device, channels_last=channels_last)
+    grad = torch.randn_like(x)
+    other = grad.contiguous(memory_format=torch.contiguous_format if channels_last else torch.channels_last)
+    assert other.stride() != grad.stride()
+    for one, expected in zip(
+        torch.ops.k5.groupnorm_silu_backward(other, x, *rest),
+        torch.ops.k5.groupnorm_silu_backward(grad, x, *rest),
+        strict=True,
+    ):
+        assert one.stride() == expected.stride()
+        assert_matches(one, expected)
 
 
 def test_autocast_leaves_the_dtype_of_x(device):

@@ -159,8 +159,12 @@ def test_one_compiled_graph_serves_all_sizes(device, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_thread_count_changes_no_bit(isa, set_threads, channels_last):
-    arguments = inputs((1, 24, 3, 40, 31), 4, channels_last=channels_last)
-    assert_thread_count_changes_no_bit(lambda: apply(*arguments), set_threads)
+    if isa == "reference":
+        pytest.skip("PyTorch's sums over a group are added in an order that depends on the threads")
+    arguments = inputs((2, 24, 3, 40, 31), 4, channels_last=channels_last)
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(apply, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
+    )
 
 
 def statistics_of(*shape, variance=None, dtype=torch.float64):

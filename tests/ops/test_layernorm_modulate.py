@@ -9,6 +9,7 @@ from modulations import LENGTHS, PER, clip_starts_for, layout_for, layout_of, mo
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
+    assert_equals_its_parts,
     assert_thread_count_changes_no_bit,
     outputs_and_gradients,
 )
@@ -42,6 +43,7 @@ def reference(x, shift, scale, eps, layout=None):
 @example(B=1, lengths=[1], d=1)
 @example(B=2, lengths=[1, 1, 5], d=131)
 @example(B=1, lengths=[2, 1], d=1792)
+@example(B=2, lengths=[150, 64, 3], d=19)
 def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, per, B, lengths, d):
     arguments = (*inputs(B, lengths, d, per, dtype, device), layout_for(per, lengths))
     assert_accurate(layernorm_modulate, reference, arguments, DIFFERENTIABLE)
@@ -202,9 +204,38 @@ def test_one_compiled_graph_serves_all_lengths_of_the_clips(device):
     assert_compiled_equals_eager(modulate, argument_sets, DIFFERENTIABLE)
 
 
-def test_thread_count_changes_no_bit(isa, set_threads):
-    arguments = inputs(2, 150, 257)
-    assert_thread_count_changes_no_bit(lambda: layernorm_modulate(*arguments), set_threads)
+@pytest.mark.parametrize("per", PER)
+def test_thread_count_changes_no_bit(isa, set_threads, per):
+    arguments = (*inputs(2, [150, 70], 257, per), layout_for(per, [150, 70]))
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(layernorm_modulate, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype):
+    x, shift, scale, eps = inputs(1, 2048, 1792, dtype=dtype)
+    grad = x.flip(1).contiguous()
+
+    def gradient(grad, x):
+        return torch.ops.k5.layernorm_modulate_backward(grad, x, scale, eps, shift.shape, [0, x.shape[1]])[0]
+
+    assert_equals_its_parts(lambda x: layernorm_modulate(x, shift, scale, eps), (x,))
+    assert_equals_its_parts(gradient, (grad, x))
+
+
+def test_a_gradient_of_any_strides_gives_the_same_bits(isa, device):
+    x, shift, scale, eps = inputs(2, 6, 10, device=device)
+    grad = x.flip(1).contiguous()
+    strided = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    for one, other in zip(
+        torch.ops.k5.layernorm_modulate_backward(strided, x, scale, eps, shift.shape, [0, 6]),
+        torch.ops.k5.layernorm_modulate_backward(grad, x, scale, eps, shift.shape, [0, 6]),
+        strict=True,
+    ):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

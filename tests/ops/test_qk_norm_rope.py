@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
+    assert_equals_its_parts,
     assert_thread_count_changes_no_bit,
     outputs_and_gradients,
 )
@@ -30,6 +31,7 @@ def inputs(B, S, h, D, dtype=torch.float32, device="cpu", weight_dtype=None):
 @example(B=2, S=7, h=3, pairs=32)
 @example(B=1, S=5, h=2, pairs=64)
 @example(B=1, S=3, h=2, pairs=13)
+@example(B=2, S=70, h=3, pairs=9)
 def test_error_is_about_that_of_eager_pytorch(isa, device, dtype, B, S, h, pairs):
     arguments = inputs(B, S, h, 2 * pairs, dtype, device)
     assert_accurate(qk_norm_rope, qk_norm_rope_reference, arguments, DIFFERENTIABLE)
@@ -134,9 +136,41 @@ def test_one_compiled_graph_serves_all_sizes(device):
     assert_compiled_equals_eager(qk_norm_rope, argument_sets, DIFFERENTIABLE)
 
 
-def test_thread_count_changes_no_bit(isa, set_threads):
-    arguments = inputs(2, 150, 3, 64)
-    assert_thread_count_changes_no_bit(lambda: qk_norm_rope(*arguments), set_threads)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thread_count_changes_no_bit(isa, set_threads, dtype):
+    arguments = inputs(2, 150, 3, 64, dtype)
+    assert_thread_count_changes_no_bit(
+        lambda: outputs_and_gradients(qk_norm_rope, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
+    )
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype, output):
+    q, k, q_weight, k_weight, cos, sin, eps = inputs(1, 2048, 28, 64, dtype)
+    rotation = [tensor[None] for tensor in (cos, sin)]  # [1, S, D/2], to be cut like q and k
+
+    def rotated(q, k, cos, sin):
+        return qk_norm_rope(q, k, q_weight, k_weight, cos[0], sin[0], eps)[output]
+
+    def gradient(q, k, cos, sin):
+        grads = (k, q)
+        return torch.ops.k5.qk_norm_rope_backward(*grads, q, k, q_weight, k_weight, cos[0], sin[0], eps)[output]
+
+    assert_equals_its_parts(rotated, (q, k, *rotation))
+    assert_equals_its_parts(gradient, (q, k, *rotation))
+
+
+def test_gradients_of_any_strides_give_the_same_result(isa, device):
+    q, k, *rest = inputs(2, 6, 4, 16, device=device)
+    heads_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (k, q)]
+    widths_apart = [tensor.mT.contiguous().mT for tensor in (k, q)]
+    expected = torch.ops.k5.qk_norm_rope_backward(k, q, q, k, *rest)
+    for grads in (heads_first, widths_apart):
+        assert not any(grad.is_contiguous() for grad in grads)
+        for one, other in zip(torch.ops.k5.qk_norm_rope_backward(*grads, q, k, *rest), expected, strict=True):
+            assert one.is_contiguous()
+            assert_matches(one, other)
 
 
 @pytest.mark.parametrize(
