@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -17,6 +18,7 @@ from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.video import Clip, read_clips
 
 HEIGHT, WIDTH, FRAMES, CLIP_FRAMES = 128, 128, 10, 5
+MOST_CLIPS = 50  # of a damaged video
 NEIGHBOUR = 10  # the good video is read after each so many damaged ones
 # Name of the file -> FFmpeg's names of the codec and of the pixels.
 FORMATS = {
@@ -72,7 +74,8 @@ class DamagedVideo:
 
         def read() -> None:
             nonlocal taken
-            for clip in clips(path):
+            # A damaged rate may make hours of a second: that is as the file says, and is read as far as that.
+            for clip in islice(clips(path), MOST_CLIPS):
                 self._check(clip, name)
                 taken += 1
 

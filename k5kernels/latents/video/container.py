@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import av
+from av.codec.context import Flags as CodecFlags
 from av.container.core import Flags
 from av.stream import Disposition
 
@@ -20,7 +21,7 @@ BUFFER_BYTES = 1 << 16
 # A rate beyond this is a mistake of the file's.
 MAX_RATE = 1000
 DEFAULT_RATE = Fraction(25)
-PICTURE_FORMATS = ("gif", "apng", "webp", "image2")
+PICTURE_FORMATS = ("gif", "apng", "webp", "image2", "ico")
 PICTURE_BRANDS = ("avif", "avis", "mif1", "msf1", "heic", "heix")
 OPTIONS = {
     # No other file is opened on behalf of this one: playlists and references stay unread.
@@ -54,14 +55,17 @@ class OpenVideo:
         """Whether time stamps of this format may start anew on the way, as in joined transport streams."""
         return bool(self.container.format.flags & av.format.Flags.ts_discont.value)
 
+    @property
+    def announced_seconds(self) -> Fraction:
+        """Duration that the file's header announces; 0 where it does not say."""
+        duration = (self.stream.duration or 0) * Fraction(self.stream.time_base or 0)
+        return max(duration or Fraction(self.container.duration or 0, 1_000_000), Fraction(0))
+
     def announced_frames(self, fps: Fraction | None) -> int:
         """Frames that the file's header announces, at `fps` or (None) as they are; 0 where it does not say."""
-        duration = (self.stream.duration or 0) * Fraction(self.stream.time_base or 0)
-        if not duration:
-            duration = Fraction(self.container.duration or 0, 1_000_000)
         if fps is None:
-            return self.stream.frames or round(max(duration, 0) * self.rate)
-        return round(max(duration, 0) * fps)
+            return self.stream.frames or round(self.announced_seconds * self.rate)
+        return round(self.announced_seconds * fps)
 
 
 class _Bytes:
@@ -118,6 +122,8 @@ def _decoder(stream: Any) -> Any:
     if decoder.name in ("vp8", "vp9") and stream.metadata.get("alpha_mode") == "1":
         name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[decoder.name]
         decoder = av.CodecContext.create(name, "r")
+    # What the codec cuts off at the left is cut off to the pixel, not to where memory is aligned.
+    decoder.flags |= CodecFlags.unaligned
     decoder.thread_type = "AUTO"
     decoder.thread_count = DECODER_THREADS
     return decoder

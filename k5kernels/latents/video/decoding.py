@@ -39,7 +39,7 @@ def decoded_frames(video: OpenVideo) -> Iterator[Decoded]:
     unit = Fraction(video.stream.time_base)
     origin = round((video.container.start_time or 0) * MICROSECOND / unit)
     # A damaged file announces a frame in a million years, which would be resampled to frames without end.
-    timeline = Timeline(min(1 / video.rate, GAP_SECONDS), video.may_be_joined)
+    timeline = Timeline(min(1 / video.rate, GAP_SECONDS), video.may_be_joined, video.announced_seconds)
     before: Decoded | None = None
     for frame, new_part in _frames(video, timeline):
         stamp = frame.dts if frame.pts is None else frame.pts
@@ -48,7 +48,9 @@ def decoded_frames(video: OpenVideo) -> Iterator[Decoded]:
         if before is not None:
             end = before.end if begins_part else start
             yield Decoded(before.frame, before.start, end, before.begins_part, ends_stream=False)
-        before = Decoded(frame, start, start + min(duration, GAP_SECONDS), begins_part, ends_stream=True)
+        if not timeline.is_pause(start, start + duration):
+            duration = min(duration, GAP_SECONDS)
+        before = Decoded(frame, start, start + duration, begins_part, ends_stream=True)
     if before is not None:
         yield before
 

@@ -6,12 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from av.stream import Disposition
 
 from k5kernels.latents.video import EVERY_FRAME, Reading, VideoError, read_video
+from k5kernels.latents.video.shown import PIXELS_AT_ONCE
 from tests.latents.video.containers import (
     MATRIX,
     QUADRANTS,
@@ -153,6 +155,67 @@ def test_alpha_lies_over_the_background(tmp_path: Path, name: str, container: Co
         assert_colours(shown[0].image, (over[0], green, over[1], white))
 
 
+def test_alpha_of_a_large_picture_is_that_of_its_parts(tmp_path: Path) -> None:
+    """Some rows are computed at a time, of this picture in six bands, the last of which is smaller."""
+    height, width = 700, 512
+    assert height * width > 5 * PIXELS_AT_ONCE
+    rgba = np.random.default_rng(0).integers(0, 256, (height, width, 4), np.uint8)
+    path = tmp_path / "p.png"
+    with av.open(str(path), "w", format="image2") as file:
+        stream = file.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgba"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, "rgba")))
+        file.mux(stream.encode())
+    (shown,) = read_shown(path, Reading(fps=None, background=(255, 128, 0)))
+    alpha = rgba[..., 3:].astype(np.float64) / 255
+    expected = rgba[..., :3] * alpha + np.array([255, 128, 0]) * (1 - alpha)
+    assert np.abs(shown.image.numpy() - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("crop", "height", "width"),
+    [
+        ("", 70, 90),  # a size that is no multiple of 16 is cut from one that is
+        ("crop_left=8:crop_top=4:crop_right=2:crop_bottom=10", 50, 86),
+    ],
+)
+def test_what_the_codec_cuts_off_is_not_shown(tmp_path: Path, crop: str, height: int, width: int) -> None:
+    size = {"height": 70, "width": 90} if not crop else {}
+    path = write_container(tmp_path / "v.mp4", Container(frames=2, **size))
+    if crop:
+        ffmpeg("-i", path, "-c", "copy", "-bsf:v", f"h264_metadata={crop}", tmp_path / "w.mp4")
+        path = tmp_path / "w.mp4"
+    shown = images(read_shown(path))
+    assert shown.shape == (2, height, width, 3)
+    assert_same_picture(shown, frames_of_ffmpeg(path, height, width))
+
+
+STAMPED = {
+    "missing": "setts=pts='if(eq(mod(N,3),1),NOPTS,PTS)'",
+    "missing but of key frames": "setts=pts='if(N,NOPTS,PTS)'",
+    "backward": "setts=dts=N:pts='(N+if(eq(mod(N,4),2),1,0)-if(eq(mod(N,4),3),1,0))/24/TB'",
+    "far backward": "setts=dts=N:pts='if(eq(N,6),3,N)/24/TB'",
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "stamped"),
+    # Transport streams whose stamps go back have a break there, which the ffmpeg program takes for their end.
+    [
+        pytest.param(format, STAMPED[name], id=f"{name}-{format}")
+        for name in STAMPED
+        for format in ("nut", "mkv", "ts")
+        if format != "ts" or name.startswith("missing")
+    ],
+)
+def test_missing_and_backward_stamps(tmp_path: Path, stamped: str, format: str) -> None:
+    write_container(tmp_path / "v.mp4", Container(frames=13))
+    path = tmp_path / f"w.{format}"
+    ffmpeg("-i", tmp_path / "v.mp4", "-c", "copy", "-bsf:v", stamped, path)
+    numbers = [number_of(one.image) for one in read_shown(path, Reading(fps=Fraction(24)))]
+    assert numbers == [number_of(image) for image in frames_of_ffmpeg(path, 64, 96, "fps=24")]
+
+
 @pytest.mark.parametrize(("name", "codec"), [("v.mp4", "libx264"), ("v.mpg", "mpeg2video")])
 def test_interlaced_lines_are_taken_apart(tmp_path: Path, name: str, codec: str) -> None:
     path = write_container(tmp_path / name, Container(codec=codec, rate=Fraction(25), interlaced=True))
@@ -184,6 +247,20 @@ def test_frames_are_resampled_by_their_stamps(
     assert numbers == [number_of(image) for image in expected]
     assert [one.end - one.start for one in shown] == [Fraction(1, fps)] * len(shown)
     assert all(before.end == after.start for before, after in pairwise(shown))
+
+
+@pytest.mark.parametrize("format", ["mp4", "mkv"])
+def test_a_slide_show_holds_every_slide_until_the_next(tmp_path: Path, format: str) -> None:
+    slides = tuple(24 * second for second in (0, 45, 90, 100, 220, 222))
+    path = write_container(tmp_path / f"v.{format}", Container(stamps=slides))
+    shown = read_shown(path, Reading(fps=Fraction(1)))
+    expected = frames_of_ffmpeg(path, 64, 96, "fps=1")
+    assert [number_of(one.image) for one in shown] == [number_of(image) for image in expected]
+    assert {one.part for one in shown} == {0}
+    assert len(shown) >= 222
+    every = read_shown(path)
+    assert [one.start for one in every] == [0, 45, 90, 100, 220, 222]
+    assert {one.part for one in every} == {0}
 
 
 @pytest.mark.parametrize("rate", [12, 24, 60, 120])
@@ -249,6 +326,7 @@ PICTURES = {
     "p.gif": still("gif", "bgr8"),
     "grey.png": still("png", "gray"),
     "16.png": still("png", "rgb48be"),
+    "p.ico": still("bmp", "bgra", format="ico"),
 }
 
 

@@ -29,6 +29,25 @@ def test_frames_are_placed(stamps: list[int | None], joined: bool, expected: lis
     assert placed == [(F(time, 24), broken) for time, broken in expected]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "announced", "joined", "broken"),
+    [
+        (45, 60, False, False),
+        (45, 45, False, False),
+        (45, 30, False, True),
+        (45, 0, False, True),
+        (45, 60, True, True),
+        (3601, 4000, False, True),
+    ],
+)
+def test_a_long_hole_is_a_pause_where_the_file_is_as_long_as_it_says(
+    seconds: int, announced: int, joined: bool, broken: bool
+) -> None:
+    timeline = Timeline(F(1, 24), joined, F(announced))
+    timeline.place(F(0))
+    assert timeline.place(F(seconds)) == (seconds, broken)
+
+
 def test_a_part_that_starts_anew_comes_after_the_former() -> None:
     timeline = Timeline(F(1, 24), may_be_joined=True)
     assert timeline.place(F(1)) == (1, True)
