@@ -38,6 +38,13 @@ def test_attention_in_your_dit_keeps_the_videos_shape(tmp_path: Path) -> None:
     assert "[1, 5, 20, 36, 128] -> [1, 5, 20, 36, 128], 3600 tokens in 75 blocks" in printed
 
 
+def test_nabla_in_diffusers_says_how_dense_it_was_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    printed = run_example("nabla_in_diffusers.py", tmp_path)
+    assert "attention by nabla: 8 calls" in printed
+    assert "density" in printed
+    assert "as before afterwards: True" in printed
+
+
 def test_plan_cluster_names_a_layout_and_its_rivals(tmp_path: Path) -> None:
     printed = run_example("plan_cluster.py", tmp_path, "--stage", "video_lite_mr_5s", "--gpus", 64)
     assert "shards" in printed.splitlines()[0]

@@ -1,0 +1,256 @@
+"""A Kandinsky 5 model of diffusers with our attention: the same results, at any size, and no trace afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from small_crossdit import inputs, random_model, relative_difference
+from torch import Tensor, nn
+
+from k5kernels.integrations.diffusers import accelerate
+from k5kernels.integrations.diffusers import attention as ours
+from k5kernels.integrations.diffusers.accelerate import UnsupportedModelError
+from model.conditioning import TextCondition
+from model.weights import config_to_json
+
+ROPE_SCALE = (1.0, 2.0, 3.16)
+GRID = (3, 10, 36)  # latent frames, height and width: 5×18 tokens, no multiple of 8
+
+
+@pytest.fixture
+def transformer() -> Kandinsky5Transformer3DModel:
+    model = random_model()
+    other = Kandinsky5Transformer3DModel(**config_to_json(model.config))
+    other.load_state_dict(model.state_dict(), strict=True)
+    return other.eval()
+
+
+@pytest.fixture
+def stock_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers rounds q and k to bfloat16 after the rotary embedding, in float32 too."""
+    exact = ours.qk_norm_rope
+
+    def rounded(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(x.bfloat16().to(x.dtype) for x in exact(*args))
+
+    monkeypatch.setattr(ours, "qk_norm_rope", rounded)
+
+
+@torch.no_grad()
+def run(model: Any, batch: int = 1, grid: tuple[int, int, int] = GRID, time: float | None = None) -> Tensor:
+    x, times, text = inputs(batch, grid)
+    return call(model, x, times if time is None else torch.full((batch,), time), text)
+
+
+def call(model: Any, x: Tensor, time: Tensor, text: TextCondition) -> Tensor:
+    positions = [torch.arange(side) for side in (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)]
+    return model(
+        hidden_states=x, encoder_hidden_states=text.tokens, timestep=time, pooled_projections=text.pooled,
+        visual_rope_pos=positions, text_rope_pos=torch.arange(text.tokens.shape[1]), scale_factor=ROPE_SCALE,
+    ).sample  # fmt: skip
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Every attribute of every module and processor, by identity."""
+    found = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            inside = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
+            found[f"{name}.{key}"] = inside
+        if (processor := getattr(module, "processor", None)) is not None:
+            found[f"{name}.processor.__dict__"] = dict(vars(processor))
+    return found
+
+
+@contextmanager
+def leaves_no_trace(model: nn.Module) -> Iterator[None]:
+    before, out = snapshot(model), run(model)
+    yield
+    assert snapshot(model) == before
+    assert torch.equal(run(model), out)
+
+
+@pytest.mark.usefixtures("stock_rounding")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("engine", ["nabla", "sdpa", "auto"])
+def test_attention_that_keeps_everything_gives_the_stock_result(transformer, engine, batch):
+    expected = run(transformer, batch)
+    with accelerate(transformer, attention=engine, thr=1.0):
+        assert relative_difference(run(transformer, batch), expected) < 1e-4
+
+
+def test_without_the_stock_rounding_the_result_is_nearer_to_float32(transformer):
+    expected = run(transformer)
+    with accelerate(transformer, thr=1.0):
+        assert 1e-5 < relative_difference(run(transformer), expected) < 1e-2
+
+
+def test_a_sparse_pass_is_told_in_the_report(transformer):
+    expected = run(transformer)
+    with accelerate(transformer, thr=0.3, densities=True) as report:
+        assert 1e-3 < relative_difference(run(transformer), expected) < 1
+    assert sorted(report.densities) == [0, 1]
+    assert 0.05 < report.density < 0.9
+    assert report.engines == {"nabla": 2}
+    assert f"density {report.density:.1%}" in str(report)
+
+
+def test_the_first_steps_of_each_run_can_stay_as_they_are(transformer):
+    dense = {time: run(transformer, time=time) for time in (900.0, 600.0, 300.0)}
+    with accelerate(transformer, thr=0.1, dense_steps=2, densities=True) as report:
+        for _ in range(2):  # runs
+            for time in (900.0, 900.0, 600.0, 600.0):  # both branches of guidance
+                assert torch.equal(run(transformer, time=time), dense[time])
+            assert not torch.equal(run(transformer, time=300.0), dense[300.0])
+    assert {step for steps in report.densities.values() for step in steps} == {2}
+    assert sum(report.unchanged.values()) == 2 * 4 * 2
+
+
+def test_nothing_is_left_behind(transformer):
+    with leaves_no_trace(transformer):
+        handle = accelerate(transformer, thr=0.5)
+        run(transformer)
+        handle.disable()
+        handle.disable()
+
+
+def test_nothing_is_left_behind_by_an_exception(transformer):
+    with leaves_no_trace(transformer), pytest.raises(RuntimeError, match="midway"), accelerate(transformer):
+        raise RuntimeError("midway")
+
+
+def test_nested_accelerations_end_in_any_order(transformer):
+    for first in (0, 1):
+        with leaves_no_trace(transformer):
+            handles = [accelerate(transformer, thr=0.5), accelerate(transformer, thr=0.2)]
+            handles[first].disable()
+            run(transformer)
+            handles[1 - first].disable()
+
+
+def test_two_models_of_one_class_do_not_know_of_each_other(transformer):
+    other = Kandinsky5Transformer3DModel(**config_to_json(random_model().config)).eval()
+    before = snapshot(other)
+    with accelerate(transformer):
+        assert snapshot(other) == before
+
+
+def test_what_somebody_put_over_ours_stays_and_ours_does_nothing(transformer):
+    class Theirs:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None,
+                     rotary_emb: Any = None, sparse_params: Any = None) -> Tensor:  # fmt: skip
+            return self.inner(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params)
+
+    expected = run(transformer)
+    attention = transformer.visual_transformer_blocks[0].self_attention
+    handle = accelerate(transformer, thr=0.1)
+    theirs = Theirs(attention.processor)
+    attention.set_processor(theirs)
+    handle.disable()
+    assert attention.processor is theirs
+    assert torch.equal(run(transformer), expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "whole"),
+    [
+        ("compiled", False),
+        pytest.param("compiled", True, marks=pytest.mark.slow),
+        pytest.param("accelerated", False, marks=pytest.mark.slow),
+        pytest.param("accelerated", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_before_or_after(transformer, first, whole):
+    torch._dynamo.reset()
+    del transformer.visual_transformer_blocks[1:]
+
+    def compile_it() -> Any:
+        if whole:
+            return torch.compile(transformer, backend="eager")
+        transformer.compile_repeated_blocks(backend="eager")
+        return transformer
+
+    with accelerate(transformer, thr=0.3):
+        expected = run(transformer)
+    model = transformer
+    if first == "compiled":
+        model = compile_it()
+        run(model)
+    with accelerate(model, thr=0.3):
+        if first == "accelerated":
+            model = compile_it()
+        assert relative_difference(run(model), expected) < 1e-5
+
+
+def test_arguments_by_place_are_taken_as_by_name(transformer):
+    x, time, text = inputs(1, GRID)
+    positions = [torch.arange(side) for side in (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)]
+    length = torch.arange(text.tokens.shape[1])
+    by_place = (x, text.tokens, time, text.pooled, positions, length, ROPE_SCALE, {"to_fractal": True}, False)
+    with accelerate(transformer, thr=0.3), torch.no_grad():
+        assert torch.equal(transformer(*by_place), call(transformer, x, time, text))
+
+
+def test_other_models_are_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"expected a pipeline of Kandinsky 5 .* got Linear with Linear"):
+        accelerate(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"attention": "fast"}, "engine"), ({"thr": 2.0}, "thr"), ({"dense_steps": -1}, "dense_steps")],
+)
+def test_wrong_settings_are_refused_and_change_nothing(transformer, settings, words):
+    before = snapshot(transformer)
+    with pytest.raises(ValueError, match=words):
+        accelerate(transformer, **settings)
+    assert snapshot(transformer) == before
+
+
+@pytest.mark.parametrize("size", [(48, 80), (64, 64)])
+def test_a_pipeline_runs_at_any_size(transformer, size):
+    pipe = pipeline(transformer, attention_type="nabla")
+    with accelerate(pipe, thr=1.0, densities=True) as report:
+        sparse = generate(pipe, *size)
+    assert report.density == 1
+    pipe.transformer.register_to_config(attention_type="regular")
+    assert relative_difference(sparse, generate(pipe, *size)) < 1e-2
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_nested_accelerations_of_a_pipeline_end_in_any_order(transformer, first):
+    pipe = pipeline(transformer, attention_type="nabla")
+    before, modules = dict(vars(pipe)), snapshot(transformer)
+    handles = [accelerate(pipe), accelerate(pipe)]
+    handles[first].disable()
+    assert pipe.get_sparse_params(None, None) is None
+    handles[1 - first].disable()
+    assert dict(vars(pipe)) == before
+    assert snapshot(transformer) == modules
+
+
+def pipeline(transformer: Kandinsky5Transformer3DModel, attention_type: str) -> Kandinsky5T2VPipeline:
+    transformer.register_to_config(attention_type=attention_type)
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = Kandinsky5T2VPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe: Kandinsky5T2VPipeline, height: int, width: int) -> Tensor:
+    _, _, text = inputs(1, GRID)
+    given = {
+        "prompt_embeds_qwen": text.tokens,
+        "prompt_embeds_clip": text.pooled,
+        "prompt_cu_seqlens": torch.tensor([0, text.tokens.shape[1]]),
+    }
+    return pipe(
+        height=height, width=width, num_frames=5, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
+        generator=torch.Generator().manual_seed(0), **given,
+    ).frames  # fmt: skip
