@@ -50,12 +50,14 @@ class Acceleration:
         for attention, ours in self._replaced:
             if attention.processor is ours:
                 attention.set_processor(_still_active(ours))
-        own = None if self.pipeline is None else self.pipeline.__dict__.get("get_sparse_params")
+        if (pipeline := self.pipeline) is None:
+            return
+        own = pipeline.__dict__.get("get_sparse_params")
         if isinstance(own, _NoSparseParams) and own.shared is self._shared:
             if (former := _still_active(own)) is None:
-                del self.pipeline.get_sparse_params
+                del pipeline.get_sparse_params
             else:
-                self.pipeline.get_sparse_params = former
+                pipeline.get_sparse_params = former
 
     def __enter__(self) -> Report:
         return self.report

@@ -111,7 +111,7 @@ class VisualSelfAttention:
             layer(x).unflatten(-1, (attn.num_heads, -1)) for layer in (attn.to_query, attn.to_key, attn.to_value)
         )
         q, k = qk_norm_rope(q, k, *_weights(attn, q), cos, sin, EPS)
-        out = self._run(*(heads.transpose(1, 2) for heads in (q, k, v)), layout, config)
+        out = self._run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layout, config)
         out = out.to(x.dtype).transpose(1, 2).flatten(2)
         return attn.out_layer(out if order is None else out[:, layout.inverse_permutation(x.device)])
 
