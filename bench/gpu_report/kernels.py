@@ -18,6 +18,8 @@ from k5kernels.triton import (
     block_mask,
     fractal,
     gated_residual,
+    groupnorm_silu_apply,
+    groupnorm_statistics,
     layernorm_modulate,
     nabla_mask,
     qk_norm_rope,
@@ -134,6 +136,21 @@ def _modulated(title: str, tokens: str) -> Callable[[Arguments], str]:
     return of_launch
 
 
+def _activation(title: str) -> Callable[[Arguments], str]:
+    def of_launch(arguments: Arguments) -> str:
+        return f"{title} {_element(arguments['x'])}{', contiguous' if arguments['step_p'] == 1 else ''}"
+
+    return of_launch
+
+
+def _gradient_title(arguments: Arguments) -> str:
+    if arguments["grad_x"] is None:
+        part = "sums of channels"
+    else:
+        part = "gradient" if arguments["parts"] is None else "gradient by given statistics"
+    return _activation(f"groupnorm_silu: {part}")(arguments)
+
+
 def _element(tensor: Tensor) -> str:
     return ELEMENTS[tensor.dtype]
 
@@ -178,6 +195,15 @@ KERNELS: dict[Any, Kernel] = {
     qk_norm_rope.norm_rope_backward_kernel: Kernel(
         lambda a: f"qk_norm_rope: backward {_element(a['q'])}", _elementwise(40)
     ),
+    groupnorm_statistics.moments_kernel: Kernel(_activation("groupnorm_statistics: moments"), _elementwise(3)),
+    groupnorm_statistics.merge_moments_kernel: Kernel(
+        lambda a: f"groupnorm_statistics: merge{', contiguous' if a['in_group'] == 1 else ''}", _elementwise(5)
+    ),
+    groupnorm_statistics.moments_backward_kernel: Kernel(
+        _activation("groupnorm_statistics: backward"), _elementwise(3)
+    ),
+    groupnorm_silu_apply.apply_kernel: Kernel(_activation("groupnorm_silu: apply"), _elementwise(8)),
+    groupnorm_silu_apply.gradient_kernel: Kernel(_gradient_title, _elementwise(20)),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
     attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),

@@ -13,6 +13,9 @@ from k5kernels.triton import (
     block_mask,
     fractal,
     gated_residual,
+    groupnorm_silu,
+    groupnorm_silu_apply,
+    groupnorm_statistics,
     layernorm_modulate,
     nabla_mask,
     qk_norm_rope,
@@ -68,6 +71,7 @@ def _launch_all(size: Size) -> None:
     _build_masks(size)
     _modulate(size)
     _normalize_heads(size)
+    _normalize_groups(size)
     T, H, W = size.layout.clips[0]
     x = torch.empty(1, T, H, W, size.heads * size.head_dim, dtype=torch.bfloat16, device="meta")
     fractal.fractal_flatten(x, size.layout.block_side)
@@ -125,6 +129,23 @@ def _normalize_heads(size: Size) -> None:
         q, k, _ = fused.unbind(2)
         qk_norm_rope.qk_norm_rope(q, k, weight, weight, angles, angles, EPS)
         qk_norm_rope.qk_norm_rope_backward(grad, grad, q, k, weight, weight, angles, angles, EPS)
+
+
+def _normalize_groups(size: Size) -> None:
+    """Activations of the VAE's widest resolution, of as many channels as a head of this size has; channels last but
+    for one."""
+    groups, channels = 32, size.head_dim
+    weight, moments = (torch.empty(channels, device="meta"), torch.empty(1, groups, dtype=torch.float64, device="meta"))
+    for dtype, memory_format in (
+        (torch.bfloat16, torch.channels_last_3d),
+        (torch.float32, torch.channels_last_3d),
+        (torch.bfloat16, torch.contiguous_format),
+    ):
+        x = torch.empty(1, channels, 33, 512, 768, dtype=dtype, device="meta", memory_format=memory_format)
+        groupnorm_silu.groupnorm_silu(x, weight, weight, groups, EPS)
+        groupnorm_silu.groupnorm_silu_backward(x, x, weight, weight, groups, EPS)
+        groupnorm_silu_apply.groupnorm_silu_apply_backward(x, x, moments, moments, weight, weight, EPS)
+        groupnorm_statistics.groupnorm_statistics_backward(moments, moments, x, moments)
 
 
 def _offsets(heads: int, layout: TokenLayout) -> Tensor:

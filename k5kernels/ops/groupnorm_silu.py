@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from k5kernels.memory_format import memory_format_like
 from k5kernels.ops.groupnorm_silu_apply import EPS, check_affine
-from k5kernels.ops.groupnorm_statistics import check_groups, memory_format_like
-from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.ops.groupnorm_statistics import check_groups
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.precision import GRAD_LIKE_X, compute_dtype
 
 
@@ -100,10 +101,10 @@ register(
     _fake,
     _backward,
     _setup_context,
-    accepts={"cpu": Accepts(CPU_DTYPES)},
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES)},
 )
 register(
     groupnorm_silu_backward_reference,
     _backward_fake,
-    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X)},
+    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X), "cuda": Accepts(GPU_DTYPES)},
 )

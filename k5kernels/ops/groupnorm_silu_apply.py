@@ -10,14 +10,14 @@ of x, of chunks merged (groupnorm_statistics.py), or of another resolution.
 import torch
 from torch import Tensor
 
+from k5kernels.memory_format import memory_format_like
 from k5kernels.ops.groupnorm_statistics import (
     GroupStatistics,
     check_channels_second,
-    memory_format_like,
     normalize,
     per_channel,
 )
-from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.precision import GRAD_LIKE_X, compute_dtype
 
 EPS = 1e-6
@@ -141,10 +141,10 @@ register(
     _fake,
     _backward,
     _setup_context,
-    accepts={"cpu": Accepts(CPU_DTYPES)},
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES)},
 )
 register(
     groupnorm_silu_apply_backward_reference,
     _backward_fake,
-    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X)},
+    accepts={"cpu": Accepts(CPU_DTYPES, others=GRAD_LIKE_X), "cuda": Accepts(GPU_DTYPES)},
 )

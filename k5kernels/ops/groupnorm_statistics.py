@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from k5kernels.ops.library import CPU_DTYPES, Accepts, register
+from k5kernels.memory_format import memory_format_like
+from k5kernels.ops.library import CPU_DTYPES, GPU_DTYPES, Accepts, register
 from k5kernels.ops.precision import compute_dtype, upcast
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class GroupStatistics(NamedTuple):
@@ -101,12 +100,6 @@ def normalize(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
     return (x.to(dtype) - per_channel(mean, x).to(dtype)) * per_channel(inverse_deviation, x).to(dtype)
 
 
-def memory_format_like(x: Tensor) -> torch.memory_format:
-    """The format of results: channels last where x [B, C, (T,) H, W] has channels innermost, else contiguous."""
-    channels_innermost = not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1
-    return _CHANNELS_LAST.get(x.ndim, torch.contiguous_format) if channels_innermost else torch.contiguous_format
-
-
 def _fake(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], groups)
     return x.new_empty(shape, dtype=torch.float64), x.new_empty(shape, dtype=torch.float64)
@@ -114,6 +107,10 @@ def _fake(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 def _backward_fake(grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format_like(x))
+
+
+def _is_narrow(grad_mean: Tensor, grad_variance: Tensor, x: Tensor, mean: Tensor) -> bool:
+    return x.dtype in GPU_DTYPES
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -130,7 +127,7 @@ register(
     _fake,
     _backward,
     _setup_context,
-    accepts={"cpu": Accepts(CPU_DTYPES)},
+    accepts={"cpu": Accepts(CPU_DTYPES), "cuda": Accepts(GPU_DTYPES)},
 )
 register(
     groupnorm_statistics_backward_reference,
@@ -141,6 +138,7 @@ register(
             others={
                 "x in float32 or bfloat16": lambda grad_mean, grad_variance, x, mean: x.dtype in CPU_DTYPES,
             },
-        )
+        ),
+        "cuda": Accepts((torch.float64,), others={"x not in float64": _is_narrow}),
     },
 )

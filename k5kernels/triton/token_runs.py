@@ -138,7 +138,7 @@ def run_of_program(clip_table, clips, tokens, length, of_sample, CLIPS: tl.const
 @triton.jit
 def load_row(rows, sample, row, stride_b, stride_r, column, d):
     """Row `row` of a sample, float32 [WIDTH]; zeros from column d on."""
-    address = rows + sample * stride_b + row * stride_r.to(tl.int64)
+    address = rows + sample * stride_b + tl.cast(row, tl.int64) * stride_r
     return tl.load(address + column, mask=column < d, other=0.0).to(tl.float32)
 
 
