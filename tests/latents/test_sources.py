@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from simulated_tree import simulate_tree
 
 from k5kernels.latents import sources as module
 from k5kernels.latents.sources import Listing, content_hash, find_sources, is_of_share
@@ -177,39 +178,7 @@ def test_a_hundred_thousand_files_take_little_memory_and_few_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A simulated tree: 1,000 folders of 100 files, of which only the folders are there."""
-    for number in range(1000):
-        (tmp_path / f"{number:04d}").mkdir()
-    scandir, status = os.scandir, os.stat(__file__)
-
-    class Entry:
-        def __init__(self, folder: str, number: int) -> None:
-            self.name, self.path = f"{number:03d}.mp4", f"{folder}/{number:03d}.mp4"
-
-        def is_symlink(self) -> bool:
-            return False
-
-        def is_dir(self, follow_symlinks: bool) -> bool:
-            return False
-
-        def stat(self, follow_symlinks: bool) -> os.stat_result:
-            values = list(status)
-            values[1] = hash(self.path)
-            return os.stat_result(values)
-
-    class Entries(list):
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(
-        module.os,
-        "scandir",
-        lambda folder: (
-            scandir(folder) if folder == str(tmp_path) else Entries(Entry(folder, number) for number in range(100))
-        ),
-    )
+    simulate_tree(tmp_path, 1000, monkeypatch)
     before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 16, hard))
