@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu import correctness
 from bench.gpu.block import block
+from bench.gpu.fused import fused
 from bench.gpu.graph import graph
 from bench.gpu.inputs import STA, THRESHOLDS, Tokens, masks, products, tokens_with_locality
 from bench.gpu.results import Row
@@ -182,6 +183,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "backward": (backward, 60),
     "mask": (mask, 40),
     "nabla": (nabla, 40),
+    "fused": (fused, 90),
     "block": (block, 90),
     "graph": (graph, 40),
     "waits": (waits, 40),
