@@ -55,7 +55,13 @@ def test_the_operators_pass_pytorchs_checks(device):
     sizes = (CLIPS.max_block_tokens, CLIPS.max_clip_blocks)
     torch.library.opcheck(torch.ops.k5.nabla_bits, (q.detach(), k.detach(), starts, clips, *sizes, 0.6, None, None))
     bits, offsets = nabla_bits(q, k, CLIPS, 0.6)
-    torch.library.opcheck(torch.ops.k5.bits_attention, (q, k, v, bits, offsets, starts, *sizes, 0.3))
+    rest = (bits, offsets, starts, *sizes, 0.3)
+    torch.library.opcheck(torch.ops.k5.bits_attention, (q, k, v, *rest))
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.ops.k5.bits_attention(q, k, v, *rest)
+    for grad_lse in (None, lse.nan_to_num(0, 0, 0)):
+        arguments = (torch.ones_like(out), grad_lse, q, k, v, out, lse, *rest)
+        torch.library.opcheck(torch.ops.k5.bits_attention_backward, arguments)
 
 
 @pytest.fixture
