@@ -13,6 +13,7 @@ import typer
 from k5kernels.planner.calibration import MeasuredStep, fit, held_out_errors, predict_ms, read_steps
 from k5kernels.planner.cli import options
 from k5kernels.planner.cli.answer import print_json, write_csv
+from k5kernels.planner.gpu_results import profile_of_results
 from k5kernels.planner.profile import H100, HardwareProfile, save_profile
 from k5kernels.planner.this_machine import this_machine
 from k5kernels.terminal import console, table
@@ -28,6 +29,9 @@ def calibrate(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Measure 24 runs of the trainer on this machine: a few minutes.")
     ] = False,
+    from_results: Annotated[
+        Path | None, typer.Option(help="Results file of `python -m bench.gpu`: attention as measured there.")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the profile here, for --profile of the others.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the profile; the CSV's or this machine's without.")] = None,
     as_json: options.AsJSON = False,
@@ -35,9 +39,15 @@ def calibrate(
         Path | None, typer.Option("--csv", help="Write the steps, measured and fitted; --steps reads them again.")
     ] = None,
 ) -> None:
-    """Fit the step formula's coefficients to measured steps, and say how far it is off on steps it did not see."""
-    if (steps is None) != sweep:
-        raise typer.BadParameter("give either --steps FILE or --sweep")
+    """Fit the step formula's coefficients to measured steps, and say how far it is off on steps it did not see.
+
+    Or take the attention coefficient from a GPU's results file; the other two are then the report's.
+    """
+    if (steps is not None) + sweep + (from_results is not None) != 1:
+        raise typer.BadParameter("give one of --steps FILE, --sweep and --from-results FILE")
+    if from_results is not None:
+        _from_results(from_results, name, save, as_json)
+        return
     measured, base = (_sweep(), this_machine()) if steps is None else (read_steps(steps), H100)
     profile = fit(measured, name or (base.name if steps is None else steps.stem), base)
     held_out = held_out_errors(measured)
@@ -53,16 +63,31 @@ def calibrate(
     terminal = console()
     header = ["model dim", "tokens", "blocks", "batch", "density", "measured [ms]", "fitted [ms]", "error"]
     terminal.print(table("Measured steps", header, [_cells(step, profile) for step in measured]))
-    coefficients = [("tokenwise", "tokenwise_ms"), ("attention", "attention_ms"), ("linear", "linear_ms")]
-    shown = [[term, f"{getattr(profile, c):,.1f}", f"{getattr(H100, c):,.1f}"] for term, c in coefficients]
-    terminal.print(
-        table(f"Coefficients of {profile.name}, a block and clip at d0 and S0", ["term", "ms", "H100, ms"], shown)
-    )
+    _print_coefficients(profile)
     for number, errors in enumerate(held_out, 1):
         terminal.print(
             f"fitted on third {number} of {len(held_out)}, the other {errors.steps} steps: mean error "
             f"{errors.mean:.1%}, worst {errors.worst:.1%}"
         )
+
+
+def _from_results(path: Path, name: str | None, save: Path | None, as_json: bool) -> None:
+    profile = profile_of_results(path, name)
+    if save is not None:
+        save_profile(profile, save)
+    if as_json:
+        inputs = {"steps": 0, "source": str(path)}
+        print_json("calibrate", inputs, {"profile": asdict(profile), "measured": [], "held_out": []})
+        return
+    _print_coefficients(profile)
+    console().print("attention is measured; tokenwise, linear, memory and bandwidths are the report's H100")
+
+
+def _print_coefficients(profile: HardwareProfile) -> None:
+    coefficients = [("tokenwise", "tokenwise_ms"), ("attention", "attention_ms"), ("linear", "linear_ms")]
+    shown = [[term, f"{getattr(profile, c):,.1f}", f"{getattr(H100, c):,.1f}"] for term, c in coefficients]
+    title = f"Coefficients of {profile.name}, a block and clip at d0 and S0"
+    console().print(table(title, ["term", "ms", "H100, ms"], shown))
 
 
 def _sweep() -> list[MeasuredStep]:
