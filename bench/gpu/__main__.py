@@ -1,4 +1,4 @@
-"""`python -m bench.gpu --out DIR [--seconds 240] [--only attention,mask] [--dry]`: check and measure on the GPU here.
+"""`python -m bench.gpu --out DIR [--seconds 240] [--only attention,mask] [--sanitize] [--dry]`: check and time a GPU.
 
 Writes DIR/<card>-<date>.json after every section, and says what it did not reach. Exits with 1 where a section failed.
 """
@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 
+from bench.gpu import correctness, sanitizer
 from bench.gpu.results import Machine, Results, Row
 from bench.gpu.run import make_run
 from bench.gpu.runner import Section, run
 from bench.gpu.sections import SECTIONS
+
+SMALL = "small"  # what compute-sanitizer runs
 
 
 def main() -> int:
@@ -26,6 +29,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=240, help="for all sections (default 240)")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas: " + ", ".join(SECTIONS))
+    parser.add_argument(
+        "--sanitize", action="store_true", help="nothing but small sizes under compute-sanitizer: memcheck, racecheck"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny inputs on the CPU: tries the sections without a GPU")
     parser.add_argument("--section", help=argparse.SUPPRESS)  # with --rows: one section, in this process
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
@@ -45,11 +51,17 @@ def main() -> int:
     def keep(rows: list[Row], ends: dict[str, str]) -> None:
         Results(machine, rows, ends).write(arguments.out)
 
-    sections = [
-        Section(name, limit, partial(_command, name, arguments.dry))
-        for name, (_, limit) in SECTIONS.items()
-        if name in wanted
-    ]
+    if arguments.sanitize:
+        sections = sanitizer.sections(partial(_command, SMALL, arguments.dry))
+        if not sections:
+            print(sanitizer.MISSING)
+            return 1
+    else:
+        sections = [
+            Section(name, limit, partial(_command, name, arguments.dry))
+            for name, (_, limit) in SECTIONS.items()
+            if name in wanted
+        ]
     ends = run(sections, arguments.seconds, keep, partial(print, flush=True))
     for name, end in ends.items():
         print(f"{name}: {end}")
@@ -65,7 +77,11 @@ def one_section(name: str, rows: Path, dry: bool) -> None:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
             file.flush()
 
-        SECTIONS[name][0](make_run(dry, keep))
+        one = make_run(dry, keep)
+        if name == SMALL:
+            correctness.check_small(one.device)
+        else:
+            SECTIONS[name][0](one)
 
 
 def this_machine(dry: bool) -> Machine:

@@ -35,6 +35,16 @@ def check(device: torch.device, keep: Callable[[Row], None]) -> None:
                 keep(Row("correct", f"{name}, D {dim}, {dtype}", "random", None, "k5", "relative error", error))
 
 
+def check_small(device: torch.device) -> None:
+    """Every kernel of attention and masks once, with and without whole blocks: for tools that slow them down."""
+    for name in ("full", "ragged"):
+        layout = LAYOUTS[name]
+        check_masks(name, layout, device)
+        for dim in (64, 128):
+            error = attention_error(layout, dim, torch.bfloat16, device)
+            assert error <= TOLERANCES[torch.bfloat16], f"attention, {name}, D {dim}: error {error:.1e}"
+
+
 def attention_error(layout: TokenLayout, dim: int, dtype: torch.dtype, device: torch.device) -> float:
     """The largest relative error of the output and the three gradients; their bits must be the same twice."""
     q, k, v, grad = (x.to(dtype) for x in _normal(4, layout, dim, device))

@@ -1,6 +1,7 @@
 """`bench.gpu` keeps its time and loses no rows, whatever a section does; committed results are what they say."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,8 +108,45 @@ def test_the_page_of_gpu_figures_is_that_of_the_committed_files():
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-def gpu(*arguments):
-    return subprocess.run([sys.executable, "-m", "bench.gpu", *arguments], capture_output=True, text=True)
+def gpu(*arguments, path=None):
+    environment = os.environ if path is None else os.environ | {"PATH": path}
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def sanitizer(folder, script):
+    """A PATH on which compute-sanitizer is this shell script."""
+    tool = folder / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_without_the_sanitizer_it_says_what_to_install(tmp_path):
+    (tmp_path / "bin").mkdir()
+    done = gpu("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=str(tmp_path / "bin"))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("not run: compute-sanitizer is not installed")
+
+
+def test_the_sanitizer_runs_both_checks_and_what_it_finds_is_a_failure(tmp_path):
+    log = tmp_path / "log"
+    path = sanitizer(tmp_path, f"echo $PYTORCH_NO_CUDA_MEMORY_CACHING $@ >> {log}; [ $2 = memcheck ] || exit 9")
+    done = gpu("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=path)
+    assert done.returncode == 1
+    assert {"memcheck: done", "racecheck: failed with exit code 9"} <= set(done.stdout.splitlines())
+    calls = [line.split() for line in log.read_text().splitlines()]
+    assert [call[:5] for call in calls] == [
+        ["1", "--tool", check, "--error-exitcode", "9"] for check in ("memcheck", "racecheck")
+    ]
+    assert all(call[call.index("--section") + 1] == "small" for call in calls)
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_runs_ends_well(tmp_path):
+    path = sanitizer(tmp_path, 'shift 4; exec "$@"')
+    done = gpu("--dry", "--sanitize", "--seconds", "600", "--out", str(tmp_path / "out"), path=path)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_section_runs_without_a_gpu_when_asked_to_be_tried(tmp_path):
