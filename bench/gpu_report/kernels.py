@@ -31,7 +31,8 @@ Arguments = Mapping[str, Any]
 
 BF16, FLOAT, INT, LONG = 2, 4, 4, 8  # bytes
 BLOCK = 64  # tokens
-COMPARISONS = 31  # of a probability, in the bisection
+COMPARISONS = nabla_mask.COARSE_STEPS.value
+PARTS = nabla_mask.PARTS
 STA_WINDOW = (11, 3, 3)
 STA_BLOCKS = 11 * 3 * 3
 ELEMENTS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -59,7 +60,7 @@ def _kept(size: Size) -> float:
 
 
 def _pooled_bytes(size: Size) -> float:
-    return float(size.heads) * size.blocks * size.head_dim * FLOAT
+    return float(size.heads) * size.blocks * size.head_dim * PARTS * BF16
 
 
 def _pool(arguments: Arguments, size: Size) -> Work:
@@ -67,11 +68,13 @@ def _pool(arguments: Arguments, size: Size) -> Work:
 
 
 def _logits(arguments: Arguments, size: Size) -> Work:
-    """In exact float32, which tensor cores do not have: the selection follows the float32 map."""
-    return Work(2 * _map_cells(size) * size.head_dim, 2 * _pooled_bytes(size) + FLOAT * _map_cells(size))
+    """Six products of bf16 parts come to one of float32: the selection follows the float32 map."""
+    products = 6 * 2 * _map_cells(size) * size.head_dim
+    return Work(products, 2 * _pooled_bytes(size) + FLOAT * _map_cells(size), tensor_core=True)
 
 
 def _select(arguments: Arguments, size: Size) -> Work:
+    """A comparison and an addition for each step of the bisection."""
     return Work(2 * COMPARISONS * _map_cells(size), FLOAT * _map_cells(size) + _map_cells(size) / 8)
 
 
@@ -176,7 +179,7 @@ def _always(title: str) -> Callable[[Arguments], str]:
 # In the order of the table.
 KERNELS: dict[Any, Kernel] = {
     nabla_mask.pool_kernel: Kernel(lambda a: f"nabla_mask: pool {_element(a['x'])}", _pool),
-    nabla_mask.logits_kernel: Kernel(_always("nabla_mask: logits fp32"), _logits),
+    nabla_mask.logits_kernel: Kernel(_always("nabla_mask: logits bf16×6"), _logits),
     nabla_mask.select_kernel: Kernel(
         lambda a: "nabla_mask: select" if a["near"] is None else "nabla_mask: select with STA", _select
     ),

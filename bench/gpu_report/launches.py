@@ -67,7 +67,9 @@ def _launch_all(size: Size) -> None:
         # A batch that is expanded has a stride of zero, of which no tensor descriptor can be made.
         for layout, expanded in ((size.layout, True), (size.ragged, False), (size.layout, False)):
             _attend(size, layout, dtype, expanded)
-        nabla_mask.pool(_tokens(size, size.layout, dtype), size.layout.block_starts("meta"))
+        nabla_mask.pool(
+            _tokens(size, size.layout, dtype), size.layout.block_starts("meta"), size.layout.max_block_tokens
+        )
     _build_masks(size)
     _modulate(size)
     _normalize_heads(size)
@@ -95,7 +97,8 @@ def _build_masks(size: Size) -> None:
     layout = size.layout
     window, coordinates = list(STA_WINDOW), layout.block_coordinates("meta")
     sta = sta_mask.sta_mask(coordinates, window, kept_blocks(layout, window))
-    queries, keys = (torch.empty(size.heads, layout.blocks, size.head_dim, device="meta") for _ in range(2))
+    pooled = (nabla_mask.PARTS, size.heads, layout.blocks, size.head_dim)
+    queries, keys = (torch.empty(pooled, dtype=torch.bfloat16, device="meta") for _ in range(2))
     rows = nabla_mask.keys_of_rows(layout.clip_block_starts("meta"), layout.blocks)
     for near in (None, block_mask.lists_to_bits(*sta)[0, 0]):
         bits, _ = nabla_mask.select(queries, keys, *rows, 1, layout.max_clip_blocks, THR, near)

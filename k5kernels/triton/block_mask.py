@@ -14,10 +14,10 @@ from torch import Tensor
 from k5kernels.block_mask import row_offsets
 from k5kernels.triton.launch import launch
 
-# What one program of each kernel looks at in one step: entries of a list, rows, words.
+# What one program of each kernel looks at in one step: entries of a list, rows, words of rows.
 LISTED_KEYS = 128
 ROWS_AT_ONCE = 128
-WORDS_AT_ONCE = 16
+LISTED_ROWS, LISTED_WORDS = 8, 8
 
 
 def lists_to_bits(offsets: Tensor, indices: Tensor) -> Tensor:
@@ -39,10 +39,12 @@ def bits_to_lists(bits: Tensor, offsets: Tensor, capacity: int) -> Tensor:
     offsets: int64 [B, h, N_b + 1], of which the first may be any number that is then the place of the first entry.
     """
     batch, heads, blocks, words = bits.shape
+    rows = batch * heads * blocks
     indices = bits.new_empty(capacity)
     launch(
-        write_lists_kernel, (blocks, batch * heads), bits.contiguous(), offsets.contiguous(), indices, words,
-        WORDS=WORDS_AT_ONCE, num_warps=1,
+        write_lists_kernel, (triton.cdiv(rows, LISTED_ROWS),),
+        bits.contiguous(), offsets.contiguous(), indices, rows, blocks, words,
+        ROWS=LISTED_ROWS, WORDS=LISTED_WORDS, num_warps=4,
     )  # fmt: skip
     return indices
 
@@ -82,19 +84,21 @@ def set_bits_kernel(offsets, indices, bits, words, KEYS: tl.constexpr):
 
 
 @triton.jit
-def write_lists_kernel(bits, offsets, indices, words, WORDS: tl.constexpr):
-    """The numbers of the key blocks whose bits are set in one row, ascending, from its offset on."""
-    block = tl.program_id(0)
-    mask = tl.program_id(1).to(tl.int64)
-    blocks = tl.num_programs(0)
-    bits += (mask * blocks + block) * words
-    place = tl.load(offsets + mask * (blocks + 1) + block)
+def write_lists_kernel(bits, offsets, indices, total_rows, blocks, words, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """The numbers of the key blocks whose bits are set in some rows, ascending, each row from its offset on."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < total_rows
+    source = bits + row.to(tl.int64) * words
+    place = tl.load(offsets + row // blocks * (blocks + 1) + row % blocks, mask=there, other=0)
+    column = tl.arange(0, WORDS * 32)
     for first in range(0, words, WORDS):
-        key = first * 32 + tl.arange(0, WORDS * 32)
-        word = tl.load(bits + key // 32, mask=key // 32 < words, other=0)
-        keep = (word >> (key % 32)) & 1
-        tl.store(indices + place + tl.cumsum(keep, axis=0) - 1, key, mask=keep != 0)
-        place += tl.sum(keep)
+        number = first + column // 32
+        word = tl.load(source[:, None] + number[None, :], mask=there[:, None] & (number < words)[None, :], other=0)
+        keep = (word >> (column % 32)[None, :]) & 1
+        target = place[:, None] + tl.cumsum(keep, axis=1) - 1
+        key = tl.broadcast_to((first * 32 + column)[None, :], [ROWS, WORDS * 32])
+        tl.store(indices + target, key, mask=keep != 0)
+        place += tl.sum(keep, axis=1)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ def test_transposed_lists_are_those_of_the_mask(layout, density):
 
 @pytest.mark.parametrize(("density", "words"), [(0.0, 16), (0.3, 2), (1.0, 16)])
 def test_bits_are_those_of_the_lists_and_lists_those_of_the_bits(density, words, monkeypatch):
-    monkeypatch.setattr(kernels, "WORDS_AT_ONCE", words)
+    monkeypatch.setattr(kernels, "LISTED_WORDS", words)
     mask = random_mask(ROWS_OF_SEVERAL_WORDS, 1, 1, density)
     bits = kernels.lists_to_bits(mask.offsets, mask.indices)
     assert torch.equal(bits, dense_to_bits(mask.to_dense()))

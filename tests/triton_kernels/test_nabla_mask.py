@@ -1,9 +1,13 @@
 """NABLA's selection by the Triton kernels against its definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+import triton.language as tl
 from block_masks import one_token_blocks, same_clip, same_lists, select
 from dense_attention import far_apart, random_tokens
+from tolerances import assert_error_bounded
 
 from k5kernels import TokenLayout
 from k5kernels.ops.nabla_mask import nabla_mask_reference
@@ -68,6 +72,48 @@ def test_of_the_longest_clips_a_third_of_the_map_is_in_memory_at_most(heads, blo
     tiles, step = kernels.logits_at_once(heads * -(-blocks // kernels.TILE_ROWS), blocks)
     assert step >= blocks
     assert tiles * kernels.TILE_ROWS * step < heads * blocks**2 / 3
+
+
+def test_pooled_parts_add_up_to_the_means_in_float32():
+    x = random_tokens(RAGGED, 2, 2, 20)[0]
+    parts = kernels.pool(x, RAGGED.block_starts(), RAGGED.max_block_tokens)
+    assert (parts.dtype, parts.shape) == (torch.bfloat16, (3, 4, RAGGED.blocks, 20))
+    starts = RAGGED.block_starts().tolist()
+    means = torch.stack([x.double()[:, :, a:b].mean(2) for a, b in pairwise(starts)], 2)
+    eager = torch.stack([x[:, :, a:b].mean(2) for a, b in pairwise(starts)], 2)
+    assert_error_bounded(parts.float().sum(0).view(means.shape), eager, means)
+
+
+@pytest.mark.parametrize("dim", [20, 128])
+def test_logits_err_no_more_than_float32_products_of_float32_means(dim):
+    layout = one_token_blocks(40, 150)
+    tokens = [8 * x for x in random_tokens(layout, 1, 2, dim)[:2]]
+    queries, keys = (kernels.pool(x, layout.block_starts(), 1) for x in tokens)
+    rows = kernels.keys_of_rows(layout.clip_block_starts(), layout.blocks)
+    logits = torch.full((2, 2 * kernels.TILE_ROWS, 160), torch.nan)
+    grid = (-(-layout.blocks // kernels.TILE_COLUMNS), 4)
+    kernels.launch(
+        kernels.logits_kernel, grid, queries, keys, *rows, logits, 0, 2, 2, layout.blocks, 160, 1.0,
+        D=dim, ROWS=kernels.TILE_ROWS, COLUMNS=kernels.TILE_COLUMNS, DEPTH=kernels.TILE_DEPTH,
+    )  # fmt: skip
+    for first, last in ((0, 40), (40, 190)):
+        clip = [x[0, :, first:last] for x in tokens]
+        exact, eager = (a @ b.mT for a, b in ([x.double() for x in clip], clip))
+        assert_error_bounded(logits[:, first:last, : last - first], eager, exact)
+    assert logits[:, :40, 40:].isnan().all()
+
+
+@pytest.mark.parametrize("thr", [0.7, 1 - 2**-22])
+def test_rounded_sums_decide_nothing_that_exact_ones_would_not(thr, monkeypatch):
+    layout = one_token_blocks(9, 37)
+    q, k, _ = (3 * x for x in random_tokens(layout, 1, 1, 8))  # probabilities down to 1e-20
+    k[:, :, 20:30] = k[:, :, 20:21]  # and equal ones
+    expected = None
+    for steps in (0, 16):
+        monkeypatch.setattr(kernels, "COARSE_STEPS", tl.constexpr(steps))
+        mask = select(kernels.nabla_mask, q, k, layout, thr)
+        assert expected is None or same_lists(mask, expected)
+        expected = mask
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
