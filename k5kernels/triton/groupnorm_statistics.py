@@ -24,7 +24,7 @@ from k5kernels.triton.position_tiles import (
     run_of_program,
 )
 
-MERGED_VALUES = 4096  # means of channels of runs, by one program in one step
+MERGED_VALUES = 2048  # means of channels of runs, by one program in one step
 
 
 def groupnorm_statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
