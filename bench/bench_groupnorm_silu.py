@@ -31,8 +31,8 @@ def affine():
 def test_groupnorm_silu(benchmark, dtype, memory_format):
     x, (weight, bias) = activation(dtype, memory_format), affine()
     exact = groupnorm_silu_reference(x.double(), weight.double(), bias.double(), GROUPS, EPS)
-    # PyTorch's own channels-last kernel is off by about 6e-6 of the largest value in float32.
-    tolerance = max(4 * torch.finfo(dtype).eps, 1e-5) * exact.abs().max().item()
+    # PyTorch's own channels-last kernel is off by 1.1e-5 of the largest value in float32, ours by 1.3e-7.
+    tolerance = max(4 * torch.finfo(dtype).eps, 2e-5) * exact.abs().max().item()
     compiled = torch.compile(groupnorm_silu_reference)
     compare(
         benchmark,

@@ -4,6 +4,7 @@ The variants take turns in one process, so that other load on the machine slows 
 not their times.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -149,6 +150,12 @@ def copy_of(bytes_moved: int) -> Callable[[], Tensor]:
     source = torch.ones(bytes_moved // 8)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def sum_tolerance(dtype: torch.dtype, terms: int) -> float:
+    """How far a sum of so many terms may be off, relative to the largest of its kind: compiled code adds them one after
+    the other, and rounding errors then grow with the root of their number."""
+    return torch.finfo(dtype).eps * math.sqrt(terms)
 
 
 def in_float64(arguments: Iterable[Any]) -> list[Any]:
