@@ -112,7 +112,7 @@ class Manifest:
         self.sources.extend(SourceEntry(entry.source, entry.sha256) for entry in entries)
 
     def _put(self, number: int, shard: ShardEntry) -> None:
-        if number > len(self.shards):
+        if not 0 <= number <= len(self.shards):
             raise ManifestError(f"expected shard {len(self.shards)} next, got {number!r:.40}")
         if number == len(self.shards):
             for piece in shard.pieces:

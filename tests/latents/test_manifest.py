@@ -82,6 +82,8 @@ def test_the_last_changes_may_be_applied_again(count: int) -> None:
         Change(arrived=(1, (SourceEntry("x"),))),
         Change(arrived=(4, (SourceEntry("x"),))),
         Change(shards=((3, ShardEntry(1, ())),)),
+        Change(shards=((-1, ShardEntry(1, ())),)),  # a negative place would be the last one's
+        Change(shards=((-(2**70), ShardEntry(1, ())),)),
         Change(shards=((2, ShardEntry(1, (Piece(9, 0, 1),))),)),
         Change(shards=((2, ShardEntry(1, (Piece(0, 0, 0),))),)),
         Change(outcomes=(Outcome(-1, SHA, True),)),
