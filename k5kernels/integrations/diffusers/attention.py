@@ -13,7 +13,10 @@ from k5kernels.token_layout import TokenLayout
 
 
 class Processor(Protocol):
-    """As diffusers calls it."""
+    """As diffusers calls it, with the two settings that it puts on the processors of a model."""
+
+    _attention_backend: Any
+    _parallel_config: Any
 
     def __call__(self, attn: Any, hidden_states: Tensor, **rest: Any) -> Tensor: ...
 
@@ -52,7 +55,7 @@ class VisualSelfAttention:
 
     @_attention_backend.setter
     def _attention_backend(self, backend: Any) -> None:
-        self.original._attention_backend = backend  # type: ignore[attr-defined]  # not in the protocol: it is private
+        self.original._attention_backend = backend
 
     @property
     def _parallel_config(self) -> Any:
@@ -60,7 +63,7 @@ class VisualSelfAttention:
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        self.original._parallel_config = config  # type: ignore[attr-defined]  # as above
+        self.original._parallel_config = config
 
     def __call__(
         self,
