@@ -10,7 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,19 +64,26 @@ def latents(out: Path) -> dict[str, bytes]:
     return {sample.key: sample.latent.numpy().tobytes() for shard in shards(out) for sample in shard}
 
 
+@contextmanager
+def new_case() -> Iterator[Case]:
+    """One with a process of its own, which takes seconds to start."""
+    with memory_folder() as root:
+        (root / "watched").mkdir()
+        with faulty_jobs(root / "watched") as jobs:
+            yield Case(jobs)
+
+
 @pytest.fixture(scope="module")
-def cases() -> Iterator[list[Case]]:
-    """Two of the same, each with a process of its own."""
-    with ExitStack() as stack:
-        folders = [stack.enter_context(memory_folder()) / "watched" for _ in range(2)]
-        for folder in folders:
-            folder.mkdir()
-        yield [Case(stack.enter_context(faulty_jobs(folder))) for folder in folders]
+def case() -> Iterator[Case]:
+    with new_case() as made:
+        yield made
 
 
-@pytest.fixture
-def case(cases: list[Case]) -> Case:
-    return cases[0]
+@pytest.fixture(scope="module")
+def cases(case: Case) -> Iterator[list[Case]]:
+    """Two of the same, for the long tests."""
+    with new_case() as another:
+        yield [case, another]
 
 
 def at_every_call(cases: list[Case], check: Callable[[Case, int], None]) -> None:

@@ -8,7 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from simulated_tree import simulate_tree
+from simulated_tree import FILES, simulate_tree
 
 from k5kernels.latents import sources as module
 from k5kernels.latents.sources import Listing, content_hash, find_sources, is_of_share
@@ -174,11 +174,12 @@ def test_every_source_is_of_one_share_and_the_shares_are_alike() -> None:
     assert all(is_of_share(path, 0, 1) for path in paths)
 
 
-def test_a_hundred_thousand_files_take_little_memory_and_few_open_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folders", [50, pytest.param(1000, marks=pytest.mark.slow)])
+def test_very_many_files_take_little_memory_and_few_open_files(
+    folders: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A simulated tree: 1,000 folders of 100 files, of which only the folders are there."""
-    simulate_tree(tmp_path, 1000, monkeypatch)
+    """A simulated tree: folders of 100 files, of which only the folders are there."""
+    simulate_tree(tmp_path, folders, monkeypatch)
     before = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 16, hard))
@@ -189,5 +190,5 @@ def test_a_hundred_thousand_files_take_little_memory_and_few_open_files(
     finally:
         tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len(listing.sources) == 100_000
+    assert len(listing.sources) == folders * FILES
     assert used < 1000 * len(listing.sources)
