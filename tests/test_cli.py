@@ -1,5 +1,6 @@
 """`k5` and `k5 encode`."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,22 @@ def test_encode_keeps_the_good_videos_names_the_bad_one_and_exits_with_1(folder,
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("k5: "))
     assert line.startswith(f"k5: {folder}/text.mp4: ")
     assert len(list(read_shard(tmp_path / "out" / "00000.tar"))) == 1
+
+
+def test_encode_lists_its_presets_and_needs_nothing_else():
+    result = k5("encode --list-presets")
+    assert result.exit_code == 0, result.output
+    assert all(f" {name} " in result.stdout for name in ("video_lite_512", "image_lite_256", "video_pro_1024_10s"))
+
+
+def test_encode_takes_a_presets_settings_and_before_them_those_that_are_given(folder, tmp_path):
+    arguments = f"encode {folder}/clip.mp4 --vae {folder}/vae.safetensors --preset video_lite_256 --clip-frames 5"
+    assert k5(f"{arguments} --out {tmp_path}/out").exit_code == 0
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    expected = {"resolution": 256, "clip_frames": 5, "fps": "24", "samples_per_shard": 16}
+    assert settings.items() >= expected.items()
+    fails(f"{arguments} --out {tmp_path}/out --samples-per-shard 2", 2, "samples_per_shard 16 there, 2 now")
+    fails(f"encode {folder}/clip.mp4 --vae {folder}/vae.safetensors --out {tmp_path} --preset small", 2, "preset")
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,57 @@ from typing import Annotated
 
 import typer
 
-from k5kernels.terminal import DeviceName, complain, console, one_line_errors, one_line_stop
+from k5kernels.terminal import DeviceName, complain, console, one_line_errors, one_line_stop, table
+
+
+def print_presets(asked: bool) -> None:
+    """What --list-presets does: it needs none of the other arguments."""
+    if asked:
+        from k5kernels.latents.presets import presets
+
+        header = ["preset", "height×width", "frames", "frames/s", "a shard", "stages (Table 4)"]
+        rows = [
+            [
+                one.name,
+                " ".join(f"{height}×{width}" for height, width in one.buckets),
+                str(one.clip_frames),
+                one.fps,
+                str(one.samples_per_shard),
+                one.stages,
+            ]
+            for one in presets().values()
+        ]
+        console().print(table("Presets of k5 encode", header, rows))
+        raise typer.Exit
 
 
 def encode(
     videos: Annotated[list[Path], typer.Argument(help="Videos and pictures, and folders of them.")],
     vae: Annotated[Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers.")],
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
-    resolution: Annotated[int, typer.Option(help="Class of the buckets: 256, 512 or 1024.")] = 256,
-    clip_frames: Annotated[int, typer.Option(help="Frames of a clip: 1 + a multiple of 4; 1 for image stages.")] = 25,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Buckets, lengths and shards of a stage, by name; an option given beside it goes before it."),
+    ] = None,
+    list_presets: Annotated[
+        bool, typer.Option("--list-presets", help="Print the presets and end.", callback=print_presets, is_eager=True)
+    ] = False,
+    resolution: Annotated[
+        int | None, typer.Option(help="Class of the buckets: 256, 512 or 1024.", show_default="256")
+    ] = None,
+    clip_frames: Annotated[
+        int | None,
+        typer.Option(help="Frames of a clip: 1 + a multiple of 4; 1 for image stages.", show_default="25"),
+    ] = None,
     fps: Annotated[
-        str, typer.Option(help="Frames a second, resampled by time stamps; or source, for every frame as it is.")
-    ] = "24",
+        str | None,
+        typer.Option(
+            help="Frames a second, resampled by time stamps; or source, for every frame as it is.", show_default="24"
+        ),
+    ] = None,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(help="Clips a shard; the last one of a run may have fewer.", show_default="16")
+    ] = None,
     background: Annotated[
         str, typer.Option(help="Colour behind what is transparent: black, white, grey or #rrggbb.")
     ] = "black",
@@ -43,11 +82,13 @@ def encode(
         from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.job import encode_videos
+        from k5kernels.latents.presets import SMALL, named_preset
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
         from k5kernels.vae.weights import load_encoder
 
         chosen = choose_device(device)
-        reading = Reading(fps=parse_fps(fps), background=parse_colour(background))
+        base = SMALL if preset is None else named_preset(preset)
+        reading = Reading(fps=parse_fps(fps or base.fps), background=parse_colour(background))
         given = None if captions is None else read_captions(captions)
         encoder = load_encoder(vae).to(chosen)
         terminal = console(stderr=True)
@@ -61,8 +102,9 @@ def encode(
                 videos,
                 encoder,
                 out,
-                resolution=resolution,
-                clip_frames=clip_frames,
+                resolution=base.resolution if resolution is None else resolution,
+                clip_frames=base.clip_frames if clip_frames is None else clip_frames,
+                samples_per_shard=base.samples_per_shard if samples_per_shard is None else samples_per_shard,
                 reading=reading,
                 index=index,
                 of=of,

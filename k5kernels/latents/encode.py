@@ -15,7 +15,7 @@ from torch import Tensor
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import AS_MODELS, Reading, VideoError, nearest_bucket, read_clips, to_model
+from k5kernels.latents.video import AS_MODELS, Bucket, Reading, VideoError, buckets_of, read_clips, to_model
 from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
 
@@ -27,7 +27,8 @@ Progress = Callable[[int, int], None]
 class Encoding:
     """How sources become samples.
 
-    resolution: a class of `k5kernels.latents.video.BUCKETS`; the bucket nearest to the video's aspect ratio is taken.
+    resolution: a class of `k5kernels.latents.video.BUCKETS`, or buckets themselves; the one nearest to the video's
+    aspect ratio is taken.
     clip_frames: 1 + a multiple of 4; with 1, every frame is a clip, as image stages want.
     max_clips: of each source, the first so many; None: all.
     reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
@@ -35,7 +36,7 @@ class Encoding:
     """
 
     encoder: HunyuanEncoder
-    resolution: int = 256
+    resolution: int | tuple[Bucket, ...] = 256
     clip_frames: int = 25
     max_clips: int | None = None
     reading: Reading = AS_MODELS
@@ -43,14 +44,15 @@ class Encoding:
 
     def __post_init__(self) -> None:
         latent_frames(self.clip_frames)
-        nearest_bucket(1, 1, self.resolution)
+        buckets_of(self.resolution)
         if self.max_clips is not None and self.max_clips < 1:
             raise ValueError(f"max_clips: expected at least 1, or None for all, got {self.max_clips}")
         object.__setattr__(self, "fingerprint", _fingerprint(self.encoder))
 
     def settings(self) -> dict[str, Any]:
         """What the samples depend on, as JSON values."""
-        settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": self.resolution}
+        resolution = self.resolution if isinstance(self.resolution, int) else [list(one) for one in self.resolution]
+        settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": resolution}
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
         return settings | ({} if self.max_clips is None else {"max_clips": self.max_clips})
 

@@ -24,7 +24,7 @@ from k5kernels.latents.manifest import Outcome, SourceEntry
 from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, prefix_of
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
-from k5kernels.latents.video import AS_MODELS, Reading, VideoError
+from k5kernels.latents.video import AS_MODELS, Bucket, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
 from k5kernels.lock import locked, this_process
 from k5kernels.vae import HunyuanEncoder
@@ -77,7 +77,7 @@ def encode_videos(
     encoder: HunyuanEncoder,
     out: str | Path,
     *,
-    resolution: int = 256,
+    resolution: int | tuple[Bucket, ...] = 256,
     clip_frames: int = 25,
     samples_per_shard: int = 16,
     max_clips: int | None = None,

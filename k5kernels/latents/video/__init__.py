@@ -1,6 +1,6 @@
 """Video files in and out: what a player shows becomes the frames that are encoded."""
 
-from k5kernels.latents.video.buckets import BUCKETS, nearest_bucket
+from k5kernels.latents.video.buckets import BUCKETS, Bucket, buckets_of, nearest_bucket
 from k5kernels.latents.video.clips import MIN_FRAMES, Clip, read_clips
 from k5kernels.latents.video.errors import VideoError
 from k5kernels.latents.video.frames import fit, to_frames, to_model
@@ -13,10 +13,12 @@ __all__ = [
     "BUCKETS",
     "EVERY_FRAME",
     "MIN_FRAMES",
+    "Bucket",
     "Clip",
     "Reading",
     "VideoError",
     "VideoInfo",
+    "buckets_of",
     "decode",
     "fit",
     "nearest_bucket",

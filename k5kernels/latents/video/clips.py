@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from k5kernels.latents.video.buckets import nearest_bucket
+from k5kernels.latents.video.buckets import Bucket, nearest_bucket
 from k5kernels.latents.video.container import OpenVideo, open_video
 from k5kernels.latents.video.errors import VideoError
 from k5kernels.latents.video.frames import fit_image
@@ -43,7 +43,9 @@ class Clip:
     announced_frames: int
 
 
-def read_clips(path: str | Path, resolution: int, clip_frames: int, reading: Reading = AS_MODELS) -> Iterator[Clip]:
+def read_clips(
+    path: str | Path, resolution: int | tuple[Bucket, ...], clip_frames: int, reading: Reading = AS_MODELS
+) -> Iterator[Clip]:
     """The clips of a video in turn, one in memory at a time, each in the bucket nearest to its shape.
 
     A break in the video, or another frame size, ends a clip. Of what remains at an end, the first 1 + 4n frames are
@@ -70,7 +72,12 @@ def read_clips(path: str | Path, resolution: int, clip_frames: int, reading: Rea
 
 
 def _cut(
-    run: Iterator[Shown], video: OpenVideo, resolution: int, clip_frames: int, fps: Fraction | None, first: int
+    run: Iterator[Shown],
+    video: OpenVideo,
+    resolution: int | tuple[Bucket, ...],
+    clip_frames: int,
+    fps: Fraction | None,
+    first: int,
 ) -> Iterator[tuple[int, Clip | None]]:
     """(frames taken, the clip of them or None where they are too few) of frames without a break among them."""
     opening = next(run)
