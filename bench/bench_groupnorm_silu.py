@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench.harness import COPY, compare, in_float64
 from k5kernels.ops.groupnorm_silu import (
@@ -10,10 +11,15 @@ from k5kernels.ops.groupnorm_silu import (
     groupnorm_silu_backward_reference,
     groupnorm_silu_reference,
 )
+from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
+from k5kernels.ops.groupnorm_silu_padded import groupnorm_silu_padded, groupnorm_silu_padded_reference
+from k5kernels.ops.groupnorm_statistics import groupnorm_statistics
 
 SHAPE, GROUPS = (1, 128, 17, 128, 128), 32  # beyond every cache
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 FORWARD_FLOORS = {COPY: 0.7, "eager": 1.5}
+CAUSAL_PAD = (2, 1, 1)  # of a 3 x 3 x 3 convolution
+PADDED_FLOORS = {COPY: 0.7, "apply, then pad": 1.5}
 BACKWARD_FLOORS = {COPY: 0.75, "torch.compile": 1.3}
 
 both_formats = pytest.mark.parametrize("memory_format", FORMATS)
@@ -45,6 +51,32 @@ def test_groupnorm_silu(benchmark, dtype, memory_format):
         lambda out: torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance),
         floors=FORWARD_FLOORS,
         bytes_moved=3 * x.nbytes,  # x is read for its statistics, then read and written
+    )
+
+
+@both_formats
+def test_groupnorm_silu_padded(benchmark, dtype, memory_format):
+    x, (weight, bias) = activation(dtype, memory_format), affine()
+    statistics = groupnorm_statistics(x, GROUPS)
+    given = (statistics.mean, statistics.variance, weight.double(), bias.double(), CAUSAL_PAD, EPS)
+    exact = groupnorm_silu_padded_reference(x.double(), *given)
+    tolerance = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
+    frames, rows, columns = CAUSAL_PAD
+
+    def apply_then_pad():
+        out = groupnorm_silu_apply(x, statistics, weight, bias, EPS)
+        return F.pad(out, (columns, columns, rows, rows, frames, 0), mode="replicate")
+
+    compare(
+        benchmark,
+        f"x {list(SHAPE)}",
+        {
+            "ours": lambda: groupnorm_silu_padded(x, statistics, weight, bias, CAUSAL_PAD, EPS),
+            "apply, then pad": apply_then_pad,
+        },
+        lambda out: torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance),
+        floors=PADDED_FLOORS,
+        bytes_moved=x.nbytes + exact.numel() * x.element_size(),
     )
 
 

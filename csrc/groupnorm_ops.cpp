@@ -59,12 +59,17 @@ void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batc
   });
 }
 
+// Of the channels of all samples, for the second step of channels-last.
+template <class T>
+std::vector<float> centres_slopes_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
+  std::vector<float> centres_slopes(2 * batch * op.channels);
+  K5_DISPATCH(groupnorm_silu_slopes, op, centres_slopes.data(), 0, batch);
+  return centres_slopes;
+}
+
 template <class T>
 void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
-  std::vector<float> centres_slopes(2 * batch * op.channels);
-  parallel_for(0, batch, 1, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_slopes, op, centres_slopes.data(), first, end);
-  });
+  const std::vector<float> centres_slopes = centres_slopes_of(op, batch);
   parallel_for(0, batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
     K5_DISPATCH(groupnorm_silu_channels_last, op, centres_slopes.data(), first, end);
   });
@@ -117,7 +122,38 @@ Tensor groupnorm_silu_apply(const Tensor& x, const Tensor& mean, const Tensor& v
   return out;
 }
 
-// The two above in one call; where x is contiguous, each group is normalized while its values are still in the cache.
+// groupnorm_silu_apply with a border of copies: pad is the frames before the first, then the rows and the columns on both
+// sides.
+Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& weight,
+                             const Tensor& bias, std::vector<int64_t> pad, double eps) {
+  const MemoryFormat format = groupnorm_format(x);
+  const Tensor dense = contiguous(x, format), dense_weight = dense_float(weight), dense_bias = dense_float(bias);
+  const Tensor dense_mean = contiguous(mean), dense_variance = contiguous(variance);
+  const k5::Border border{x.size(2), x.size(3), x.size(4), pad[0], pad[1], pad[2]};
+  const int64_t batch = x.size(0), channels = x.size(1), groups = mean.size(1);
+  const int64_t sizes[] = {batch, channels, border.padded_frames(), border.padded_height(), border.padded_width()};
+  Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  if (out.numel() == 0) return out;
+  const int64_t rows = batch * border.padded_frames() * border.padded_height();
+  for_dtype("x", x, [&](auto element) {
+    using T = decltype(element);
+    const auto op = silu_of<T>(dense, data<double>(dense_mean), data<double>(dense_variance), dense_weight, dense_bias,
+                               out, groups, eps);
+    if (format == MemoryFormat::Contiguous) {
+      parallel_for(0, rows * channels, grain(border.width), [&](int64_t first, int64_t end) {
+        K5_DISPATCH(groupnorm_silu_padded_contiguous, op, border, first, end);
+      });
+    } else {
+      const std::vector<float> centres_slopes = centres_slopes_of(op, batch);
+      parallel_for(0, rows, grain(border.width * channels), [&](int64_t first, int64_t end) {
+        K5_DISPATCH(groupnorm_silu_padded_channels_last, op, border, centres_slopes.data(), first, end);
+      });
+    }
+  });
+  return out;
+}
+
+// groupnorm_statistics and groupnorm_silu_apply in one call; where x is contiguous, each group is normalized while its values are still in the cache.
 Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps) {
   const MemoryFormat format = groupnorm_format(x);
   const Tensor dense = contiguous(x, format), dense_weight = dense_float(weight), dense_bias = dense_float(bias);
@@ -393,6 +429,7 @@ STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CPU, m) {
   m.impl("groupnorm_silu_backward", TORCH_BOX(&groupnorm_silu_backward));
   m.impl("groupnorm_silu_apply", TORCH_BOX(&groupnorm_silu_apply));
   m.impl("groupnorm_silu_apply_backward", TORCH_BOX(&groupnorm_silu_apply_backward));
+  m.impl("groupnorm_silu_padded", TORCH_BOX(&groupnorm_silu_padded));
   m.impl("groupnorm_statistics", TORCH_BOX(&groupnorm_statistics));
   m.impl("groupnorm_statistics_backward", TORCH_BOX(&groupnorm_statistics_backward));
 }

@@ -18,6 +18,7 @@ from k5kernels.ops.library import OPERATORS
 LARGEST_DIFFERENCE = 1e-2
 EPS = 1e-6
 GROUPS = 32
+CAUSAL_PAD = [2, 1, 1]  # of a 3 x 3 x 3 convolution
 ACTIVATION, TINY_ACTIVATION = (1, 128, 33, 512, 768), (1, 64, 2, 8, 8)
 
 
@@ -71,6 +72,7 @@ def cases(size: Size, activation: Sequence[int], device: torch.device) -> list[t
         ("qk_norm_rope_backward", (x.view(q.shape), y.view(q.shape), *rope)),
         ("groupnorm_statistics", (z, GROUPS)),
         ("groupnorm_silu_apply", (z, *moments, *affine, EPS)),
+        ("groupnorm_silu_padded", (z, *moments, *affine, CAUSAL_PAD, EPS)),
         ("groupnorm_silu_apply_backward", (of_z, z, *moments, *affine, EPS)),
         ("groupnorm_silu", (z, *affine, GROUPS, EPS)),
         ("groupnorm_silu_backward", (of_z, z, *affine, GROUPS, EPS)),

@@ -19,6 +19,7 @@ from k5kernels.triton import (
     fractal,
     gated_residual,
     groupnorm_silu_apply,
+    groupnorm_silu_padded,
     groupnorm_statistics,
     layernorm_modulate,
     nabla_mask,
@@ -206,6 +207,7 @@ KERNELS: dict[Any, Kernel] = {
         _activation("groupnorm_statistics: backward"), _elementwise(3)
     ),
     groupnorm_silu_apply.apply_kernel: Kernel(_activation("groupnorm_silu: apply"), _elementwise(8)),
+    groupnorm_silu_padded.apply_padded_kernel: Kernel(_activation("groupnorm_silu: apply and pad"), _elementwise(8)),
     groupnorm_silu_apply.gradient_kernel: Kernel(_gradient_title, _elementwise(20)),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),

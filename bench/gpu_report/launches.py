@@ -15,6 +15,7 @@ from k5kernels.triton import (
     gated_residual,
     groupnorm_silu,
     groupnorm_silu_apply,
+    groupnorm_silu_padded,
     groupnorm_statistics,
     layernorm_modulate,
     nabla_mask,
@@ -27,6 +28,7 @@ from k5kernels.triton.launch import Launch, record_launches
 THR = 0.9
 SCALE = 0.1
 EPS = 1e-6
+CAUSAL_PAD = (2, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _normalize_groups(size: Size) -> None:
         x = torch.empty(1, channels, 33, 512, 768, dtype=dtype, device="meta", memory_format=memory_format)
         groupnorm_silu.groupnorm_silu(x, weight, weight, groups, EPS)
         groupnorm_silu.groupnorm_silu_backward(x, x, weight, weight, groups, EPS)
+        groupnorm_silu_padded.groupnorm_silu_padded(x, moments, moments, weight, weight, CAUSAL_PAD, EPS)
         groupnorm_silu_apply.groupnorm_silu_apply_backward(x, x, moments, moments, weight, weight, EPS)
         groupnorm_statistics.groupnorm_statistics_backward(moments, moments, x, moments)
 

@@ -26,17 +26,38 @@ void groups_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t 
   if (kPastCaches) end_of_stream();
 }
 
+// One position of all channels.
+template <bool kPastCaches, class T>
+inline __attribute__((always_inline)) void position_channels_last(const GroupNormSiLU<T>& op, const float* centres,
+                                                                  const T* x, T* out) {
+  const float* slopes = centres + op.channels;
+  for_lanes(op.channels, [&](int64_t i, int, auto lanes) {
+    const Vec8 centred = lanes.get(x + i) - lanes.get(centres + i);
+    lanes.template set<kPastCaches>(out + i, silu(centred * lanes.get(slopes + i) + lanes.get(op.bias + i)));
+  });
+}
+
 template <bool kPastCaches, class T>
 void positions_channels_last(const GroupNormSiLU<T>& op, const float* centres_slopes, int64_t first_position,
                              int64_t end_position) {
   for (int64_t position = first_position; position < end_position; position++) {
-    const float *centres = centres_slopes + position / op.positions * 2 * op.channels, *slopes = centres + op.channels;
-    const T* x = op.x + position * op.channels;
-    T* out = op.out + position * op.channels;
-    for_lanes(op.channels, [&](int64_t i, int, auto lanes) {
-      const Vec8 centred = lanes.get(x + i) - lanes.get(centres + i);
-      lanes.template set<kPastCaches>(out + i, silu(centred * lanes.get(slopes + i) + lanes.get(op.bias + i)));
-    });
+    const float* centres = centres_slopes + position / op.positions * 2 * op.channels;
+    position_channels_last<kPastCaches>(op, centres, op.x + position * op.channels, op.out + position * op.channels);
+  }
+  if (kPastCaches) end_of_stream();
+}
+
+// A border is computed again from what it copies: that reads as many bytes as a copy of the result would.
+template <bool kPastCaches, class T>
+void rows_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+                               int64_t first_row, int64_t end_row) {
+  for (int64_t row = first_row; row < end_row; row++) {
+    const SourceRow source = source_row(border, row);
+    const float* centres = centres_slopes + source.sample * 2 * op.channels;
+    const T* x = op.x + (source.sample * op.positions + source.row * border.width) * op.channels;
+    T* out = op.out + row * border.padded_width() * op.channels;
+    for (int64_t column = -border.columns; column < border.width + border.columns; column++, out += op.channels)
+      position_channels_last<kPastCaches>(op, centres, x + clamp_to(column, border.width) * op.channels, out);
   }
   if (kPastCaches) end_of_stream();
 }
@@ -70,10 +91,40 @@ void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* centr
                  : positions_channels_last<false>(op, centres_slopes, first_position, end_position);
 }
 
+template <class T>
+void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
+                                      int64_t end_row) {
+  const int64_t width = border.width, columns = border.columns;
+  for (int64_t row = first_row; row < end_row; row++) {
+    const SourceRow source = source_row(border, row);  // its sample is one channel of a sample
+    const int64_t channel = source.sample % op.channels, group = source.sample / (op.channels / op.groups);
+    const float mean = static_cast<float>(op.mean[group]);
+    const float slope = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps)) * op.weight[channel];
+    const T* x = op.x + source.sample * op.positions + source.row * width;
+    T* out = op.out + row * border.padded_width() + columns;
+    for_lanes(width, [&](int64_t i, int, auto lanes) {
+      lanes.set(out + i, silu((lanes.get(x + i) - mean) * slope + op.bias[channel]));
+    });
+    for (int64_t i = 1; i <= columns; i++) {
+      out[-i] = out[0];
+      out[width - 1 + i] = out[width - 1];
+    }
+  }
+}
+
+template <class T>
+void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+                                         int64_t first_row, int64_t end_row) {
+  op.past_caches ? rows_padded_channels_last<true>(op, border, centres_slopes, first_row, end_row)
+                 : rows_padded_channels_last<false>(op, border, centres_slopes, first_row, end_row);
+}
+
 #define K5_INSTANTIATE(T)                                                                \
   template void groupnorm_silu_contiguous(const GroupNormSiLU<T>&, int64_t, int64_t);    \
   template void groupnorm_silu_slopes(const GroupNormSiLU<T>&, float*, int64_t, int64_t); \
-  template void groupnorm_silu_channels_last(const GroupNormSiLU<T>&, const float*, int64_t, int64_t);
+  template void groupnorm_silu_channels_last(const GroupNormSiLU<T>&, const float*, int64_t, int64_t);    \
+  template void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>&, const Border&, int64_t, int64_t); \
+  template void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>&, const Border&, const float*, int64_t, int64_t);
 
 K5_INSTANTIATE(float)
 K5_INSTANTIATE(BFloat16)

@@ -1,5 +1,5 @@
 // GroupNorm by given statistics, then SiLU, for dense [batch, channels, positions] and dense channels-last
-// [batch, positions, channels].
+// [batch, positions, channels]; the result may have a border of copies of its outermost values.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,30 @@ struct GroupNormSiLU {
   bool past_caches;
 };
 
+// Positions of x are [frames, height, width]. The border: copies of the first frame before it, and of the outermost rows
+// and columns on both sides.
+struct Border {
+  int64_t frames, height, width;
+  int64_t before, rows, columns;
+
+  int64_t padded_frames() const { return before + frames; }
+  int64_t padded_height() const { return height + 2 * rows; }
+  int64_t padded_width() const { return width + 2 * columns; }
+};
+
+// Where a row of the result, numbered over its frames and samples, comes from: the sample, and the row in x.
+struct SourceRow {
+  int64_t sample, row;
+};
+
+static inline int64_t clamp_to(int64_t place, int64_t size) { return place < 0 ? 0 : place < size ? place : size - 1; }
+
+static inline SourceRow source_row(const Border& border, int64_t number) {
+  const int64_t row = number % border.padded_height(), frames = number / border.padded_height();
+  const int64_t frame = clamp_to(frames % border.padded_frames() - border.before, border.frames);
+  return {frames / border.padded_frames(), frame * border.height + clamp_to(row - border.rows, border.height)};
+}
+
 namespace portable {
 // Contiguous: whole groups, numbered batch * groups + group.
 template <class T>
@@ -36,6 +60,18 @@ void groupnorm_silu_slopes(const GroupNormSiLU<T>& op, float* centres_slopes, in
 template <class T>
 void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* centres_slopes, int64_t first_position,
                                   int64_t end_position);
+
+// Contiguous, with a border: rows of the result, numbered ((sample * channels + channel) * padded_frames + frame) *
+// padded_height + row.
+template <class T>
+void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
+                                      int64_t end_row);
+
+// Channels-last, with a border, step 2: rows of the result, numbered (sample * padded_frames + frame) * padded_height +
+// row.
+template <class T>
+void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+                                         int64_t first_row, int64_t end_row);
 }  // namespace portable
 namespace avx2 {
 template <class T>
@@ -45,6 +81,12 @@ void groupnorm_silu_slopes(const GroupNormSiLU<T>& op, float* centres_slopes, in
 template <class T>
 void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* centres_slopes, int64_t first_position,
                                   int64_t end_position);
+template <class T>
+void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
+                                      int64_t end_row);
+template <class T>
+void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+                                         int64_t first_row, int64_t end_row);
 }  // namespace avx2
 
 }  // namespace k5

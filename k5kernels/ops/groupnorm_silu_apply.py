@@ -40,7 +40,7 @@ def groupnorm_silu_apply(
     Saved for the backward: x itself, no copy; 2 * C bytes a position in bf16, 4 * C in float32.
     """
     check_channels_second(x)
-    _check_statistics(x, statistics)
+    check_statistics(x, statistics)
     check_affine(x, weight, bias)
     return torch.ops.k5.groupnorm_silu_apply(x, statistics.mean, statistics.variance, weight, bias, eps)
 
@@ -85,7 +85,8 @@ def check_affine(x: Tensor, weight: Tensor, bias: Tensor) -> None:
             raise ValueError(f"{name}: expected a floating {[channels]}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def _check_statistics(x: Tensor, statistics: GroupStatistics) -> None:
+def check_statistics(x: Tensor, statistics: GroupStatistics) -> None:
+    """Raise ValueError where the statistics are not float64 [B, G] with G a divisor of the channels of x."""
     samples, channels = x.shape[:2]
     for name, tensor in (("statistics.mean", statistics.mean), ("statistics.variance", statistics.variance)):
         groups = tensor.shape[1] if tensor.ndim == 2 and tensor.shape[0] == samples else 0
