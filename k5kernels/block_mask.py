@@ -4,16 +4,20 @@ The lists are compressed sparse rows: four bytes for each kept block and eight f
 mask that is the same for all samples is stored once (B_m = 1), and so is one that is the same for all heads (H_m = 1).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
-from torch.nn.attention.flex_attention import noop_mask
 
 from k5kernels.token_layout import TokenLayout
+
+if TYPE_CHECKING:  # it imports torch's compiler, which doubles the time of `import k5kernels`
+    from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
 # Entries of the lists that `transpose` works on at a time.
 CHUNK = 1 << 18
@@ -34,7 +38,7 @@ class BlockMask:
     layout: TokenLayout
 
     @classmethod
-    def from_dense(cls, dense: Tensor, layout: TokenLayout) -> "BlockMask":
+    def from_dense(cls, dense: Tensor, layout: TokenLayout) -> BlockMask:
         """From a mask over blocks, dense: bool [B_m, H_m, N_b, N_b], or [N_b, N_b] for all samples and heads.
 
         Raises ValueError where the shape does not fit the layout or a block reads one of another clip.
@@ -51,12 +55,14 @@ class BlockMask:
         return cls(row_offsets(dense.sum(-1)), dense.nonzero()[:, -1].to(torch.int32), layout)
 
     @classmethod
-    def from_flex(cls, mask: FlexBlockMask, layout: TokenLayout) -> "BlockMask":
+    def from_flex(cls, mask: FlexBlockMask, layout: TokenLayout) -> BlockMask:
         """From a mask of `torch.nn.attention.flex_attention`, whose blocks must be those of the layout.
 
         Raises ValueError where the layout has blocks of fewer than P² tokens, where the mask has another block size or
         another number of tokens, and where it has blocks that are read in part.
         """
+        from torch.nn.attention.flex_attention import noop_mask
+
         block_size = _flex_block_size(layout)
         if (block_size, block_size) != mask.BLOCK_SIZE:
             raise ValueError(f"mask: expected blocks of {block_size}×{block_size} tokens, got {mask.BLOCK_SIZE}")
@@ -91,6 +97,8 @@ class BlockMask:
 
         Raises ValueError where the layout has blocks of fewer than P² tokens: flex_attention knows one block size.
         """
+        from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
+
         block_size = _flex_block_size(self.layout)
         dense = self.to_dense()
         full_counts = dense.sum(-1, dtype=torch.int32)
@@ -104,7 +112,7 @@ class BlockMask:
             BLOCK_SIZE=block_size,
         )
 
-    def transpose(self) -> "BlockMask":
+    def transpose(self) -> BlockMask:
         """For each key block the query blocks that read it, ascending. Works on CHUNK entries at a time.
 
         The kernels of the backward build these lists themselves.

@@ -5,9 +5,10 @@ library, `register_engine`. Everything that names or chooses an engine asks thes
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from k5kernels.token_layout import TokenLayout
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 Capability = tuple[int, int]
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -139,12 +141,18 @@ def _in_words(head_dims: range | tuple[int, ...]) -> str:
     return f"head dims {', '.join(map(str, head_dims))}"
 
 
+def _constant(answer: Callable[..., Answer]) -> Callable[..., Answer]:
+    """What `torch.compiler.assume_constant_result` does, which would import the compiler and take seconds to do it."""
+    answer.__dict__["_dynamo_marked_constant"] = True
+    return answer
+
+
 # A compiler that traces attention takes the two answers below as they are: they do not change while a process runs.
-@torch.compiler.assume_constant_result
+@_constant
 def _is_installed(module: str) -> bool:
     return find_spec(module) is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)

@@ -22,6 +22,7 @@ from k5kernels.attention import (
     engine,
     register_engine,
 )
+from k5kernels.attention.engine import _constant
 from k5kernels.attention.flash import FlashAttention2
 
 CLIPS = TokenLayout([(2, 9, 17), (1, 8, 20)])
@@ -296,3 +297,13 @@ def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
         attention(q[:, :, 1:], k, v, "sdpa", CLIPS)
     with pytest.raises(ValueError, match="thr: expected"):
         attention(q, k, v, "nabla", CLIPS, thr=1.5)
+
+
+def test_what_compiled_code_takes_for_constant_is_marked_as_the_compiler_marks_it():
+    def ours():
+        pass
+
+    def theirs():
+        pass
+
+    assert _constant(ours).__dict__ == torch.compiler.assume_constant_result(theirs).__dict__ != {}

@@ -23,9 +23,11 @@ from bench.demo.page import write_page
 from bench.demo.report import Table, write_report
 from k5kernels.atomic import replacing
 from k5kernels.latents.video import write_video
+from k5kernels.latents.video.buckets import BUCKETS
 from train.clips import CAPTIONS, clip_path
 
 CPU = torch.device("cpu")
+SIDE = 128  # pixels of the small jobs' frames
 PATHS = ["full attention", "NABLA", "NABLA + MagCache"]
 HEADINGS = [
     "Sampling",
@@ -63,7 +65,7 @@ def cut_in_half(path):
 
 def without_its_end(path):
     """A video whose index is whole and stands first, so that only reading on finds that the last frames are missing."""
-    whole = noise_video(path.with_name("whole.mp4"), 40, 128, 128)
+    whole = noise_video(path.with_name("whole.mp4"), 20, 128, 128)
     with av.open(str(whole)) as source, av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(video=0):
@@ -120,7 +122,8 @@ def test_half_a_file_is_one_line(invoke, tmp_path):
     assert_no_results(tmp_path / "out")
 
 
-def test_damage_found_on_the_way_is_one_line(invoke, tmp_path):
+def test_damage_found_on_the_way_is_one_line(small, invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "MAX_CLIPS", 4)
     assert_one_clear_line(invoke(without_its_end(tmp_path / "clip.mp4")), "clip.mp4", "damaged or missing data")
     assert_no_results(tmp_path / "out")
 
@@ -153,26 +156,38 @@ def test_the_page_is_one_file(tmp_path):
     assert "http" not in page
 
 
-@pytest.fixture(scope="module")
-def small():
-    """The job on a few steps; of its memory, which processes of their own measure, made-up figures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.evaluation.PROBES", 1)
-        patch.setattr(job, "TRAIN_STEPS", 1)
-        patch.setattr(job, "SAMPLE_STEPS", 2)
-        patch.setattr(job, "CLIP_FRAMES", 5)
-        patch.setattr(job, "MAX_CLIPS", 2)
-        patch.setattr(job, "measure", lambda grid, device, *flags: 2**30)
-        yield
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """The job on few steps and pixels; of its memory, which processes of their own measure, made-up figures."""
+    patch.setattr("train.evaluation.PROBES", 1)
+    patch.setattr(job, "TRAIN_STEPS", 1)
+    patch.setattr(job, "SAMPLE_STEPS", 2)
+    patch.setattr(job, "CLIP_FRAMES", 5)
+    patch.setattr(job, "MAX_CLIPS", 2)
+    patch.setitem(BUCKETS, SIDE, ((SIDE, SIDE),))
+    patch.setattr(job, "RESOLUTION", SIDE)
+    patch.setattr(job, "measure", lambda grid, device, *flags: 2**30)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def finished(small, tmp_path_factory) -> Job:
-    """A job that has run on a video of more clips than it takes."""
+def first_job(tmp_path_factory) -> Job:
+    """A small job that has run on a video of more clips than it takes."""
     folder = tmp_path_factory.mktemp("demo")
-    done = Job(noise_video(folder / "noise.mp4", 17, 128, 128), folder / "out", "Noise.", CPU)
-    demo.run_steps(done, Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        done = Job(noise_video(folder / "noise.mp4", 17, 128, 128), folder / "out", "Noise.", CPU)
+        demo.run_steps(done, Console(quiet=True))
     return done
+
+
+@pytest.fixture
+def finished(first_job, small) -> Job:
+    """That job, and further ones are as small."""
+    return first_job
 
 
 class Page(HTMLParser):
@@ -239,7 +254,7 @@ def assert_is_whole_report(out: Path, width: int, height: int, frames: int):
 
 
 def test_a_run_leaves_a_whole_report(finished):
-    assert_is_whole_report(finished.out, 256, 256, 5)
+    assert_is_whole_report(finished.out, SIDE, SIDE, 5)
 
 
 def test_a_long_video_is_read_only_as_far_as_its_first_clips(finished):
@@ -255,18 +270,18 @@ def test_a_second_run_replaces_the_first_and_keeps_other_files(finished, tmp_pat
     assert all((out / name).stat().st_mtime_ns > former[name] for name in job.FILES)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
-    assert_is_whole_report(out, 256, 256, 5)
+    assert_is_whole_report(out, SIDE, SIDE, 5)
 
 
 def test_a_wrong_video_leaves_a_former_runs_results(finished, invoke, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     (tmp_path / "notes.mp4").write_text("not a video")
     assert_one_clear_line(invoke(tmp_path / "notes.mp4"), "notes.mp4")
-    assert_is_whole_report(out, 256, 256, 5)
+    assert_is_whole_report(out, SIDE, SIDE, 5)
 
 
 def test_a_run_that_fails_leaves_no_results_of_a_former_one(finished, invoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "MAX_CLIPS", 8)
+    monkeypatch.setattr(job, "MAX_CLIPS", 4)
     out = shutil.copytree(finished.out, tmp_path / "out")
     assert_one_clear_line(invoke(without_its_end(tmp_path / "clip.mp4")), "clip.mp4", "damaged or missing data")
     assert_no_results(out)
@@ -283,7 +298,7 @@ def test_a_run_that_is_stopped_is_one_line_and_leaves_no_results(finished, invok
 
 
 def test_a_damaged_video_is_never_shown_as_done(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "MAX_CLIPS", 8)
+    monkeypatch.setattr(job, "MAX_CLIPS", 4)
     shown = []
     broken = Job(without_its_end(tmp_path / "clip.mp4"), tmp_path / "out", "Noise.", CPU)
     with pytest.raises(ValueError, match="damaged or missing data"):
