@@ -73,6 +73,7 @@ def encode(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try sources again whose content could not be used.")
     ] = False,
+    decoders: Annotated[int, typer.Option(help="Sources that are read at once, beside the encoder.")] = 2,
     device: DeviceName = None,
 ) -> None:
     """Encode videos and pictures into shards of latents; the same command goes on where it was stopped."""
@@ -110,12 +111,15 @@ def encode(
                 of=of,
                 overwrite=overwrite,
                 retry_failed=retry_failed,
+                decoders=decoders,
                 captions=given,
                 on_captions=tell_captions,
                 progress=progress,
             )
     for line in left_out(summary):
         terminal.print(line, soft_wrap=True)
+    if summary.seconds.encode:
+        terminal.print(str(summary.seconds))
     typer.echo(f"{out}: {summary.samples} clips in {summary.shards} shards, {summary.shards_kept} kept from before")
     for failure in summary.failures.values():
         complain(failure)

@@ -55,7 +55,11 @@ class Pace:
         if seconds <= 0 or done <= 0:
             return ""
         left = f"{timedelta(seconds=round((step.bytes_all - done) * seconds / done))} left"
-        return left if step.compared else f"{(self._clips_before + self._clips) / seconds:.3g} clips/s, {left}"
+        if step.compared:
+            return left
+        clips = f"{(self._clips_before + self._clips) / seconds:.3g} clips/s"
+        waited = f", waits {step.seconds.wait / step.seconds.run:.0%}" if step.seconds.run else ""
+        return f"{clips}{waited}, {left}"
 
 
 class Log:

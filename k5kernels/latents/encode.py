@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,12 +15,9 @@ from torch import Tensor
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import AS_MODELS, Bucket, Reading, VideoError, buckets_of, read_clips, to_model
+from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError, buckets_of, read_clips, to_model
 from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
-
-# Called after each clip: frames of the source encoded so far, frames it announces (0 where it does not).
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -56,41 +53,39 @@ class Encoding:
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
         return settings | ({} if self.max_clips is None else {"max_clips": self.max_clips})
 
-    def samples(
-        self, source: Source, sha256: str, first: int = 0, caption: str | None = None, progress: Progress | None = None
-    ) -> Iterator[Sample]:
-        """Samples of the source's clips from number `first` on, one clip in memory at a time.
-
-        sha256: of the source's content. Raises VideoError where the content cannot be used, also after some samples;
-        OSError where the file cannot be read.
+    def clips(self, source: Source) -> Iterator[Clip]:
+        """The source's clips, one in memory at a time. Raises VideoError where the content cannot be used, also after
+        some clips; OSError where the file cannot be read.
         """
+        return islice(read_clips(source.file, self.resolution, self.clip_frames, self.reading), self.max_clips)
+
+    def sample(self, source: Source, sha256: str, clip: Clip, caption: str | None = None) -> Sample:
+        """A clip of the source as a sample. sha256: of the source's content.
+
+        Raises VideoError where the latent is not finite.
+        """
+        latent = _encode(clip.frames, self.encoder)
+        if not latent.isfinite().all():
+            found = f"found inf or nan in the one from frame {clip.first_frame} on"
+            raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
+        frames, height, width = clip.frames.shape[:3]
+        record = ClipRecord(
+            frames,
+            height,
+            width,
+            clip.rate,
+            source.path,
+            clip.first_frame,
+            sha256,
+            caption=caption,
+            start=clip.start,
+            end=clip.end,
+            shown_height=clip.shown_height,
+            shown_width=clip.shown_width,
+            colour=clip.colour,
+        )
         name = f"{re.sub('[^A-Za-z0-9-]+', '-', Path(source.path).stem)[:40]}-{_short_hash(source.path, sha256)}"
-        clips = read_clips(source.file, self.resolution, self.clip_frames, self.reading)
-        for number, clip in enumerate(islice(clips, self.max_clips)):
-            if progress is not None:
-                progress(clip.first_frame + len(clip.frames), clip.announced_frames)
-            if number >= first:
-                latent = _encode(clip.frames, self.encoder)
-                if not latent.isfinite().all():
-                    found = f"found inf or nan in the one from frame {clip.first_frame} on"
-                    raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
-                frames, height, width = clip.frames.shape[:3]
-                record = ClipRecord(
-                    frames,
-                    height,
-                    width,
-                    clip.rate,
-                    source.path,
-                    clip.first_frame,
-                    sha256,
-                    caption=caption,
-                    start=clip.start,
-                    end=clip.end,
-                    shown_height=clip.shown_height,
-                    shown_width=clip.shown_width,
-                    colour=clip.colour,
-                )
-                yield Sample(f"{name}-{clip.first_frame:08d}", latent, record)
+        return Sample(f"{name}-{clip.first_frame:08d}", latent, record)
 
 
 def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> list[Sample]:
@@ -100,7 +95,8 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
     OSError where it cannot be read, ValueError for settings that do not fit.
     """
     encoding = Encoding(encoder, **settings)
-    return list(encoding.samples(Source(str(path), Path(path).name, named=True), content_hash(str(path))))
+    source, sha256 = Source(str(path), Path(path).name, named=True), content_hash(str(path))
+    return [encoding.sample(source, sha256, clip) for clip in encoding.clips(source)]
 
 
 def _encode(frames: Tensor, encoder: HunyuanEncoder) -> Tensor:

@@ -6,28 +6,53 @@ hold fewer samples than the others. So a run never changes a finished shard, and
 writes what an undisturbed run would have written.
 """
 
-import errno
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from k5kernels.folder import Folder
+from k5kernels.latents.ahead import Ahead, Stream
 from k5kernels.latents.captions import CaptionError, match_captions, sidecar_captions
 from k5kernels.latents.encode import Encoding
 from k5kernels.latents.failures import ending, told
 from k5kernels.latents.known import Known
 from k5kernels.latents.manifest import Outcome, SourceEntry
 from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, prefix_of
+from k5kernels.latents.reader import End, Read, SourceReader, Tried, frame_bytes
 from k5kernels.latents.shards import Sample
-from k5kernels.latents.sources import Listing, Source, content_hash, find_sources, is_of_share
-from k5kernels.latents.video import AS_MODELS, Bucket, Reading, VideoError
+from k5kernels.latents.sources import Listing, Source, find_sources, is_of_share
+from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
 from k5kernels.lock import locked, this_process
 from k5kernels.vae import HunyuanEncoder
+
+# So many bytes of frames may wait of each source that is read; a longer clip waits alone.
+WAITING_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """How long a run encoded, and what of that it did one after the other: wait for frames, encode, write shards.
+
+    decode: how long sources were read beside that, in all threads together.
+    """
+
+    run: float = 0.0
+    wait: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+    decode: float = 0.0
+
+    def __str__(self) -> str:
+        parts = ((name, getattr(self, name)) for name in ("encode", "wait", "write"))
+        shares = ", ".join(f"{name} {seconds / self.run:.1%}" for name, seconds in parts)
+        return f"{self.run:.1f} s: {shares}; decode {self.decode / self.run:.1%} beside it"
 
 
 @dataclass(frozen=True)
@@ -38,6 +63,7 @@ class Step:
     of the sources that are done with, and of all. frames, announced: frames of the source encoded so far, and those
     that it announces (0 where it does not). clips: encoded of it in this run. outcome: None until it is done with; then
     "", or what failed. compared: whether it is a finished source that is only read, to see that it is the same still.
+    seconds: so far.
     """
 
     source: str
@@ -51,6 +77,7 @@ class Step:
     clips: int = 0
     outcome: str | None = None
     compared: bool = False
+    seconds: Seconds = Seconds()
 
 
 @dataclass
@@ -59,7 +86,8 @@ class EncodeSummary:
 
     shards, samples: in the folder. shards_kept: of them, from before this run. captioned, sources: how many of the
     sources of this process have a caption. failures: file -> why it is not encoded, or not to its end. left_out: file
-    or folder -> why nothing is lost by it. others: suffix -> files that hold no video by their names.
+    or folder -> why nothing is lost by it. others: suffix -> files that hold no video by their names. seconds: of the
+    encoding, without comparing what was encoded before.
     """
 
     shards: int = 0
@@ -70,6 +98,7 @@ class EncodeSummary:
     failures: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
+    seconds: Seconds = field(default=Seconds(), compare=False)
 
 
 def encode_videos(
@@ -86,6 +115,7 @@ def encode_videos(
     of: int = 1,
     overwrite: bool = False,
     retry_failed: bool = False,
+    decoders: int = 2,
     captions: Mapping[str, str] | None = None,
     on_captions: Callable[[int, int], None] = lambda captioned, sources: None,
     progress: Callable[[Step], None] = lambda step: None,
@@ -98,6 +128,7 @@ def encode_videos(
     index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
     overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
     are tried again; the others are tried again anyway.
+    decoders: so many sources are read at once, in threads beside the encoder; the shards do not depend on it.
     captions: by path or name, as `match_captions` takes them; they go before those in files beside the videos
     (`sidecar_captions`). A clip keeps the caption that it was encoded with; a video is not encoded as long as what
     stands beside it cannot be its caption. on_captions: called at the start with how many sources of this process have
@@ -112,6 +143,8 @@ def encode_videos(
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
     if not 0 <= index < of <= 10_000:
         raise ValueError(f"index, of: expected an index from 0 to of - 1, of up to 10000, got {index} of {of}")
+    if not 1 <= decoders <= 64:
+        raise ValueError(f"decoders: expected 1 to 64 threads, got {decoders}")
     encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading)
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
@@ -121,11 +154,11 @@ def encode_videos(
     on_captions(len(matched.captions), len(mine))
     folder.create()
     prefix = prefix_of(index, of)
-    with _memory_named(folder), locked(folder, lock_name(prefix), this_process(job_id(settings), of)) as lock:
+    with _ending_named(folder), locked(folder, lock_name(prefix), this_process(job_id(settings), of)) as lock:
         part = open_part(folder, lock.holder, prefix, settings, overwrite)
         known = Known(part.manifest, part.others, retry_failed)
         writer = PartWriter(part, lock, known, samples_per_shard)
-        return _Run(writer, known, encoding, listing, mine, matched, progress).run()
+        return _Run(writer, known, encoding, listing, mine, matched, decoders, progress).run()
 
 
 @dataclass(frozen=True)
@@ -151,11 +184,14 @@ def _captions(listing: Listing, mine: list[Source], given: Mapping[str, str] | N
 
 
 @contextmanager
-def _memory_named(folder: Folder) -> Iterator[None]:
+def _ending_named(folder: Folder) -> Iterator[None]:
+    """No memory and no threads are the system's errors, and named."""
     try:
         yield
-    except MemoryError as error:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), folder.out) from error
+    except (MemoryError, RuntimeError) as error:
+        if ended := ending(error, folder.out):
+            raise ended from error
+        raise
 
 
 class _Run:
@@ -169,6 +205,7 @@ class _Run:
         listing: Listing,
         mine: list[Source],
         captions: _Captions,
+        decoders: int,
         progress: Callable[[Step], None],
     ) -> None:
         """mine: the listed sources that this process encodes."""
@@ -179,7 +216,9 @@ class _Run:
         self.summary.captioned, self.summary.sources = len(captions.captions), len(mine)
         self.listed, self.mine = _by_path(listing.sources), _by_path(mine)
         self.changed: dict[tuple[str, str], None] = {}
-        self.hashes: dict[str, str | None] = {}
+        self.reader, self.decoders = SourceReader(encoding, captions.problems), decoders
+        self.seconds: Callable[[], Seconds] = Seconds
+        self.spent = {"wait": 0.0, "encode": 0.0, "write": 0.0}
         self.step = Step("", 0, 0, 0, 0, 0)
 
     def run(self) -> EncodeSummary:
@@ -216,73 +255,114 @@ class _Run:
     def _encode(self, batches: list[tuple[int, int]]) -> None:
         """Encode what is open in these ranges of sources; what remains of a batch's clips becomes a shorter shard."""
         todo = [[number for number in range(*batch) if self._is_todo(number)] for batch in batches]
-        sizes = [self.mine[self.manifest.sources[number].source][0].bytes for batch in todo for number in batch]
-        self.step = Step("", 0, 0, len(sizes), 0, sum(sizes))
-        for batch in todo:
-            for number in batch:
-                self._encode_source(number)
-            self.writer.flush()
+        sizes = [self._files(number)[0].bytes for batch in todo for number in batch]
+        self.step = Step("", 0, 0, len(sizes), 0, sum(sizes), seconds=self.step.seconds)
+        before, began = self.step.seconds, time.perf_counter()
+        with Ahead[Read](self.decoders, WAITING_BYTES, frame_bytes) as ahead:
+
+            def seconds() -> Seconds:
+                run = before.run + time.perf_counter() - began
+                return Seconds(run, decode=before.decode + ahead.seconds, **self.spent)
+
+            self.seconds = seconds
+            streams = ahead.run(partial(self._read, number) for number in chain(*todo))
+            for batch in todo:
+                for number in batch:
+                    self._encode_source(number, next(streams))
+                with self._timed("write"):
+                    self.writer.flush()
+            spent = seconds()
+        self.summary.seconds, self.seconds = spent, lambda: spent
+
+    def _read(self, number: int) -> Iterator[Read]:
+        return self.reader.read(self._files(number), self.manifest.sources[number].sha256)
+
+    def _files(self, number: int) -> list[Source]:
+        return self.mine[self.manifest.sources[number].source]
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[part] += time.perf_counter() - began
+
+    def _taken(self, stream: Stream[Read]) -> Iterator[Read]:
+        """The same, with the time that is spent on waiting."""
+        items = iter(stream)
+        while True:
+            with self._timed("wait"):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     def _is_todo(self, number: int) -> bool:
         entry = self.manifest.sources[number]
         return self.known.is_open(entry) and entry.source in self.mine
 
-    def _encode_source(self, number: int) -> None:
+    def _encode_source(self, number: int, stream: Stream[Read]) -> None:
         """Encode the rest of a source's clips, and note what became of it."""
         path = self.manifest.sources[number].source
         self._begin(self.mine[path][0])
-        found = self._find(number)
+        taken = self._taken(stream)
+        found = self._find(number, taken)
         if found is None:
             anew = f"{self.step.source}: was changed since it was begun; it is begun anew"
             self._end(self.summary.failures.get(self.step.source, anew))
             return
         source, sha256 = found
-        first, end = self.known.clips(path, sha256), _End()
-        for clip, sample in enumerate(self._samples(source, sha256, first, end), start=first):
-            self.writer.add(number, clip, sample)
-        if end.whole or first or self.step.clips:
-            self.writer.end(Outcome(number, sha256, end.whole, end.failure))
+        first, end = self.known.clips(path, sha256), End()
+        for clip, sample in enumerate(self._samples(source, sha256, taken, first, end), start=first):
+            with self._timed("write"):
+                self.writer.add(number, clip, sample)
+        with self._timed("write"):
+            if end.whole or first or self.step.clips:
+                self.writer.end(Outcome(number, sha256, end.whole, end.failure))
         why = end.passing or end.failure
         if why is not None:
             self._fail(source, why, lost=bool(end.passing or first or self.step.clips))
         self._end("" if why is None else f"{source.file}: {why}")
 
-    def _samples(self, source: Source, sha256: str, first: int, end: "_End") -> Iterator[Sample]:
-        """Samples from clip `first` on. Whatever the source raises ends up in `end`, unless all would raise it."""
-
-        def progress(frames: int, announced: int) -> None:
-            self._report(frames=frames, announced=announced)
-
-        if source.file in self.captions.problems:
-            end.passing = f"its caption: {self.captions.problems[source.file]}"
-            return
-        failure, caption = None, self.captions.captions.get(source.file)
-        try:
-            before = _stamp(source.file)
+    def _samples(self, source: Source, sha256: str, reads: Iterator[Read], first: int, end: End) -> Iterator[Sample]:
+        """Samples of clips from number `first` on. How it ended ends up in `end`, unless all sources would end so."""
+        caption = self.captions.captions.get(source.file)
+        number = 0
+        for read in reads:
+            if isinstance(read, End):
+                end.whole, end.failure, end.passing = read.whole, read.failure, read.passing
+            if not isinstance(read, Clip):
+                continue
+            self._report(frames=read.first_frame + len(read.frames), announced=read.announced_frames)
+            number += 1
+            if number <= first:
+                continue
             try:
-                for sample in self.encoding.samples(source, sha256, first, caption, progress):
-                    self._report(clips=self.step.clips + 1)
-                    yield sample
-            except VideoError as error:
-                failure = str(error).removeprefix(f"{source.file}: ")
-            if _stamp(source.file) == before:
-                end.whole, end.failure = True, failure
-            else:
-                end.passing = "was changed while it was read; run the command again"
-        except Exception as error:
-            if ended := ending(error, source.file):
-                raise ended from error
-            end.passing = told(error)
+                with self._timed("encode"):
+                    sample = self.encoding.sample(source, sha256, read, caption)
+            except Exception as error:
+                if ended := ending(error, source.file):
+                    raise ended from error
+                if isinstance(error, VideoError):
+                    end.whole, end.failure = True, str(error).removeprefix(f"{source.file}: ")
+                else:
+                    end.passing = told(error)
+                return
+            self._report(clips=self.step.clips + 1)
+            yield sample
 
-    def _find(self, number: int) -> tuple[Source, str] | None:
+    def _find(self, number: int, reads: Iterator[Read]) -> tuple[Source, str] | None:
         """The file of a source that is open, and its content's hash; None where it cannot be read, or is another."""
         entry = self.manifest.sources[number]
-        for source in self.mine[entry.source]:
-            sha256 = self._hash(source)
+        for _ in self.mine[entry.source]:
+            tried = next(reads)
+            assert isinstance(tried, Tried)
+            sha256 = self._hash_of(tried)
             if sha256 is None:
                 continue
             if entry.sha256 in (None, sha256):
-                return source, sha256
+                return tried.source, sha256
             if self.known.find(entry.source, sha256) is None:
                 self.changed[entry.source, sha256] = None
             why = "was changed before it was encoded to its end; what there is of it is kept"
@@ -314,13 +394,14 @@ class _Run:
             self.summary.failures[path] = f"{path}: {error}"
             return
         for piece in self.manifest.shards[number].pieces:
-            entry, end = self.manifest.sources[piece.source], _End()
+            entry, end = self.manifest.sources[piece.source], End()
             same = (one for one in self.listed.get(entry.source, ()) if self._hash(one) == entry.sha256)
             source = next(same, None)
             if source is None or entry.sha256 is None:
                 problem = f"{entry.source}, of which it was made, is not among the given files"
                 break
-            clips = list(islice(self._samples(source, entry.sha256, piece.first_clip, end), piece.clips))
+            reads = self._clips_and_end(source, end)
+            clips = list(islice(self._samples(source, entry.sha256, reads, piece.first_clip, end), piece.clips))
             if len(clips) < piece.clips:
                 problem = f"{source.file}: {end.passing or end.failure or 'has fewer clips than before'}"
                 break
@@ -330,17 +411,18 @@ class _Run:
         else:
             self.writer.replace(number, samples)
 
+    def _clips_and_end(self, source: Source, end: End) -> Iterator[Read]:
+        yield from self.reader.clips(source, end)
+        yield end
+
     def _hash(self, source: Source) -> str | None:
+        return self._hash_of(self.reader.try_file(source))
+
+    def _hash_of(self, tried: Tried) -> str | None:
         """sha256 of the content; None where it cannot be read, which is then among the failures."""
-        if source.file not in self.hashes:
-            self.hashes[source.file] = None
-            try:
-                self.hashes[source.file] = content_hash(source.file)
-            except OSError as error:
-                if ended := ending(error, source.file):
-                    raise ended from error
-                self._fail(source, told(error), lost=True)
-        return self.hashes[source.file]
+        if tried.sha256 is None:
+            self._fail(tried.source, tried.why, lost=True)
+        return tried.sha256
 
     def _fail(self, source: Source, why: str, lost: bool) -> None:
         """Note a failure; where nothing is lost by it, and none was expected to be there, what was left out."""
@@ -357,7 +439,7 @@ class _Run:
         self._report(bytes_done=self.step.bytes_done + self.step.bytes, outcome=outcome)
 
     def _report(self, **changes: Any) -> None:
-        self.step = replace(self.step, **changes)
+        self.step = replace(self.step, seconds=self.seconds(), **changes)
         self.progress(self.step)
 
     def _count_shards(self) -> int:
@@ -370,24 +452,8 @@ class _Run:
         return self.summary
 
 
-@dataclass
-class _End:
-    """How the reading of a source ended. failure: its content's fault. passing: another one, so that it is tried again.
-    Both are without the file, which may have another place the next time.
-    """
-
-    whole: bool = False
-    failure: str | None = None
-    passing: str | None = None
-
-
 def _by_path(sources: list[Source]) -> dict[str, list[Source]]:
     found: dict[str, list[Source]] = {}
     for source in sources:
         found.setdefault(source.path, []).append(source)
     return found
-
-
-def _stamp(file: str) -> tuple[int, int]:
-    status = os.stat(file)
-    return status.st_size, status.st_mtime_ns

@@ -51,7 +51,9 @@ def test_real_frames_give_the_encoders_latents(tmp_path: Path) -> None:
 def test_record_tells_what_was_encoded(tmp_path: Path, encoder: CountingEncoder) -> None:
     path = make_video(tmp_path / "v.mp4", 11)
     source = Source(str(path), "scenes/v.mp4")
-    _, sample = Encoding(encoder, clip_frames=5).samples(source, content_hash(str(path)), caption="noise")
+    encoding = Encoding(encoder, clip_frames=5)
+    _, clip = encoding.clips(source)
+    sample = encoding.sample(source, content_hash(str(path)), clip, caption="noise")
     expected = ClipRecord(
         5,
         256,
@@ -74,19 +76,10 @@ def test_keys_tell_sources_of_one_name_or_one_content_apart(tmp_path: Path, enco
     path = make_video(tmp_path / "v.mp4", 5)
     sources = [("one/v.mp4", "0" * 64), ("two/v.mp4", "0" * 64), ("one/v.mp4", "1" * 64), ("caf\udce9/v.mp4", "1" * 64)]
     encoding = Encoding(encoder)
-    keys = [next(encoding.samples(Source(str(path), name), content)).key for name, content in sources]
+    given = [(Source(str(path), name), content) for name, content in sources]
+    keys = [encoding.sample(source, content, next(encoding.clips(source))).key for source, content in given]
     assert len(set(keys)) == len(keys)
     assert all(key.startswith("v-") for key in keys)
-
-
-def test_clips_before_the_first_are_not_encoded_again(tmp_path: Path, encoder: CountingEncoder) -> None:
-    source = Source(str(make_video(tmp_path / "v.mp4", 15)), "v.mp4")
-    every = list(Encoding(encoder, clip_frames=5).samples(source, "0" * 64))
-    encoder.clips = 0
-    (last,) = Encoding(encoder, clip_frames=5).samples(source, "0" * 64, first=2)
-    assert encoder.clips == 1
-    assert (last.key, last.record) == (every[2].key, every[2].record)
-    assert torch.equal(last.latent, every[2].latent)
 
 
 def test_nearest_bucket_is_taken(tmp_path: Path, encoder: CountingEncoder) -> None:
@@ -114,13 +107,6 @@ def test_latents_that_are_not_finite_are_the_videos_fault(tmp_path: Path, encode
         encoder.conv_in.conv.bias.fill_(1e6)  # beyond float16
     with pytest.raises(VideoError, match=r"v\.mp4: expected clips that are encoded to finite latents, .* frame 0 on"):
         encode_video(make_video(tmp_path / "v.mp4", 5), encoder)
-
-
-def test_progress_tells_frames_done_and_announced(tmp_path: Path, encoder: CountingEncoder) -> None:
-    source, calls = Source(str(make_video(tmp_path / "v.mp4", 16)), "v.mp4"), []
-    for _ in Encoding(encoder, clip_frames=9).samples(source, "0" * 64, progress=lambda *call: calls.append(call)):
-        pass
-    assert calls == [(9, 16), (14, 16)]
 
 
 def test_no_frame_is_decoded_before_its_clip_is_due(

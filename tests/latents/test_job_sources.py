@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
@@ -10,9 +12,10 @@ import torch
 from encoding_jobs import WHOLE, CountingEncoder, Encode, contents, failing, make_video, shards, starts
 from torch import Tensor
 
+from k5kernels.latents import encode as encode_module
 from k5kernels.latents.captions import CaptionError
 from k5kernels.latents.job import EncodeSummary, Step
-from k5kernels.latents.video import VideoError
+from k5kernels.latents.video import Clip, VideoError, read_clips
 
 
 def test_broken_videos_are_reported_and_the_others_encoded(
@@ -135,17 +138,17 @@ def test_unreadable_file_is_tried_again(encode: Encode, folder: Path) -> None:
 
 
 def test_video_that_changes_while_it_is_read_is_tried_again(
-    encode: Encode, folder: Path, encoder: CountingEncoder
+    encode: Encode, folder: Path, encoder: CountingEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Touching(CountingEncoder):
-        def forward(self, video: Tensor) -> Tensor:
-            if self.clips == 2:
-                os.utime(folder / "b.mp4", (1, 1))
-            return CountingEncoder.forward(self, video)
+    def touching(path: str, *arguments: Any) -> Iterator[Clip]:
+        for clip in read_clips(path, *arguments):
+            if Path(path).name == "b.mp4":
+                os.utime(path, (1, 1))
+            yield clip
 
-    encoder.__class__ = Touching
-    assert "b.mp4: was changed while it was read" in encode().failures[str(folder / "b.mp4")]
-    encoder.__class__ = CountingEncoder
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_module, "read_clips", touching)
+        assert "b.mp4: was changed while it was read" in encode().failures[str(folder / "b.mp4")]
     summary = encode()
     assert (summary.failures, summary.samples, encoder.clips) == ({}, 6, 0)
 

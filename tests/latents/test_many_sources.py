@@ -13,7 +13,7 @@ from memory_folder import memory_folder
 from simulated_tree import FILES, simulate_tree
 
 from k5kernels.folder import Folder
-from k5kernels.latents import job
+from k5kernels.latents import reader
 from k5kernels.latents.encode import Encoding
 from k5kernels.latents.job import EncodeSummary, encode_videos
 from k5kernels.latents.journal import Journal
@@ -32,13 +32,13 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(file)
         return hashlib.sha256(file.encode()).hexdigest()
 
-    def samples(self: Encoding, source: Any, *arguments: Any) -> Iterator[Any]:
+    def clips(self: Encoding, source: Any) -> Iterator[Any]:
         raise VideoError(f"{source.file}: expected a video")
         yield
 
-    monkeypatch.setattr(job, "content_hash", content_hash)
-    monkeypatch.setattr(job, "_stamp", lambda file: (0, 0))
-    monkeypatch.setattr(Encoding, "samples", samples)
+    monkeypatch.setattr(reader, "content_hash", content_hash)
+    monkeypatch.setattr(reader, "_stamp", lambda file: (0, 0))
+    monkeypatch.setattr(Encoding, "clips", clips)
     return read
 
 
