@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "CMakeLists.txt", "LICENSE", "README.md"]
+SOURCES = ["pyproject.toml", "setup.py", "k5_command.py", "MANIFEST.in", "CMakeLists.txt", "LICENSE", "README.md"]
 FOLDERS = ["csrc", "k5kernels", "tests"]
 
 
