@@ -24,7 +24,7 @@ from k5kernels.attention.nabla import Nabla
 from k5kernels.block_mask import BlockMask
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.planner import MODELS, Memory, memory_terms
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.latent_tokens import latent_velocity
 from model.presets import PRESETS

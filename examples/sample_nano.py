@@ -12,10 +12,10 @@ import torch
 from k5kernels.attention import AttentionConfig
 from k5kernels.cache import MagCache
 from k5kernels.latents.video import to_frames, write_video
+from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae.weights import load_decoder
 from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS, load_settings
 from model.sampler import sample
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from k5kernels.attention import AttentionConfig
+from k5kernels.text_encoders import MiniLMTextEncoder
 from model.nano import CROSSDIT_WEIGHTS, load_settings
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.latents import LatentSet, read_shards

@@ -2,8 +2,8 @@
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.presets import CrossDiTConfig
+from k5kernels.text_condition import TextCondition
 from model import presets, weights
-from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 
 __all__ = ["DENSE", "AttentionConfig", "CrossDiT", "CrossDiTConfig", "TextCondition", "presets", "weights"]

@@ -32,8 +32,8 @@ from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import EPS, qk_norm_rope
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.profiling import stage
+from k5kernels.text_condition import TextCondition
 from k5kernels.token_layout import TokenLayout
-from model.conditioning import TextCondition
 from model.rope import frequencies, text_rope, visual_rope
 
 Blocks = Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.latent_tokens import latent_velocity
 

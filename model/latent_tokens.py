@@ -12,8 +12,8 @@ from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
+from k5kernels.text_condition import TextCondition
 from k5kernels.token_layout import TokenLayout
-from model.conditioning import TextCondition
 from model.crossdit import Cache, CrossDiT
 
 Patch = tuple[int, int, int]

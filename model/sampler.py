@@ -10,7 +10,7 @@ from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.profiling import stage
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import TIME_UNITS, check_first_frame, check_takes_condition, condition_input, shift_time
 from model.latent_tokens import latent_velocity

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.latent_tokens import from_tokens, to_tokens
 
 CELL = (1, 1, 1)

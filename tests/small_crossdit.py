@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from k5kernels.presets import CrossDiTConfig
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 
 CONFIG = CrossDiTConfig(

@@ -4,7 +4,7 @@ import torch
 from latent_samples import sample
 
 from k5kernels.presets import CrossDiTConfig
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.latents import LatentSet

@@ -10,7 +10,7 @@ import torch
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.latents.shards import LATENT_CHANNELS
 from k5kernels.presets import CrossDiTConfig
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from train.latents import LatentSet

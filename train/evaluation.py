@@ -13,8 +13,8 @@ from k5kernels.block_mask import BlockMask
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.device import device_of, synchronize
 from k5kernels.latents.video import to_frames
+from k5kernels.text_condition import TextCondition
 from k5kernels.vae import HunyuanDecoder
-from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.nano import NanoSettings

@@ -23,12 +23,12 @@ from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample, ShardWriter, read_shard
 from k5kernels.latents.video import to_model
 from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
+from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae import latent_frames
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.crossdit import CrossDiT
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, NanoSettings
 from model.presets import PRESETS
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import CAPTIONS, NAMES, load_clip, split
 from train.crossdit_stage import CrossDiTStage, FlowMatching

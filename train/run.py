@@ -28,9 +28,9 @@ from k5kernels.planner.density import nabla_density
 from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import DeviceName, complain, one_line_errors, one_line_stop
+from k5kernels.text_encoders import MiniLMTextEncoder
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit, read_crossdit_config, save_crossdit
 from train.checkpoint import check_settings
 from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossdit_settings

@@ -27,9 +27,9 @@ from k5kernels.latents.video import (
     to_frames,
     write_video,
 )
+from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.nano import CLIP_FRAMES, CROSSDIT_WEIGHTS, RESOLUTION, VAE_WEIGHTS, load_settings
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import reading_of
 from train.crossdit_stage import CrossDiTStage, FlowMatching

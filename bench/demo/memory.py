@@ -12,7 +12,7 @@ import torch
 import typer
 
 from k5kernels.device import choose_device
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from model.presets import PRESETS

@@ -67,6 +67,12 @@ def encode(
         Path | None,
         typer.Option(help="JSON, JSONL or CSV of captions by path or name; clip.txt beside clip.mp4 needs no option."),
     ] = None,
+    text_embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="Store captions as a text encoder gives them: minilm, or QWEN,CLIP: folders or hub names.",
+        ),
+    ] = None,
     index: Annotated[int, typer.Option(help="Number of this process, from 0, where several share the work.")] = 0,
     of: Annotated[int, typer.Option(help="How many processes share the work, on one machine or many.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what another job left in the folder.")] = False,
@@ -85,6 +91,7 @@ def encode(
         from k5kernels.latents.job import encode_videos
         from k5kernels.latents.presets import SMALL, named_preset
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
+        from k5kernels.text_encoders import load_text_encoder
         from k5kernels.vae.weights import load_encoder
 
         chosen = choose_device(device)
@@ -92,6 +99,7 @@ def encode(
         reading = Reading(fps=parse_fps(fps or base.fps), background=parse_colour(background))
         given = None if captions is None else read_captions(captions)
         encoder = load_encoder(vae).to(chosen)
+        text_encoder = None if text_embeddings is None else load_text_encoder(text_embeddings, chosen)
         terminal = console(stderr=True)
 
         def tell_captions(captioned: int, sources: int) -> None:
@@ -107,6 +115,7 @@ def encode(
                 clip_frames=base.clip_frames if clip_frames is None else clip_frames,
                 samples_per_shard=base.samples_per_shard if samples_per_shard is None else samples_per_shard,
                 reading=reading,
+                text_encoder=text_encoder,
                 index=index,
                 of=of,
                 overwrite=overwrite,

@@ -15,6 +15,7 @@ from torch import Tensor
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
+from k5kernels.latents.text import CaptionEncoder
 from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError, buckets_of, read_clips, to_model
 from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
@@ -29,6 +30,7 @@ class Encoding:
     clip_frames: 1 + a multiple of 4; with 1, every frame is a clip, as image stages want.
     max_clips: of each source, the first so many; None: all.
     reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
+    captions: what encodes captions, where they are stored too.
     Raises ValueError for values that do not fit.
     """
 
@@ -37,6 +39,7 @@ class Encoding:
     clip_frames: int = 25
     max_clips: int | None = None
     reading: Reading = AS_MODELS
+    captions: CaptionEncoder | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,7 +54,8 @@ class Encoding:
         resolution = self.resolution if isinstance(self.resolution, int) else [list(one) for one in self.resolution]
         settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": resolution}
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
-        return settings | ({} if self.max_clips is None else {"max_clips": self.max_clips})
+        optional = {"max_clips": self.max_clips, "text_encoder": self.captions and self.captions.fingerprint}
+        return settings | {name: value for name, value in optional.items() if value is not None}
 
     def clips(self, source: Source) -> Iterator[Clip]:
         """The source's clips, one in memory at a time. Raises VideoError where the content cannot be used, also after
@@ -62,7 +66,7 @@ class Encoding:
     def sample(self, source: Source, sha256: str, clip: Clip, caption: str | None = None) -> Sample:
         """A clip of the source as a sample. sha256: of the source's content.
 
-        Raises VideoError where the latent is not finite.
+        Raises VideoError where the latent, or what the caption is encoded to, is not finite.
         """
         latent = _encode(clip.frames, self.encoder)
         if not latent.isfinite().all():
@@ -85,7 +89,12 @@ class Encoding:
             colour=clip.colour,
         )
         name = f"{re.sub('[^A-Za-z0-9-]+', '-', Path(source.path).stem)[:40]}-{_short_hash(source.path, sha256)}"
-        return Sample(f"{name}-{clip.first_frame:08d}", latent, record)
+        text = (
+            {} if self.captions is None else self.captions.tensors(caption or "", "image" if frames == 1 else "video")
+        )
+        if not all(tensor.isfinite().all() for tensor in text.values()):
+            raise VideoError(f"{source.file}: expected a caption that is encoded to finite values, got inf or nan")
+        return Sample(f"{name}-{clip.first_frame:08d}", latent, record, text)
 
 
 def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> list[Sample]:

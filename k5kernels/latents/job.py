@@ -27,9 +27,11 @@ from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, pref
 from k5kernels.latents.reader import End, Read, SourceReader, Tried, frame_bytes
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, find_sources, is_of_share
+from k5kernels.latents.text import CaptionEncoder
 from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
 from k5kernels.lock import locked, this_process
+from k5kernels.text_encoders import TextEncoder
 from k5kernels.vae import HunyuanEncoder
 
 # So many bytes of frames may wait of each source that is read; a longer clip waits alone.
@@ -111,6 +113,7 @@ def encode_videos(
     samples_per_shard: int = 16,
     max_clips: int | None = None,
     reading: Reading = AS_MODELS,
+    text_encoder: TextEncoder | None = None,
     index: int = 0,
     of: int = 1,
     overwrite: bool = False,
@@ -125,6 +128,8 @@ def encode_videos(
     paths: files, and folders that stand for all that is in them. One that cannot be encoded is reported in the summary
     and the others are; of one that breaks on its way, the clips before the break are kept.
     resolution, clip_frames, max_clips, reading: as in `Encoding`.
+    text_encoder: where given, each clip's caption, the empty one where it has none, is stored as it gives it
+    (`k5kernels.latents.text`).
     index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
     overwrite: what another job has left in the folder is deleted. retry_failed: sources whose content failed before
     are tried again; the others are tried again anyway.
@@ -145,7 +150,8 @@ def encode_videos(
         raise ValueError(f"index, of: expected an index from 0 to of - 1, of up to 10000, got {index} of {of}")
     if not 1 <= decoders <= 64:
         raise ValueError(f"decoders: expected 1 to 64 threads, got {decoders}")
-    encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading)
+    texts = None if text_encoder is None else CaptionEncoder(text_encoder)
+    encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading, texts)
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
     listing = find_sources(paths, folder.local)

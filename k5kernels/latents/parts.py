@@ -150,6 +150,8 @@ def _difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
 def _describe(name: str, there: Any, here: Any) -> str:
     if name == "encoder":
         return "another encoder: other weights or precision"
+    if name == "text_encoder":
+        return "captions encoded by another text encoder, or by none"
     return f"{name} {there} there, {here} now"
 
 

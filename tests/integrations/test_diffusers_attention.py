@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from k5kernels.integrations.diffusers import accelerate
 from k5kernels.integrations.diffusers import attention as ours
 from k5kernels.integrations.diffusers.accelerate import UnsupportedModelError
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.weights import config_to_json
 
 ROPE_SCALE = (1.0, 2.0, 3.16)

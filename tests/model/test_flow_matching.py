@@ -4,7 +4,7 @@ import pytest
 import torch
 from latent_models import LatentModel
 
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.flow_matching import condition_input, flow_matching_loss, noisy_latent, shift_time
 
 B, T, H, W, C = 3, 4, 4, 6, 16

@@ -8,7 +8,7 @@ from latent_models import LatentModel
 from torch import nn
 
 from k5kernels.cache import MagCache, MagCalibration
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.sampler import sample, sampling_steps, time_grid
 
 SHAPE = (2, 3, 4, 6, 16)

@@ -14,8 +14,8 @@ from toy_device import toy_device
 
 from k5kernels.attention import AttentionConfig
 from k5kernels.device import device_of
+from k5kernels.text_condition import TextCondition
 from k5kernels.vae import VAEConfig
-from model.conditioning import TextCondition
 from model.crossdit import CrossDiT
 from model.sampler import sample
 from train import vae_stage

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from k5kernels.attention import AttentionConfig, record_block_masks
+from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae import HunyuanEncoder
 from k5kernels.vae.weights import load_decoder, load_encoder
 from model.flow_matching import condition_input, noisy_latent
 from model.latent_tokens import latent_velocity
 from model.nano import CROSSDIT_WEIGHTS, SETTINGS, VAE_WEIGHTS, load_settings
 from model.presets import PRESETS
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.clips import NAMES
 from train.nano_vae import held_out_clips, held_out_psnr

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 
 Kind = Literal["video", "image", "edit"]
 
@@ -25,6 +25,10 @@ class TextEncoder(Protocol):
 
     def encode(self, prompts: list[str], kind: Kind = "video") -> TextCondition:
         """One entry of the batch a prompt. kind: what the prompt describes, or "edit" for an instruction."""
+        ...
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The models whose weights decide the output."""
         ...
 
 
@@ -111,6 +115,9 @@ class KandinskyTextEncoder:
         tokenizers = (transformers.AutoTokenizer.from_pretrained(path) for path in (qwen_path, clip_path))
         return cls(qwen.to(device), next(tokenizers), clip.to(device), next(tokenizers))
 
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.qwen.model, self.clip]
+
     @torch.no_grad()
     def encode(self, prompts: list[str], kind: Kind = "video") -> TextCondition:
         """tokens [B, L, Qwen's width], L <= 256, longer prompts cut at the end; mask; pooled [B, CLIP's width].
@@ -164,6 +171,9 @@ class MiniLMTextEncoder:
         self.model = self.model.requires_grad_(False).eval().to(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
+    def modules(self) -> list[torch.nn.Module]:
+        return [self.model]
+
     @torch.no_grad()
     def encode(self, prompts: list[str], kind: Kind = "video") -> TextCondition:
         """float32 tokens [B, L, 384], L <= 256; mask; pooled [B, 384], the tokens' mean at length 1.
@@ -179,6 +189,23 @@ class MiniLMTextEncoder:
         weight = mask[..., None].to(tokens.dtype)
         mean = (tokens * weight).sum(1) / weight.sum(1)
         return TextCondition(tokens, mask, torch.nn.functional.normalize(mean, dim=-1))
+
+
+def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
+    """ "minilm", or "QWEN,CLIP": two folders in transformers' format, or hub names, in bfloat16.
+
+    Raises ValueError for anything else, and where a package is missing; OSError where there is no such model.
+    """
+    paths = name.split(",")
+    try:
+        if name == "minilm":
+            return MiniLMTextEncoder(device)
+        if len(paths) == 2 and all(paths):
+            return KandinskyTextEncoder.from_pretrained(*paths, device=device)
+    except ImportError as error:
+        raise ValueError(f"text encoder: {error}") from error
+    expected = "minilm, or the paths of Qwen2.5-VL and CLIP as QWEN,CLIP"
+    raise ValueError(f"text encoder: expected {expected}, got {name!r:.80}")
 
 
 def _check_prompts(prompts: list[str]) -> None:

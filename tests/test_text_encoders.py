@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import text_encoders
-from model.text_encoders import MAX_TOKENS, TEMPLATES, KandinskyTextEncoder, MiniLMTextEncoder
+from k5kernels import text_encoders
+from k5kernels.text_encoders import (
+    MAX_TOKENS,
+    TEMPLATES,
+    KandinskyTextEncoder,
+    MiniLMTextEncoder,
+    load_text_encoder,
+)
 
 transformers = pytest.importorskip("transformers", reason="text encoders need transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="comes with transformers")
@@ -248,3 +254,9 @@ def test_minilm_pools_valid_tokens_only(minilm):
     torch.testing.assert_close(batch.tokens[:1, :length], alone.tokens, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(batch.pooled[:1], alone.pooled, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(batch.pooled.norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["", "qwen", "qwen,", "a,b,c"])
+def test_a_name_of_no_text_encoder_is_refused(name):
+    with pytest.raises(ValueError, match="text encoder: expected minilm, or the paths of"):
+        load_text_encoder(name)
