@@ -201,7 +201,7 @@ def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEnco
         if name == "minilm":
             return MiniLMTextEncoder(device)
         if len(paths) == 2 and all(paths):
-            return KandinskyTextEncoder.from_pretrained(*paths, device=device)
+            return KandinskyTextEncoder.from_pretrained(paths[0], paths[1], device=device)
     except ImportError as error:
         raise ValueError(f"text encoder: {error}") from error
     expected = "minilm, or the paths of Qwen2.5-VL and CLIP as QWEN,CLIP"
