@@ -1,10 +1,12 @@
 """A folder of files that are each whole or not there: on a local disk, or wherever fsspec reaches (s3://…)."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -12,9 +14,53 @@ from fsspec.implementations.local import LocalFileSystem
 from k5kernels.atomic import flush_folder, replacing
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is fsspec's to open (s3://…), and not a file of this system's."""
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def filesystem_of(path: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it). Raises ValueError where its package is missing, or it is none."""
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_whole(path: str) -> bytes:
+    """The content of a file or URL."""
+    if not is_url(path):
+        return Path(path).read_bytes()
+    filesystem, inner = filesystem_of(path)
+    with naming(path):
+        return filesystem.cat_file(inner)
+
+
+def list_names(folder: str) -> list[str]:
+    """Names of what is in a folder or URL, sorted."""
+    if not is_url(folder):
+        return sorted(os.listdir(folder))
+    filesystem, inner = filesystem_of(folder)
+    with naming(folder):
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(inner, detail=False))
+
+
+@contextmanager
+def local_copy(file: str) -> Iterator[str]:
+    """The path of a file on a local disk: itself, or until the block ends a copy of one that is elsewhere."""
+    if not is_url(file):
+        yield file
+        return
+    filesystem, inner = filesystem_of(file)
+    with tempfile.NamedTemporaryFile(prefix="k5-") as copy:
+        with naming(file):
+            filesystem.get_file(inner, copy.name)
+        yield copy.name
+
+
 def write_whole(path: str | Path, data: bytes) -> None:
     """Write a file that is never seen in part: renamed when it is on the disk, one object elsewhere."""
-    filesystem, inner = fsspec.core.url_to_fs(str(path))
+    filesystem, inner = filesystem_of(str(path))
     with naming(str(path)):
         if isinstance(filesystem, LocalFileSystem):
             with replacing(inner) as partial:
@@ -48,7 +94,7 @@ class Folder:
 
     def __init__(self, out: str | Path) -> None:
         self.out = str(out).rstrip("/") or "/"
-        self._files, self._root = fsspec.core.url_to_fs(self.out)
+        self._files, self._root = filesystem_of(self.out)
         self.local = Path(self._root) if isinstance(self._files, LocalFileSystem) else None
 
     def path(self, name: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from k5kernels.folder import list_names, read_whole
 from k5kernels.latents.failures import ending, told
 
 KEY_FIELDS = ("file_name", "path", "file", "video", "key")
@@ -39,7 +40,7 @@ def read_captions(file: str | os.PathLike[str]) -> dict[str, str]:
     cannot be read.
     """
     file = Path(file)
-    text = _read_text(file)
+    text = _read_text(str(file))
     readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if file.suffix.lower() not in readers:
         raise CaptionError(f"{file}: expected captions in a file named .json, .jsonl or .csv")
@@ -134,7 +135,7 @@ class _Folders:
         folder = os.path.dirname(file)
         if folder not in self._listed:
             listed = defaultdict(list)
-            for name in sorted(os.listdir(folder or ".")):
+            for name in list_names(folder or "."):
                 listed[_nfc(name)].append(name)
             self._listed[folder] = listed
         return [os.path.join(folder, found) for name in names for found in self._listed[folder].get(_nfc(name), [])]
@@ -148,7 +149,7 @@ def _sidecar_names(file: str) -> Iterator[list[str]]:
 
 
 def _sidecar(path: str) -> str | None:
-    text = _read_text(Path(path))
+    text = _read_text(path)
     if not path.endswith(".json"):
         return _words(text, path)
     parsed = _parse(text, path)
@@ -207,9 +208,9 @@ def _row(pairs: object, where: str) -> Row:
     return keys[0], captions[0]
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: str) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return read_whole(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CaptionError(f"{file}: expected text in UTF-8, byte {error.start} is none; convert it") from error
 

@@ -34,7 +34,7 @@ def print_presets(asked: bool) -> None:
 
 
 def encode(
-    videos: Annotated[list[Path], typer.Argument(help="Videos and pictures, and folders of them.")],
+    videos: Annotated[list[str], typer.Argument(help="Videos and pictures, and folders of them, or URLs (s3://…).")],
     vae: Annotated[Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers.")],
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
     preset: Annotated[

@@ -57,11 +57,11 @@ class Encoding:
         optional = {"max_clips": self.max_clips, "text_encoder": self.captions and self.captions.fingerprint}
         return settings | {name: value for name, value in optional.items() if value is not None}
 
-    def clips(self, source: Source) -> Iterator[Clip]:
-        """The source's clips, one in memory at a time. Raises VideoError where the content cannot be used, also after
-        some clips; OSError where the file cannot be read.
+    def clips(self, file: str) -> Iterator[Clip]:
+        """The clips of a local file, one in memory at a time. Raises VideoError where the content cannot be used, also
+        after some clips; OSError where the file cannot be read.
         """
-        return islice(read_clips(source.file, self.resolution, self.clip_frames, self.reading), self.max_clips)
+        return islice(read_clips(file, self.resolution, self.clip_frames, self.reading), self.max_clips)
 
     def sample(self, source: Source, sha256: str, clip: Clip, caption: str | None = None) -> Sample:
         """A clip of the source as a sample. sha256: of the source's content.
@@ -105,7 +105,7 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
     """
     encoding = Encoding(encoder, **settings)
     source, sha256 = Source(str(path), Path(path).name, named=True), content_hash(str(path))
-    return [encoding.sample(source, sha256, clip) for clip in encoding.clips(source)]
+    return [encoding.sample(source, sha256, clip) for clip in encoding.clips(source.file)]
 
 
 def _encode(frames: Tensor, encoder: HunyuanEncoder) -> Tensor:

@@ -125,8 +125,9 @@ def encode_videos(
 ) -> EncodeSummary:
     """Encode videos and pictures into shards `out/00000.tar`, …; `out` is a folder or an fsspec URL.
 
-    paths: files, and folders that stand for all that is in them. One that cannot be encoded is reported in the summary
-    and the others are; of one that breaks on its way, the clips before the break are kept.
+    paths: files, and folders that stand for all that is in them, or their URLs: a remote file is copied to a temporary
+    one while it is read. One that cannot be encoded is reported in the summary and the others are; of one that breaks
+    on its way, the clips before the break are kept.
     resolution, clip_frames, max_clips, reading: as in `Encoding`.
     text_encoder: where given, each clip's caption, the empty one where it has none, is stored as it gives it
     (`k5kernels.latents.text`).
@@ -154,7 +155,7 @@ def encode_videos(
     encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading, texts)
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
-    listing = find_sources(paths, folder.local)
+    listing = find_sources(paths, folder.local or folder.out)
     mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
     matched = _captions(listing, mine, captions)
     on_captions(len(matched.captions), len(mine))

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from k5kernels.folder import is_url, local_copy
 from k5kernels.latents.encode import Encoding
 from k5kernels.latents.failures import ending, told
 from k5kernels.latents.sources import Source, content_hash
@@ -39,43 +41,60 @@ class SourceReader:
 
     def __init__(self, encoding: Encoding, problems: dict[str, str]) -> None:
         self._encoding, self._problems = encoding, problems
-        self._hashes: dict[str, Tried] = {}
+        self._tried: dict[str, Tried] = {}
 
     def read(self, files: list[Source], sha256: str | None) -> Iterator[Read]:
         """Of the files of one path the first of this content (None: of any), in clips."""
         for source in files:
-            tried = self.try_file(source)
-            yield tried
-            if tried.sha256 is not None and sha256 in (None, tried.sha256):
-                end = End()
-                yield from self.clips(source, end)
-                yield end
-                return
+            with self._at_hand(source) as (tried, local):
+                yield tried
+                if tried.sha256 is not None and sha256 in (None, tried.sha256):
+                    end = End()
+                    yield from self._clips(source, local, end)
+                    yield end
+                    return
 
     def try_file(self, source: Source) -> Tried:
         """Read once in a run. Raises OSError where what fails would fail for every source."""
-        if source.file not in self._hashes:
-            try:
-                self._hashes[source.file] = Tried(source, content_hash(source.file))
-            except OSError as error:
-                if ended := ending(error, source.file):
-                    raise ended from error
-                self._hashes[source.file] = Tried(source, None, told(error))
-        return self._hashes[source.file]
+        if source.file in self._tried:
+            return self._tried[source.file]
+        with self._at_hand(source) as (tried, _):
+            return tried
 
     def clips(self, source: Source, end: End) -> Iterator[Clip]:
         """Whatever the source raises ends up in `end`, unless all would raise it."""
+        with self._at_hand(source) as (tried, local):
+            end.passing = tried.why or None
+            if tried.sha256 is not None:
+                yield from self._clips(source, local, end)
+
+    @contextmanager
+    def _at_hand(self, source: Source) -> Iterator[tuple[Tried, str]]:
+        """(the file's hash, or why it has none, and its path), of a copy until the block ends where it is elsewhere."""
+        with ExitStack() as stack:
+            local = source.file
+            try:
+                local = stack.enter_context(local_copy(source.file))
+                if source.file not in self._tried or is_url(source.file):
+                    self._tried[source.file] = Tried(source, content_hash(local))
+            except OSError as error:
+                if ended := ending(error, source.file):
+                    raise ended from error
+                self._tried[source.file] = Tried(source, None, told(error))
+            yield self._tried[source.file], local
+
+    def _clips(self, source: Source, local: str, end: End) -> Iterator[Clip]:
         if source.file in self._problems:
             end.passing = f"its caption: {self._problems[source.file]}"
             return
         failure = None
         try:
-            before = _stamp(source.file)
+            before = _stamp(local)
             try:
-                yield from self._encoding.clips(source)
+                yield from self._encoding.clips(local)
             except VideoError as error:
-                failure = str(error).removeprefix(f"{source.file}: ")
-            if _stamp(source.file) == before:
+                failure = str(error).removeprefix(f"{local}: ")
+            if _stamp(local) == before:
                 end.whole, end.failure = True, failure
             else:
                 end.passing = "was changed while it was read; run the command again"

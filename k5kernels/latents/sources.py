@@ -1,4 +1,7 @@
-"""The videos and pictures that a job is given: which files, by which names, with which content."""
+"""The videos and pictures that a job is given: which files, by which names, with which content.
+
+They are on a local disk, or wherever fsspec reaches (s3://…); there are no links and devices there.
+"""
 
 import errno
 import hashlib
@@ -9,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k5kernels.folder import naming
+from k5kernels.folder import filesystem_of, is_url, naming
 from k5kernels.latents.failures import ending, told
 
 VIDEOS_AND_PICTURES = """
@@ -36,8 +39,8 @@ HASH_BYTES = 1 << 20
 class Source:
     """A file to encode.
 
-    file: how it is opened. path: below what was given, with /: its name in manifest and shards. bytes: its size.
-    named: whether it was given by its own name, rather than found in a folder.
+    file: how it is opened, a path or a URL. path: below what was given, with /: its name in manifest and shards.
+    bytes: its size. named: whether it was given by its own name, rather than found in a folder.
     """
 
     file: str
@@ -65,15 +68,15 @@ class Listing:
     others: dict[str, int] = field(default_factory=dict)
 
 
-def find_sources(paths: Iterable[str | Path], exclude: Path | None = None) -> Listing:
+def find_sources(paths: Iterable[str | Path], exclude: str | Path | None = None) -> Listing:
     """Files as given, and for a folder every file in it, at any depth, that may hold a video or a picture.
 
-    Links are followed, and no folder is walked twice. exclude: a folder that is not walked.
+    Links are followed, and no folder is walked twice. exclude: a folder that is not walked. Both may be URLs.
     Raises ValueError where nothing is found, OSError where no file could be listed.
     """
     walk = _Walk(exclude)
     given = list(dict.fromkeys(os.fspath(path) for path in paths))
-    files = [path for path in given if not walk.is_folder(path)]
+    files = [path for path in given if not (walk.remote(path) if is_url(path) else walk.is_folder(path))]
     walk.links()
     for path in files:
         walk.named(path)
@@ -109,12 +112,13 @@ def suffix(path: str) -> str:
 class _Walk:
     """Folders on the way into a listing. Links come last, so that a file in a given folder keeps its own name."""
 
-    def __init__(self, exclude: Path | None) -> None:
+    def __init__(self, exclude: str | Path | None) -> None:
         self.listing = Listing()
         self._folders: dict[tuple[int, int], str] = {}
         self._files: dict[tuple[int, int], str] = {}
         self._links: list[tuple[str, str]] = []
-        if exclude is not None:
+        self._excluded_url = str(exclude) if is_url(str(exclude)) else None
+        if exclude is not None and self._excluded_url is None:
             with suppress(FileNotFoundError, NotADirectoryError):
                 self._folders[_number(os.stat(exclude))] = "the one to write to"
 
@@ -124,6 +128,24 @@ class _Walk:
             if not stat.S_ISDIR(os.stat(path).st_mode):
                 return False
             self.folder(path, "")
+        return True
+
+    def remote(self, url: str) -> bool:
+        """All that a URL stands for. True: nothing is left to be done."""
+        filesystem, root = filesystem_of(url)
+        with self._failing(url):
+            if (info := filesystem.info(root))["type"] == "file":
+                self.listing.sources.append(Source(url, url.rsplit("/", 1)[-1], info["size"], named=True))
+                return True
+            excluded = None if self._excluded_url is None else filesystem_of(self._excluded_url)
+            for name, found in sorted(filesystem.find(root, detail=True).items()):
+                path = name[len(root.rstrip("/")) + 1 :]
+                if excluded is not None and excluded[0] == filesystem and name.startswith(f"{excluded[1]}/"):
+                    continue
+                if suffix(path) in OTHER_SUFFIXES or path.rsplit("/", 1)[-1].startswith(APPLE_DOUBLE):
+                    self._count_other(path)
+                else:
+                    self.listing.sources.append(Source(f"{url.rstrip('/')}/{path}", path, found["size"]))
         return True
 
     def folder(self, root: str, path: str) -> None:

@@ -52,7 +52,7 @@ def test_record_tells_what_was_encoded(tmp_path: Path, encoder: CountingEncoder)
     path = make_video(tmp_path / "v.mp4", 11)
     source = Source(str(path), "scenes/v.mp4")
     encoding = Encoding(encoder, clip_frames=5)
-    _, clip = encoding.clips(source)
+    _, clip = encoding.clips(source.file)
     sample = encoding.sample(source, content_hash(str(path)), clip, caption="noise")
     expected = ClipRecord(
         5,
@@ -77,7 +77,7 @@ def test_keys_tell_sources_of_one_name_or_one_content_apart(tmp_path: Path, enco
     sources = [("one/v.mp4", "0" * 64), ("two/v.mp4", "0" * 64), ("one/v.mp4", "1" * 64), ("caf\udce9/v.mp4", "1" * 64)]
     encoding = Encoding(encoder)
     given = [(Source(str(path), name), content) for name, content in sources]
-    keys = [encoding.sample(source, content, next(encoding.clips(source))).key for source, content in given]
+    keys = [encoding.sample(source, content, next(encoding.clips(source.file))).key for source, content in given]
     assert len(set(keys)) == len(keys)
     assert all(key.startswith("v-") for key in keys)
 

@@ -32,8 +32,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(file)
         return hashlib.sha256(file.encode()).hexdigest()
 
-    def clips(self: Encoding, source: Any) -> Iterator[Any]:
-        raise VideoError(f"{source.file}: expected a video")
+    def clips(self: Encoding, file: str) -> Iterator[Any]:
+        raise VideoError(f"{file}: expected a video")
         yield
 
     monkeypatch.setattr(reader, "content_hash", content_hash)
