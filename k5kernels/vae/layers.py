@@ -104,7 +104,7 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return self.shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
     def forward_chunk(
         self, x: Tensor, statistics: tuple[GroupStatistics, GroupStatistics], before: tuple[Tensor, Tensor] | None
@@ -113,14 +113,19 @@ class ResnetBlock(nn.Module):
         before1, before2 = (None, None) if before is None else before
         out, after1 = self.conv1.forward_chunk(self.norm1(x, statistics[0]), before1)
         out, after2 = self.conv2.forward_chunk(self.norm2(out, statistics[1]), before2)
-        return self._shortcut(x) + out, (after1, after2)
+        return self.shortcut(x) + out, (after1, after2)
 
-    def _shortcut(self, x: Tensor) -> Tensor:
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What of the block's input is added to its output."""
         return x if self.conv_shortcut is None else self.conv_shortcut(x)
 
 
 class FrameCausalAttention(nn.Module):
-    """One head over all tokens; a token sees its own frame and the frames before it."""
+    """One head over all tokens; a token sees its own frame and the frames before it.
+
+    No mask exists: every query of a frame sees the same keys, so a frame is one call of dense attention. PyTorch's
+    memory-efficient kernel takes the head dimension of 512 that no flash kernel takes.
+    """
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -131,33 +136,37 @@ class FrameCausalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._attend(x, self.group_norm(x), None)[0]
+        return self._attend(x, self.group_norm(x), None, None)[0]
 
     def forward_chunk(
-        self, x: Tensor, statistics: GroupStatistics, before: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        statistics: GroupStatistics,
+        before: tuple[Tensor, Tensor] | None,
+        window: int | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """statistics: of x. before, after: keys and values of all frames so far, [B, 1, T * H * W, C] each."""
-        return self._attend(x, self.group_norm(x, statistics), before)
+        """statistics: of x. before, after: keys and values of the frames so far, [B, 1, T * H * W, C] each. window:
+        frames that a token sees, its own included, and as many are kept; None: all."""
+        return self._attend(x, self.group_norm(x, statistics), before, window)
 
     def _attend(
-        self, x: Tensor, normalized: Tensor, before: tuple[Tensor, Tensor] | None
+        self, x: Tensor, normalized: Tensor, before: tuple[Tensor, Tensor] | None, window: int | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         B, C, T, H, W = x.shape
         tokens = normalized.permute(0, 2, 3, 4, 1).reshape(B, 1, T * H * W, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         if before is not None:
             k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-        # Frame by frame, so that no [S, S] mask exists: every query of a frame sees the same keys.
         past, frame = k.shape[2] - T * H * W, H * W
-        frames = [
-            F.scaled_dot_product_attention(
-                q[:, :, t * frame : (t + 1) * frame],
-                k[:, :, : past + (t + 1) * frame],
-                v[:, :, : past + (t + 1) * frame],
-            )
-            for t in range(T)
-        ]
+        frames = []
+        for t in range(T):
+            end = past + (t + 1) * frame
+            start = 0 if window is None else max(0, end - window * frame)
+            keys, values = k[:, :, start:end], v[:, :, start:end]
+            frames.append(F.scaled_dot_product_attention(q[:, :, t * frame : (t + 1) * frame], keys, values))
         out = self.to_out[0](torch.cat(frames, dim=2) if T else q)
+        if window is not None and k.shape[2] > window * frame:
+            k, v = (kept[:, :, -window * frame :].clone() for kept in (k, v))  # a view would keep all frames in memory
         return x + out.view(B, T, H, W, C).permute(0, 4, 1, 2, 3), (k, v)
 
 

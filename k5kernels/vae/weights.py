@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
 from k5kernels.vae.decoder import HunyuanDecoder
@@ -38,12 +39,32 @@ def load_encoder(path: str | Path) -> HunyuanEncoder:
     Raises WeightsError, a ValueError, where the path is missing, damaged, or holds another model; OSError where it
     cannot be read.
     """
-    return _load(path, HunyuanEncoder, "encoder.", "quant_conv.")
+    return _load(path, HunyuanEncoder)
 
 
 def load_decoder(path: str | Path) -> HunyuanDecoder:
     """Decoder in float32, in eval mode; paths and errors as `load_encoder`."""
-    return _load(path, HunyuanDecoder, "decoder.", "post_quant_conv.")
+    return _load(path, HunyuanDecoder)
+
+
+def half_of_diffusers(vae: nn.Module, half: type[Half]) -> Half:
+    """Encoder or decoder with a copy of the weights of diffusers' AutoencoderKLHunyuanVideo, in their dtype and on
+    their device, in eval mode. Raises ValueError where it is another model."""
+    settings = dict(getattr(vae, "config", {}))
+    if "block_out_channels" not in settings:
+        raise ValueError(f"vae: expected diffusers' {FIXED['_class_name']}, got {type(vae).__name__}")
+    settings["_class_name"] = type(vae).__name__
+    config = _from_json(settings, "vae")
+    prefix, conv = half.RELEASED_NAMES
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in vae.state_dict().items()
+        if name.startswith((prefix, conv))
+    }
+    first = next(iter(weights.values()))
+    model = half(config).to(first.device, first.dtype)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def save_vae(
@@ -59,14 +80,15 @@ def save_vae(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {DTYPES}, got {dtype}")
     tensors = {
-        _released_name(name, prefix, conv): tensor
-        for half, prefix, conv in ((encoder, "encoder.", "quant_conv."), (decoder, "decoder.", "post_quant_conv."))
+        _released_name(name, *half.RELEASED_NAMES): tensor
+        for half in (encoder, decoder)
         for name, tensor in half.state_dict().items()
     }
     write_weights(path, tensors, _to_json(encoder.config), dtype)
 
 
-def _load(path: str | Path, half: type[Half], prefix: str, conv: str) -> Half:
+def _load(path: str | Path, half: type[Half]) -> Half:
+    prefix, conv = half.RELEASED_NAMES
     stored = open_weights(path, VAE)
     config = _from_json(stored.config, path)
     model = stored.build(lambda: half(config), config.layers_per_block)

@@ -10,6 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import assert_matches
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from k5kernels.ops.groupnorm_statistics import GroupStatistics, groupnorm_statistics
 from k5kernels.vae.layers import CausalConv3d, Downsample, FrameCausalAttention, Norm, NormSiLU, ResnetBlock, Upsample
@@ -121,6 +123,36 @@ def test_attention_in_chunks_equals_the_whole(chunks):
     statistics = groupnorm_statistics(x, GROUPS)
     out = in_chunks(lambda chunk, before: layer.forward_chunk(chunk, statistics, before), x, chunks)
     assert_matches(out, layer(x))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("window", [1, 2, 4])
+@torch.inference_mode()
+def test_attention_in_a_window_sees_so_many_frames_and_keeps_no_more(chunks, window):
+    layer, x = randomized(FrameCausalAttention(8, GROUPS)), activation(2, 8, 9, 2, 3)
+    statistics, kept = groupnorm_statistics(x, GROUPS), []
+
+    def forward_chunk(chunk, before):
+        out, after = layer.forward_chunk(chunk, statistics, before, window)
+        kept.append(after[0].shape[2] // 6)
+        return out, after
+
+    tokens = layer.group_norm(x).permute(0, 2, 3, 4, 1).flatten(1, 3)
+    frame = torch.arange(9).repeat_interleave(6)
+    distance = frame[:, None] - frame
+    seen = scaled_dot_product_attention(
+        layer.to_q(tokens), layer.to_k(tokens), layer.to_v(tokens), attn_mask=(distance >= 0) & (distance < window)
+    )
+    expected = x + layer.to_out[0](seen).unflatten(1, (9, 2, 3)).permute(0, 4, 1, 2, 3)
+    assert_matches(in_chunks(forward_chunk, x, chunks), expected.contiguous(memory_format=torch.channels_last_3d))
+    assert max(kept) <= window
+
+
+@torch.inference_mode()
+def test_attention_never_takes_the_kernel_that_writes_all_its_scores():
+    layer, x = randomized(FrameCausalAttention(8, GROUPS), torch.float32), activation(1, 8, 3, 4, 4, torch.float32)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        assert layer(x).isfinite().all()
 
 
 @pytest.mark.parametrize("norm", [Norm, NormSiLU])

@@ -12,7 +12,10 @@ def diffusers_vae(config: VAEConfig = CONFIG) -> AutoencoderKLHunyuanVideo:
     """diffusers' model, untiled, every parameter random: biases and norms too."""
     torch.manual_seed(0)
     vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=config.widths, norm_num_groups=config.groups, scaling_factor=config.scaling_factor
+        block_out_channels=config.widths,
+        norm_num_groups=config.groups,
+        layers_per_block=config.layers_per_block,
+        scaling_factor=config.scaling_factor,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = vae.use_tiling = False
     with torch.no_grad():

@@ -1,0 +1,119 @@
+"""One pass over chunks: by the clip's own statistics it is exact, and its memory does not grow with the clip."""
+
+import pytest
+import torch
+from torch import Tensor
+from vae_models import diffusers_vae, relative_error
+
+from bench.peak_memory import PeakMemory
+from k5kernels.vae import HunyuanEncoder, VAEConfig
+from k5kernels.vae.passes import Storage, layer_by_layer, one_pass
+from k5kernels.vae.sample import PILOT_FRAMES, sample_of
+from k5kernels.vae.tiling import Tiling
+
+TINY = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> HunyuanEncoder:
+    return HunyuanEncoder.from_diffusers(diffusers_vae(TINY))
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def random_video(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def moving_video(frames: int, side: int) -> Tensor:
+    """A picture that moves and slowly becomes brighter."""
+    picture = torch.nn.functional.interpolate(random_video(1, 3, side // 4, side // 4), (side, side), mode="bilinear")
+    shown = [picture.roll(frame // 2, dims=3) * (0.5 + 0.5 * frame / frames) for frame in range(frames)]
+    return torch.stack(shown, dim=2)
+
+
+def peak_bytes(encoder: HunyuanEncoder, video: Tensor, **arguments) -> int:
+    with PeakMemory() as peak:
+        encoder.encode(video, **arguments)
+    return peak.bytes
+
+
+@pytest.mark.parametrize("chunks", [[9, 8, 8], [1, 24], [2, 5, 9, 9]])
+def test_by_the_clips_own_statistics_one_pass_is_exact(encoder, chunks):
+    video = random_video(2, 3, 25, 16, 24)
+    with Storage(None) as storage:
+        outputs, statistics = layer_by_layer(encoder.steps(), video.split(chunks, dim=2), storage)
+    streamed = torch.cat(list(one_pass(encoder.steps(), video.split(chunks, dim=2), statistics)), dim=2)
+    assert relative_error(streamed, torch.cat(outputs, dim=2)) < 1e-5
+
+
+def test_up_to_33_frames_stream_is_exact(encoder):
+    video = random_video(1, 3, 33, 16, 16)
+    exact = encoder.encode(video, "exact").mean
+    assert relative_error(encoder.encode(video, "stream").mean, exact) < 1e-5
+    assert relative_error(encoder.encode(video, "tile").mean, exact) > 1e-3
+
+
+def test_a_longer_clip_is_nearer_to_exact_than_tiles_are(encoder):
+    video = moving_video(57, 32)
+    exact = encoder.encode(video, "exact").mean
+    stream, tile = ((encoder.encode(video, mode).mean - exact).norm() for mode in ("stream", "tile"))
+    assert stream < tile
+
+
+def test_the_pilot_knows_of_the_frames_that_the_window_does_not(encoder):
+    video = moving_video(57, 32)
+    video[:, :, :20] = 0.1 * video[:, :, :20] - 0.9  # a dark scene at the start
+    exact = encoder.encode(video, "exact").mean
+    error = (encoder.encode(video, "stream").mean - exact).norm()
+    window = video[:, :, slice(*sample_of(57, (57,)).window)]
+    with Storage(None) as storage:
+        of_window = layer_by_layer(encoder.steps(), [window], storage)[1]
+    by_window = torch.cat(list(one_pass(encoder.steps(), [video], of_window)), dim=2).chunk(2, dim=1)[0]
+    assert error < (by_window - exact).norm() / 2
+
+
+@pytest.mark.parametrize("frames", [37, 129, 133, 1001])
+def test_a_sample_is_of_the_clip_and_does_not_grow_with_it(frames):
+    sample = sample_of(frames, (9, *[8] * ((frames - 9) // 8), *[(frames - 9) % 8] * ((frames - 9) % 8 > 0)))
+    assert 0 <= sample.window[0] < sample.window[1] <= frames
+    assert sum(end - first for first, end in sample.pilot) <= PILOT_FRAMES
+    assert sample.pilot[0][0] == 0
+    assert sample.pilot[-1][1] > frames - 5
+    latents = sample.in_latents()
+    assert latents.window[1] - latents.window[0] == 3
+    assert latents.pilot[-1][1] <= 1 + (frames - 1) // 4
+
+
+def test_memory_does_not_grow_with_the_clip(encoder):
+    short, long = (peak_bytes(encoder, random_video(1, 3, frames, 32, 32), mode="stream") for frames in (33, 121))
+    video_and_latents = 4 * (121 - 33) * (3 * 32 * 32 + 2 * 32 * 4 * 4 // 4)
+    assert long - video_and_latents <= 1.1 * short
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream", "tile"])
+@pytest.mark.parametrize("frames", [17, 49])
+def test_the_plan_knows_the_memory(encoder, mode, frames):
+    video = random_video(1, 3, frames, 48, 48)
+    planned = encoder.plan(video.shape, mode).peak_bytes
+    assert peak_bytes(encoder, video, mode=mode) <= 1.1 * planned + 2 * video.nbytes
+    assert peak_bytes(encoder, video, mode=mode) >= 0.4 * planned
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream", "tile"])
+def test_a_budget_is_kept(encoder, mode):
+    video, tiling = random_video(1, 3, 41, 64, 64), Tiling(overlap=8)
+    budget = encoder.plan(video.shape, mode).peak_bytes // 2
+    peak = peak_bytes(encoder, video, mode=mode, memory_budget=budget, tiling=tiling)
+    assert peak <= 1.1 * budget + 2 * video.nbytes
+
+
+def test_a_lookback_over_the_whole_clip_changes_nothing_and_a_shorter_one_does(encoder):
+    video = random_video(1, 3, 49, 16, 16)
+    whole = encoder.encode(video).mean
+    torch.testing.assert_close(encoder.encode(video, lookback=13).mean, whole, rtol=0, atol=0)
+    assert relative_error(encoder.encode(video, lookback=2).mean, whole) > 1e-5
