@@ -20,6 +20,7 @@ from bench.gpu.graph import graph
 from bench.gpu.inputs import STA, THRESHOLDS, Tokens, masks, products, tokens_with_locality
 from bench.gpu.results import Row
 from bench.gpu.run import Run
+from bench.gpu.vae import vae
 from k5kernels import BlockMask, block_sparse_attention, nabla_attention, nabla_mask
 
 FLEX_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64}
@@ -187,4 +188,5 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "block": (block, 90),
     "graph": (graph, 40),
     "waits": (waits, 40),
+    "vae": (vae, 120),
 }

@@ -29,13 +29,6 @@ def random_video(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def moving_video(frames: int, side: int) -> Tensor:
-    """A picture that moves and slowly becomes brighter."""
-    picture = torch.nn.functional.interpolate(random_video(1, 3, side // 4, side // 4), (side, side), mode="bilinear")
-    shown = [picture.roll(frame // 2, dims=3) * (0.5 + 0.5 * frame / frames) for frame in range(frames)]
-    return torch.stack(shown, dim=2)
-
-
 def peak_bytes(encoder: HunyuanEncoder, video: Tensor, **arguments) -> int:
     with PeakMemory() as peak:
         encoder.encode(video, **arguments)
@@ -56,25 +49,6 @@ def test_up_to_33_frames_stream_is_exact(encoder):
     exact = encoder.encode(video, "exact").mean
     assert relative_error(encoder.encode(video, "stream").mean, exact) < 1e-5
     assert relative_error(encoder.encode(video, "tile").mean, exact) > 1e-3
-
-
-def test_a_longer_clip_is_nearer_to_exact_than_tiles_are(encoder):
-    video = moving_video(57, 32)
-    exact = encoder.encode(video, "exact").mean
-    stream, tile = ((encoder.encode(video, mode).mean - exact).norm() for mode in ("stream", "tile"))
-    assert stream < tile
-
-
-def test_the_pilot_knows_of_the_frames_that_the_window_does_not(encoder):
-    video = moving_video(57, 32)
-    video[:, :, :20] = 0.1 * video[:, :, :20] - 0.9  # a dark scene at the start
-    exact = encoder.encode(video, "exact").mean
-    error = (encoder.encode(video, "stream").mean - exact).norm()
-    window = video[:, :, slice(*sample_of(57, (57,)).window)]
-    with Storage(None) as storage:
-        of_window = layer_by_layer(encoder.steps(), [window], storage)[1]
-    by_window = torch.cat(list(one_pass(encoder.steps(), [video], of_window)), dim=2).chunk(2, dim=1)[0]
-    assert error < (by_window - exact).norm() / 2
 
 
 @pytest.mark.parametrize("frames", [37, 129, 133, 1001])
