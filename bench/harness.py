@@ -50,7 +50,10 @@ class Row:
         ours = next(iter(self.milliseconds))
         work = self.operations[ours] / self.operations[variant] if self.operations else 1.0
         pairs = zip(self.milliseconds[variant], self.milliseconds[ours], strict=True)
-        low, middle, high = statistics.quantiles((work * other / own for other, own in pairs), n=4, method="inclusive")
+        ratios = [work * other / own for other, own in pairs]
+        if len(ratios) == 1:  # of calls that take minutes
+            return ratios[0], ratios[0], ratios[0]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return low, middle, high
 
     def __str__(self) -> str:

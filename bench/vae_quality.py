@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib
 import torch
 import typer
-from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
 from bench.harness import machine
 from bench.peak_memory import PeakMemory
+from bench.stock_vae import stock_vae
 from k5kernels.latents.video import to_model
 from k5kernels.vae import KANDINSKY_TILING, HunyuanDecoder, HunyuanEncoder
 from model.nano import RESOLUTION, VAE_WEIGHTS
@@ -32,22 +32,7 @@ BORDERS = {"exact": None, "stream": None, "tile": 4, "tile, Kandinsky": 2, "stoc
 Coder = Callable[[Tensor], Tensor]
 
 
-def stock(encoder: HunyuanEncoder, decoder: HunyuanDecoder) -> AutoencoderKLHunyuanVideo:
-    """diffusers' VAE with the same weights and tiling on."""
-    config = encoder.config
-    vae = AutoencoderKLHunyuanVideo(
-        block_out_channels=config.widths, norm_num_groups=config.groups, layers_per_block=config.layers_per_block
-    ).eval()
-    weights = {}
-    for half in (encoder, decoder):
-        prefix, conv = half.RELEASED_NAMES
-        weights |= {name if name.startswith(conv) else prefix + name: t for name, t in half.state_dict().items()}
-    vae.load_state_dict(weights)
-    vae.enable_tiling()
-    return vae
-
-
-def encoders(encoder: HunyuanEncoder, vae: AutoencoderKLHunyuanVideo) -> dict[str, Coder]:
+def encoders(encoder: HunyuanEncoder, vae: Any) -> dict[str, Coder]:
     """Exact first."""
 
     def ours(mode, video, **settings):
@@ -62,7 +47,7 @@ def encoders(encoder: HunyuanEncoder, vae: AutoencoderKLHunyuanVideo) -> dict[st
     }
 
 
-def decoders(decoder: HunyuanDecoder, vae: AutoencoderKLHunyuanVideo) -> dict[str, Coder]:
+def decoders(decoder: HunyuanDecoder, vae: Any) -> dict[str, Coder]:
     """By the encoder's mode, the decoder's own of the same name."""
     modes = {mode: partial(decoder.decode, mode=mode) for mode in ("exact", "stream", "tile")}
     return {
@@ -109,7 +94,7 @@ def main(
 ) -> None:
     """Print the table of one clip."""
     encoder, decoder = HunyuanEncoder.from_pretrained(VAE_WEIGHTS), HunyuanDecoder.from_pretrained(VAE_WEIGHTS)
-    vae = stock(encoder, decoder)
+    vae = stock_vae(encoder.config, encoder, decoder)
     video = to_model(load_clip(clip, RESOLUTION)[-frames:])
     print(f"{clip}, the last {frames} frames, {video.shape[3]} x {video.shape[4]}; {machine()}")
     print("| mode | s | peak MiB | error to untiled | seam | PSNR dB |\n|---|---|---|---|---|---|")

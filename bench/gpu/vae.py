@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.gpu.results import Row
 from bench.gpu.run import Run
 from bench.gpu.timing import interleaved, quartiles
+from bench.stock_vae import stock_vae
 from k5kernels.vae import HunyuanEncoder, VAEConfig
 from k5kernels.vae.tile_runners import CompiledTiles, GraphedTiles
 
@@ -31,18 +32,10 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 @torch.no_grad()
 def vae(run: Run) -> None:
     """Rows in ms and MiB at 65 x 512 x 768, and of `stream`'s memory at 33 and at 121 frames."""
-    from diffusers import AutoencoderKLHunyuanVideo  # which a bare machine may lack
-
-    on_gpu = run.device.type == "cuda"
-    config = VAEConfig() if on_gpu else TINY
-    torch.manual_seed(0)
-    stock = AutoencoderKLHunyuanVideo(
-        block_out_channels=config.widths, norm_num_groups=config.groups, layers_per_block=config.layers_per_block
-    )
-    del stock.decoder
-    stock = stock.eval().to(run.device, torch.bfloat16)
-    stock.enable_tiling()
+    config = VAEConfig() if run.device.type == "cuda" else TINY
+    stock = stock_vae(config).to(run.device, torch.bfloat16)
     encoder = HunyuanEncoder.from_diffusers(stock)
+    on_gpu = run.device.type == "cuda"
     frames, height, width = CLIP if on_gpu else TINY_CLIP
     video = _video(frames, height, width, run.device)
     variants: dict[str, Callable[[], Tensor]] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from k5kernels.vae.coding import Whole, run_plan
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
-from k5kernels.vae.layers import EPS, CausalConv3d, MidBlock, NormSiLU, UpBlock
+from k5kernels.vae.layers import EPS, CausalConv3d, MidBlock, NormSiLU, UpBlock, normalized_convolution
 from k5kernels.vae.plan import Mode, Plan, plan
 from k5kernels.vae.steps import Step, steps_of
 from k5kernels.vae.tiling import Tiling
@@ -125,4 +125,4 @@ class HunyuanDecoder(nn.Module):
         x = self.mid_block(self.conv_in(self.post_quant_conv(latent)))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+        return normalized_convolution(self.conv_norm_out, self.conv_out, x)

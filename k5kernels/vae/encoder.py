@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from k5kernels.vae.coding import Whole, fill_up, run_plan
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig, whole_latent_frames
-from k5kernels.vae.layers import EPS, CausalConv3d, DownBlock, MidBlock, NormSiLU
+from k5kernels.vae.layers import EPS, CausalConv3d, DownBlock, MidBlock, NormSiLU, normalized_convolution
 from k5kernels.vae.plan import Mode, Plan, plan
 from k5kernels.vae.posterior import Posterior
 from k5kernels.vae.steps import Step, steps_of
@@ -85,7 +85,7 @@ class HunyuanEncoder(nn.Module):
         x = self.conv_in(video.contiguous(memory_format=torch.channels_last_3d))
         for block in self.down_blocks:
             x = block(x)
-        return self.quant_conv(self.conv_out(self.conv_norm_out(self.mid_block(x))))
+        return self.quant_conv(normalized_convolution(self.conv_norm_out, self.conv_out, self.mid_block(x)))
 
     def plan(
         self,

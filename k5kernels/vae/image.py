@@ -19,7 +19,7 @@ class FluxVAE:
     """Encoder and decoder of images, which are videos of one frame."""
 
     def __init__(self, vae: nn.Module) -> None:
-        self.vae = vae.eval()
+        self.vae: Any = vae.eval()
         self.config: Any = vae.config  # diffusers': scaling_factor, shift_factor, latent_channels
 
     @classmethod

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from k5kernels.ops.groupnorm_silu import EPS, groupnorm_silu
 from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
-from k5kernels.ops.groupnorm_statistics import GroupStatistics, normalize
+from k5kernels.ops.groupnorm_silu_padded import groupnorm_silu_padded
+from k5kernels.ops.groupnorm_statistics import GroupStatistics, groupnorm_statistics, normalize
 
 
 class CausalConv3d(nn.Module):
@@ -56,6 +57,16 @@ class CausalConv3d(nn.Module):
         after = frames[:, :, out.shape[2] * self.stride[0] :].clone()  # a view would keep all frames in memory
         return out, after
 
+    def forward_padded(self, padded: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `forward_chunk`, of a chunk that `NormSiLU.padded` made; the stride in time is 1.
+
+        before: the last frames of the chunk before, padded; they take the place of the copies of the first frame.
+        """
+        past = self.kernel - 1
+        if before is not None:
+            padded[:, :, :past] = before
+        return self.conv(padded), padded[:, :, padded.shape[2] - past :].clone()
+
     def _pad(self, x: Tensor, frames_before: int) -> Tensor:
         if self.kernel == 1:
             return x
@@ -91,6 +102,32 @@ class NormSiLU(nn.GroupNorm):
             return groupnorm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
         return groupnorm_silu_apply(x, statistics, self.weight, self.bias, self.eps)
 
+    def padded(self, x: Tensor, statistics: GroupStatistics | None, kernel: int) -> Tensor:
+        """Normalized, activated and padded for a causal convolution with a cubic kernel, in one pass over x."""
+        if statistics is None:
+            statistics = groupnorm_statistics(x, self.num_groups)
+        pad = (kernel - 1, kernel // 2, kernel // 2)
+        return groupnorm_silu_padded(x, statistics, self.weight, self.bias, pad, self.eps)
+
+
+def normalized_convolution(norm: NormSiLU, conv: CausalConv3d, x: Tensor) -> Tensor:
+    """conv(norm(x)) of a whole clip; the convolution has unit strides."""
+    return conv.conv(norm.padded(x, None, conv.kernel))
+
+
+def normalized_convolution_chunk(
+    norm: NormSiLU, conv: CausalConv3d, x: Tensor, statistics: GroupStatistics, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same of a chunk of a clip with these statistics; before, after: as in `CausalConv3d.forward_padded`.
+
+    Raises ValueError where the first chunk has no frame.
+    """
+    if x.shape[2] > 0:
+        return conv.forward_padded(norm.padded(x, statistics, conv.kernel), before)
+    if before is None:
+        raise ValueError("x: expected at least one frame in the first chunk, got none")
+    return x.new_empty(x.shape[0], conv.conv.out_channels, *x.shape[2:]), before
+
 
 class ResnetBlock(nn.Module):
     """Two (GroupNorm, SiLU, convolution) and a residual."""
@@ -104,16 +141,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
-
-    def forward_chunk(
-        self, x: Tensor, statistics: tuple[GroupStatistics, GroupStatistics], before: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """statistics: of the inputs of norm1 and norm2. before, after: those of conv1 and conv2."""
-        before1, before2 = (None, None) if before is None else before
-        out, after1 = self.conv1.forward_chunk(self.norm1(x, statistics[0]), before1)
-        out, after2 = self.conv2.forward_chunk(self.norm2(out, statistics[1]), before2)
-        return self.shortcut(x) + out, (after1, after2)
+        hidden = normalized_convolution(self.norm1, self.conv1, x)
+        return self.shortcut(x) + normalized_convolution(self.norm2, self.conv2, hidden)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What of the block's input is added to its output."""

@@ -94,7 +94,7 @@ class Kept:
 
 def _by_stride(chunk: Tensor) -> tuple[int, ...]:
     """Dimensions from the outermost in memory to the innermost."""
-    return tuple(sorted(range(chunk.ndim), key=lambda dimension: -chunk.stride(dimension)))
+    return tuple(sorted(range(chunk.ndim), key=chunk.stride, reverse=True))
 
 
 class Activation:

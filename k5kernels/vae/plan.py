@@ -115,12 +115,14 @@ def plan(
     batch, frames, height, width = shape
     sizes = encoder_sizes(config) if half == "encoder" else decoder_sizes(config)
     volume, latents = Volume(frames, height, width), latent_frames(frames)
-    whole = (Span(0, latents),), (Span(0, height // SPATIAL_STRIDE),), (Span(0, width // SPATIAL_STRIDE),)
-    tiles, chunks, sample, resident, spilled = whole, (frames,), None, None, 0
+    lengths = latents, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+    tiles: tuple[tuple[Span, ...], ...] = tuple((Span(0, length),) for length in lengths)
+    sample, resident, spilled = None, None, 0
+    chunks: tuple[int, ...] = (frames,)
     if mode == "tile":
         tiles, peak = _tiles(sizes, volume, memory_budget, value_bytes, tiling)
     else:
-        choices = CHUNKS if mode == "exact" else STREAM_CHUNKS
+        choices: tuple[int, ...] = CHUNKS if mode == "exact" else STREAM_CHUNKS
         least = choices[-1] if half == "encoder" else TEMPORAL_STRIDE
         choices = tuple(chunk for chunk in choices if chunk >= least)
         clip = Volume(frames if mode == "exact" else min(frames, EXACT_FRAMES), height, width)
@@ -130,11 +132,13 @@ def plan(
             peak = max(peak, in_one_pass)
         chunks = chunk_sizes(frames, chunk)
         sample = None if clip == volume else sample_of(frames, chunks)
+    times, rows, columns = tiles
     together = 1
     if memory_budget is not None and not spilled:
         together = max(1, min(batch, memory_budget // max(peak, 1)))
     return Plan(
-        half, mode, batch, frames, height, width, together, chunks, *tiles, tiling.blend, sample, lookback,
+        half, mode, batch, frames, height, width, together,
+        chunks, times, rows, columns, tiling.blend, sample, lookback,
         None if resident is None else together * resident, together * spilled, together * peak,
     )  # fmt: skip
 

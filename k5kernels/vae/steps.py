@@ -21,6 +21,7 @@ from k5kernels.vae.layers import (
     ResnetBlock,
     UpBlock,
     Upsample,
+    normalized_convolution_chunk,
 )
 
 # Of a chunk, the statistics of the clip where the step normalizes, and what the step kept of the chunks before; gives
@@ -64,12 +65,7 @@ def _steps_of_layer(layer: nn.Module | tuple[NormSiLU, CausalConv3d], window: in
         case UpBlock():
             return steps_of((*layer.resnets, *layer.upsamplers), window)
         case FrameCausalAttention():
-            return [
-                Step(
-                    lambda x, statistics, before: layer.forward_chunk(x, statistics, before, window),
-                    layer.group_norm.num_groups,
-                )
-            ]
+            return [_attention(layer, window)]
         case CausalConv3d() | Downsample() | Upsample():
             return [Step(lambda x, _, before: layer.forward_chunk(x, before))]
         case nn.Conv3d():
@@ -84,9 +80,18 @@ def _normalized(
     shortcut: Callable[[Tensor], Tensor] | None = None,
 ) -> Step:
     def run(x: Tensor, statistics: GroupStatistics | None, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        return conv.forward_chunk(norm(x, statistics), before)
+        assert statistics is not None  # of a step that normalizes
+        return normalized_convolution_chunk(norm, conv, x, statistics, before)
 
     return Step(run, norm.num_groups, opens_residual, shortcut)
+
+
+def _attention(layer: FrameCausalAttention, window: int | None) -> Step:
+    def run(x: Tensor, statistics: GroupStatistics | None, before: Any) -> tuple[Tensor, Any]:
+        assert statistics is not None  # of a step that normalizes
+        return layer.forward_chunk(x, statistics, before, window)
+
+    return Step(run, layer.group_norm.num_groups)
 
 
 def _pointwise(conv: nn.Conv3d, x: Tensor) -> Tensor:

@@ -79,11 +79,19 @@ def test_released_widths_have_the_released_names_and_shapes() -> None:
     assert {name: t.shape for name, t in ours.items()} == {name: t.shape for name, t in expected.items()}
 
 
+class PaddedSiLU(nn.SiLU):
+    """NormSiLU without the norm."""
+
+    def padded(self, x: Tensor, statistics: None, kernel: int) -> Tensor:
+        side = kernel // 2
+        return nn.functional.pad(self(x), (side, side, side, side, kernel - 1, 0), mode="replicate")
+
+
 def fix_statistics(encoder: HunyuanEncoder) -> HunyuanEncoder:
     """Replace every GroupNorm, whose statistics span all frames, by what follows it: SiLU, or nothing."""
     for name, module in list(encoder.named_modules()):
         if isinstance(module, nn.GroupNorm):
-            encoder.set_submodule(name, nn.SiLU() if isinstance(module, NormSiLU) else nn.Identity())
+            encoder.set_submodule(name, PaddedSiLU() if isinstance(module, NormSiLU) else nn.Identity())
     return encoder
 
 

@@ -1,7 +1,6 @@
 """The layers of the VAE in chunks of frames: together the chunks give what the whole clip gives."""
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any
 
 import pytest
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from k5kernels.ops.groupnorm_statistics import GroupStatistics, groupnorm_statistics
+from k5kernels.ops.groupnorm_statistics import groupnorm_statistics
 from k5kernels.vae.layers import CausalConv3d, Downsample, FrameCausalAttention, Norm, NormSiLU, ResnetBlock, Upsample
+from k5kernels.vae.passes import Storage, layer_by_layer, one_pass
+from k5kernels.vae.steps import steps_of
 
 # The first chunk has a frame at least; one frame first, chunks that divide nothing, chunks of none.
 CHUNKS = [[1, 4, 4], [4, 3, 2], [9], [1] * 9, [2, 0, 7], [1, 1, 5, 2]]
@@ -42,12 +43,6 @@ def in_chunks(forward_chunk: Callable[..., tuple[Tensor, Any]], x: Tensor, chunk
         out, state = forward_chunk(chunk, state)
         outs.append(out)
     return torch.cat(outs, dim=2)
-
-
-def merged_statistics(x: Tensor, chunks: Sequence[int]) -> GroupStatistics:
-    return reduce(
-        GroupStatistics.merge, [groupnorm_statistics(chunk, GROUPS) for chunk in x.split(list(chunks), dim=2)]
-    )
 
 
 @given(
@@ -100,8 +95,8 @@ def test_an_upsampling_in_chunks_equals_the_whole(chunks, factor):
 def test_a_residual_block_in_chunks_with_the_whole_clips_statistics_equals_the_whole(chunks, channels_out):
     block, x = randomized(ResnetBlock(8, channels_out, GROUPS)), activation(2, 8, 9, 5, 6)
     middle = block.conv1(block.norm1(x))
-    statistics = groupnorm_statistics(x, GROUPS), groupnorm_statistics(middle, GROUPS)
-    out = in_chunks(lambda chunk, before: block.forward_chunk(chunk, statistics, before), x, chunks)
+    statistics = [groupnorm_statistics(x, GROUPS), groupnorm_statistics(middle, GROUPS)]
+    out = torch.cat(list(one_pass(steps_of([block], None), x.split(chunks, dim=2), statistics)), dim=2)
     assert_matches(out, block(x))
 
 
@@ -109,11 +104,12 @@ def test_a_residual_block_in_chunks_with_the_whole_clips_statistics_equals_the_w
 @torch.inference_mode()
 def test_a_residual_block_can_run_layer_by_layer_without_ever_seeing_the_whole(chunks):
     block, x = randomized(ResnetBlock(8, 12, GROUPS), torch.float32), activation(1, 8, 9, 7, 6, torch.float32)
-    first = merged_statistics(x, chunks)
-    middle = in_chunks(lambda chunk, before: block.conv1.forward_chunk(block.norm1(chunk, first), before), x, chunks)
-    second = merged_statistics(middle, chunks)
-    out = in_chunks(lambda chunk, before: block.forward_chunk(chunk, (first, second), before), x, chunks)
-    assert_matches(out, block(x))
+    with Storage(None) as storage:
+        outputs, statistics = layer_by_layer(steps_of([block], None), x.split(chunks, dim=2), storage)
+    assert_matches(torch.cat(outputs, dim=2), block(x))
+    whole = groupnorm_statistics(x, GROUPS)
+    torch.testing.assert_close(statistics[0].mean, whole.mean)
+    torch.testing.assert_close(statistics[0].variance, whole.variance)
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)

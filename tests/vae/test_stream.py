@@ -6,10 +6,13 @@ from torch import Tensor
 from vae_models import diffusers_vae, relative_error
 
 from bench.peak_memory import PeakMemory
+from k5kernels.latents.video import to_model
 from k5kernels.vae import HunyuanEncoder, VAEConfig
 from k5kernels.vae.passes import Storage, layer_by_layer, one_pass
 from k5kernels.vae.sample import PILOT_FRAMES, sample_of
 from k5kernels.vae.tiling import Tiling
+from model.nano import VAE_WEIGHTS
+from train.clips import load_clip
 
 TINY = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
 
@@ -91,3 +94,15 @@ def test_a_lookback_over_the_whole_clip_changes_nothing_and_a_shorter_one_does(e
     whole = encoder.encode(video).mean
     torch.testing.assert_close(encoder.encode(video, lookback=13).mean, whole, rtol=0, atol=0)
     assert relative_error(encoder.encode(video, lookback=2).mean, whole) > 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bigbuckbunny", "bikes"])
+def test_on_a_real_clip_stream_is_much_nearer_to_exact_than_tiles_are(name):
+    nano = HunyuanEncoder.from_pretrained(VAE_WEIGHTS)
+    frames = load_clip(name, 256)[-65:]
+    top, left = ((side - 96) // 2 for side in frames.shape[1:3])
+    video = to_model(frames[:, top : top + 96, left : left + 96])
+    exact = nano.encode(video, "exact").mean
+    stream, tile = ((nano.encode(video, mode).mean - exact).norm() for mode in ("stream", "tile"))
+    assert stream < tile / 1.5
