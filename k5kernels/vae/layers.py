@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k5kernels.memory_format import memory_format_like
 from k5kernels.ops.groupnorm_silu import EPS, groupnorm_silu
 from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
 from k5kernels.ops.groupnorm_silu_padded import groupnorm_silu_padded
@@ -38,22 +39,36 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(self._pad(x, self.kernel - 1))
+        if self.kernel == 1:
+            return self._convolve(x)
+        side = self.kernel // 2
+        return self._convolve(F.pad(x, (side, side, side, side, self.kernel - 1, 0), mode="replicate"))
 
     def forward_chunk(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Output and `after`: the frames of x, and of `before`, that the next output needs; fewer than the kernel's.
 
         Raises ValueError where `before` does not fit x, or the first chunk has no frame.
         """
-        if before is None:
-            if x.shape[2] == 0:
-                raise ValueError("x: expected at least one frame in the first chunk, got none")
-            before = x[:, :, :1].expand(-1, -1, self.kernel - 1, -1, -1)
-        B, C, _, H, W = x.shape
-        if before.ndim != 5 or (*before.shape[:2], *before.shape[3:]) != (B, C, H, W) or before.dtype != x.dtype:
-            raise ValueError(f"before: expected {x.dtype} {[B, C, 'T', H, W]}, got {before.dtype} {list(before.shape)}")
-        frames = torch.cat([before, x], dim=2)
-        out = self._convolve(self._pad(frames, 0))
+        B, C, T, H, W = x.shape
+        if before is None and T == 0:
+            raise ValueError("x: expected at least one frame in the first chunk, got none")
+        past = x[:, :, :1].expand(-1, -1, self.kernel - 1, -1, -1) if before is None else before
+        if past.ndim != 5 or (*past.shape[:2], *past.shape[3:]) != (B, C, H, W) or past.dtype != x.dtype:
+            raise ValueError(f"before: expected {x.dtype} {[B, C, 'T', H, W]}, got {past.dtype} {list(past.shape)}")
+        side, kept = self.kernel // 2, past.shape[2]
+        shape = (B, C, kept + T, H + 2 * side, W + 2 * side)
+        # Written once: joining and then padding would copy the chunk twice, and lose the order of its dimensions.
+        padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_like(x))
+        frames = padded[:, :, :, side : side + H, side : side + W]
+        frames[:, :, :kept], frames[:, :, kept:] = past, x
+        for edge in range(side):
+            padded[:, :, :, edge], padded[:, :, :, side + H + edge] = (
+                padded[:, :, :, side],
+                padded[:, :, :, side + H - 1],
+            )
+        for edge in range(side):
+            padded[..., edge], padded[..., side + W + edge] = padded[..., side], padded[..., side + W - 1]
+        out = self._convolve(padded)
         after = frames[:, :, out.shape[2] * self.stride[0] :].clone()  # a view would keep all frames in memory
         return out, after
 
@@ -66,12 +81,6 @@ class CausalConv3d(nn.Module):
         if before is not None:
             padded[:, :, :past] = before
         return self.conv(padded), padded[:, :, padded.shape[2] - past :].clone()
-
-    def _pad(self, x: Tensor, frames_before: int) -> Tensor:
-        if self.kernel == 1:
-            return x
-        side = self.kernel // 2
-        return F.pad(x, (side, side, side, side, frames_before, 0), mode="replicate")
 
     def _convolve(self, padded: Tensor) -> Tensor:
         if padded.shape[2] >= self.kernel:
