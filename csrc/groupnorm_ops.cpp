@@ -44,7 +44,7 @@ k5::GroupNormSiLU<T> silu_of(const Tensor& x, const double* mean, const double* 
           x.numel() / (x.size(0) * x.size(1)),
           groups,
           static_cast<float>(eps),
-          past_caches<T>(out, innermost(x))};
+          past_caches<T>(out, innermost(x), 2 * k5::kLanes)};
 }
 
 template <class T>
@@ -61,17 +61,17 @@ void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batc
 
 // Of the channels of all samples, for the second step of channels-last.
 template <class T>
-std::vector<float> centres_slopes_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
-  std::vector<float> centres_slopes(2 * batch * op.channels);
-  K5_DISPATCH(groupnorm_silu_slopes, op, centres_slopes.data(), 0, batch);
-  return centres_slopes;
+std::vector<float> channels_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
+  std::vector<float> channels(batch * k5::kChannelRows * k5::whole_sixteens(op.channels));
+  K5_DISPATCH(groupnorm_silu_channels, op, channels.data(), 0, batch);
+  return channels;
 }
 
 template <class T>
 void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
-  const std::vector<float> centres_slopes = centres_slopes_of(op, batch);
+  const std::vector<float> of_channels = channels_of(op, batch);
   parallel_for(0, batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_channels_last, op, centres_slopes.data(), first, end);
+    K5_DISPATCH(groupnorm_silu_channels_last, op, of_channels.data(), first, end);
   });
 }
 
@@ -122,8 +122,8 @@ Tensor groupnorm_silu_apply(const Tensor& x, const Tensor& mean, const Tensor& v
   return out;
 }
 
-// groupnorm_silu_apply with a border of copies: pad is the frames before the first, then the rows and the columns on both
-// sides.
+// groupnorm_silu_apply with a border of copies: pad is the frames before the first, then the rows and the columns on
+// both sides.
 Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& variance, const Tensor& weight,
                              const Tensor& bias, std::vector<int64_t> pad, double eps) {
   const MemoryFormat format = groupnorm_format(x);
@@ -144,16 +144,17 @@ Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& 
         K5_DISPATCH(groupnorm_silu_padded_contiguous, op, border, first, end);
       });
     } else {
-      const std::vector<float> centres_slopes = centres_slopes_of(op, batch);
+      const std::vector<float> of_channels = channels_of(op, batch);
       parallel_for(0, rows, grain(border.width * channels), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_silu_padded_channels_last, op, border, centres_slopes.data(), first, end);
+        K5_DISPATCH(groupnorm_silu_padded_channels_last, op, border, of_channels.data(), first, end);
       });
     }
   });
   return out;
 }
 
-// groupnorm_statistics and groupnorm_silu_apply in one call; where x is contiguous, each group is normalized while its values are still in the cache.
+// groupnorm_statistics and groupnorm_silu_apply in one call; where x is contiguous, each group is normalized while its
+// values are still in the cache.
 Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps) {
   const MemoryFormat format = groupnorm_format(x);
   const Tensor dense = contiguous(x, format), dense_weight = dense_float(weight), dense_bias = dense_float(bias);
@@ -295,7 +296,7 @@ k5::GroupNormSiLUBackward<T> backward_of(const Tensor& grad, const Tensor& x, co
           nullptr,
           x.size(1),
           x.numel() / (x.size(0) * x.size(1)),
-          past_caches<T>(grad_x, innermost(grad_x))};
+          past_caches<T>(grad_x, innermost(grad_x), 2 * k5::kLanes)};
 }
 
 // Gradients of x, mean, variance, weight and bias.

@@ -93,7 +93,7 @@ Tensor layernorm_modulate(const Tensor& x, const Tensor& shift, const Tensor& sc
         {clip_starts.data(), x.size(1)},
         x.size(2),
         static_cast<float>(eps),
-        past_caches<T>(out, x.size(2))};
+        past_caches<T>(out, x.size(2), 2 * k5::kLanes)};
     parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)), [&](int64_t first, int64_t end) {
       K5_DISPATCH(layernorm_modulate, op, first, end);
     });
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_modulate_backward(const Tensor& gra
         {clip_starts.data(), x.size(1)},
         width,
         static_cast<float>(eps),
-        past_caches<T>(grad_x, width)};
+        past_caches<T>(grad_x, width, 2 * k5::kLanes)};
     parallel_for(0, pieces.count(), grain(k5::kPieceRows * width), [&](int64_t first, int64_t end) {
       K5_DISPATCH(layernorm_modulate_backward, op, pieces.pieces.data(), first, end);
     });

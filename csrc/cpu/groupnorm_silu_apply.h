@@ -8,8 +8,8 @@
 
 namespace k5 {
 
-// mean and variance are [batch, groups]; weight and bias are dense float32 [channels]. past_caches: whether to write out
-// by `stream` of vec.h.
+// mean and variance are [batch, groups]; weight and bias are dense float32 [channels]. past_caches: whether to write
+// out by `stream` of vec.h.
 template <class T>
 struct GroupNormSiLU {
   const T* x;
@@ -23,8 +23,10 @@ struct GroupNormSiLU {
   bool past_caches;
 };
 
-// Positions of x are [frames, height, width]. The border: copies of the first frame before it, and of the outermost rows
-// and columns on both sides.
+constexpr int64_t kChannelRows = 3;
+
+// Positions of x are [frames, height, width]. The border: copies of the first frame before it, and of the outermost
+// rows and columns on both sides.
 struct Border {
   int64_t frames, height, width;
   int64_t before, rows, columns;
@@ -52,13 +54,14 @@ namespace portable {
 template <class T>
 void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);
 
-// Channels-last, step 1, samples: centres_slopes[batch] = each channel's mean, then weight / deviation.
+// Channels-last, step 1, samples: of each sample kChannelRows rows of `whole_sixteens(channels)` floats, in the order
+// of a row of T: the channels' means, weight / deviation, and biases.
 template <class T>
-void groupnorm_silu_slopes(const GroupNormSiLU<T>& op, float* centres_slopes, int64_t first_sample, int64_t end_sample);
+void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample);
 
 // Channels-last, step 2: positions, numbered over the whole batch.
 template <class T>
-void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* centres_slopes, int64_t first_position,
+void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,
                                   int64_t end_position);
 
 // Contiguous, with a border: rows of the result, numbered ((sample * channels + channel) * padded_frames + frame) *
@@ -70,22 +73,22 @@ void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& 
 // Channels-last, with a border, step 2: rows of the result, numbered (sample * padded_frames + frame) * padded_height +
 // row.
 template <class T>
-void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
                                          int64_t first_row, int64_t end_row);
 }  // namespace portable
 namespace avx2 {
 template <class T>
 void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);
 template <class T>
-void groupnorm_silu_slopes(const GroupNormSiLU<T>& op, float* centres_slopes, int64_t first_sample, int64_t end_sample);
+void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample);
 template <class T>
-void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* centres_slopes, int64_t first_position,
+void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,
                                   int64_t end_position);
 template <class T>
 void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
                                       int64_t end_row);
 template <class T>
-void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* centres_slopes,
+void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
                                          int64_t first_row, int64_t end_row);
 }  // namespace avx2
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace k5::K5_ISA {
 namespace {
@@ -10,22 +11,28 @@ namespace {
 // How grad_x is written, if at all.
 enum class Write { nothing, through_caches, past_caches };
 
-// grad * silu'(z); silu' = s * (1 + z * (1 - s)), s the sigmoid.
+// grad * silu'(z); silu' = s * (1 + z * (1 - s)), s the sigmoid. As exact as results of type T need.
+template <class T>
 inline Vec8 through_silu(Vec8 grad, Vec8 z) {
-  const Vec8 s = 1.0f / (exp(-z) + 1.0f);
+  const Vec8 s = 1.0f / (exp_for(static_cast<const T*>(nullptr), -z) + 1.0f);
   return grad * (s * (1.0f + z * (1.0f - s)));
+}
+
+template <class T>
+inline Vec16 through_silu(Vec16 grad, Vec16 z) {
+  return {through_silu<T>(grad.first, z.first), through_silu<T>(grad.second, z.second)};
 }
 
 // Where the values of a group are near each other, `inverse` is large: what cancels must be rounded alike before it.
 template <class Factor>
-inline Vec8 x_gradient(Vec8 gradient, Vec8 centred, Factor weight, Factor linear, Factor constant, Factor inverse) {
+inline Vec16 x_gradient(Vec16 gradient, Vec16 centred, Factor weight, Factor linear, Factor constant, Factor inverse) {
   return (rounded(gradient * weight) - centred * linear - constant) * inverse;
 }
 
-template <bool kSums, Write kWrite, class T>
+template <bool kAddUp, Write kWrite, class T>
 void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel, int64_t end_channel) {
   // Sums of a piece are kept in float32, those of the whole in float64.
-  constexpr int64_t kPiece = 1024;
+  constexpr int64_t kPiece = 1024, kAhead = 1024 / sizeof(T);
   for (int64_t number = first_channel; number < end_channel; number++) {
     const int64_t sample = number / op.channels, channel = number % op.channels;
     const float* terms = op.terms + sample * kTerms * op.channels + channel;
@@ -36,13 +43,15 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
     for (int64_t start = 0; start < op.positions; start += kPiece) {
       const int64_t offset = number * op.positions + start, count = std::min(kPiece, op.positions - start);
       const T *grad = op.grad + offset, *x = op.x + offset;
-      Vec8 sums[kParts] = {}, centred_sums[kParts] = {};
-      for_lanes(count, [&](int64_t i, int part, auto lanes) {
-        const Vec8 centred = lanes.get(x + i) - centre;
-        const Vec8 gradient = through_silu(lanes.get(grad + i), centred * slope + bias);
-        if constexpr (kSums) {
-          sums[part] += gradient;
-          centred_sums[part] += gradient * centred;
+      Vec16 sums[kSums] = {}, centred_sums[kSums] = {};
+      for_sixteens(count, [&](int64_t i, int part, auto lanes) {
+        __builtin_prefetch(x + i + kAhead);
+        __builtin_prefetch(grad + i + kAhead);
+        const Vec16 centred = lanes.get(x + i) - centre;
+        const Vec16 gradient = through_silu<T>(lanes.get(grad + i), centred * slope + bias);
+        if constexpr (kAddUp) {
+          sums[part] = sums[part] + gradient;
+          centred_sums[part] = centred_sums[part] + gradient * centred;
         }
         if constexpr (kWrite != Write::nothing)
           lanes.template set<kWrite == Write::past_caches>(
@@ -51,7 +60,7 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
       sum_of_all += sum_of_parts(sums);
       centred_sum_of_all += sum_of_parts(centred_sums);
     }
-    if constexpr (kSums) {
+    if constexpr (kAddUp) {
       float* sums = op.sums + sample * 2 * op.channels + channel;
       sums[0] = static_cast<float>(sum_of_all);
       sums[op.channels] = static_cast<float>(centred_sum_of_all);
@@ -60,24 +69,31 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
   if (kWrite == Write::past_caches) end_of_stream();
 }
 
-template <bool kSums, Write kWrite, class T>
+template <bool kAddUp, Write kWrite, class T>
 void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk) {
-  const int64_t C = op.channels;
+  constexpr int64_t kAheadPositions = 4;
+  const int64_t C = op.channels, row = whole_sixteens(C);
+  const ZeroedFloats arranged((kTerms + 2) * row);  // in the order of a row of T
+  float *const sums = arranged.data + kTerms * row, *const centred_sums = sums + row;
+  int64_t sample = -1;
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
-    const float* terms = op.terms + chunk.sample * kTerms * C;
-    float* sums = kSums ? op.sums + number * 2 * C : nullptr;
-    if constexpr (kSums)
-      for (int64_t i = 0; i < 2 * C; i++) sums[i] = 0;
+    if (chunk.sample != sample) {
+      sample = chunk.sample;
+      for (int64_t term = 0; term < kTerms; term++)
+        arrange<T>(arranged.data + term * row, op.terms + (sample * kTerms + term) * C, C);
+    }
     for (int64_t position = chunk.first; position < chunk.end; position++) {
       const T *grad = op.grad + position * C, *x = op.x + position * C;
-      for_lanes(C, [&](int64_t i, int, auto lanes) {
-        const auto term = [&](Term row) { return lanes.get(terms + row * C + i); };
-        const Vec8 centred = lanes.get(x + i) - term(kCentre);
-        const Vec8 gradient = through_silu(lanes.get(grad + i), centred * term(kSlope) + term(kBias));
-        if constexpr (kSums) {
-          lanes.set(sums + i, lanes.get(sums + i) + gradient);
-          lanes.set(sums + C + i, lanes.get(sums + C + i) + gradient * centred);
+      for_sixteens(C, [&](int64_t i, int, auto lanes) {
+        __builtin_prefetch(x + kAheadPositions * C + i);
+        __builtin_prefetch(grad + kAheadPositions * C + i);
+        const auto term = [&](Term which) { return load_sixteen(arranged.data + which * row + i); };
+        const Vec16 centred = lanes.get(x + i) - term(kCentre);
+        const Vec16 gradient = through_silu<T>(lanes.get(grad + i), centred * term(kSlope) + term(kBias));
+        if constexpr (kAddUp) {
+          store_sixteen(sums + i, load_sixteen(sums + i) + gradient);
+          store_sixteen(centred_sums + i, load_sixteen(centred_sums + i) + gradient * centred);
         }
         if constexpr (kWrite != Write::nothing)
           lanes.template set<kWrite == Write::past_caches>(
@@ -85,6 +101,14 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
                                                        term(kConstant), term(kInverse)));
       });
     }
+    if constexpr (kAddUp)
+      for_sixteens(C, [&](int64_t i, int, auto lanes) {
+        float* of_chunk = op.sums + number * 2 * C + i;
+        lanes.template set_floats<T>(of_chunk, load_sixteen(sums + i));
+        lanes.template set_floats<T>(of_chunk + C, load_sixteen(centred_sums + i));
+        store_sixteen(sums + i, Vec16{});
+        store_sixteen(centred_sums + i, Vec16{});
+      });
   }
   if (kWrite == Write::past_caches) end_of_stream();
 }

@@ -4,6 +4,7 @@
 
 #include "lanes.h"
 #include "prefetch.h"
+#include "scratch.h"
 
 namespace k5::K5_ISA {
 namespace {
@@ -21,36 +22,42 @@ struct Moments {
 };
 
 inline float load_one(const float* source) { return *source; }
-inline float load_one(const BFloat16* source) { return load_partial(source, 1)[0]; }
+inline float load_one(const BFloat16* source) { return bits_as<float>(uint32_t{source->bits} << 16); }
 
-// The moments of a dense run. Two-pass, piece by piece, so that the second pass over a piece reads it from the cache.
-// What is summed is x - pivot, the run's first value, so that a large mean costs no digits.
+// A run of values near each other in memory, or of one channel, is summed up in one pass: x - pivot and its square. The
+// pivot is the mean of the run's first values, at least an eighth of it: then the squares are at most eight times as
+// large as those of differences from the mean, and cancellation costs less than a digit.
+constexpr int64_t kPivotShare = 8;
+
+// The moments of a dense run, piece by piece.
 template <class T>
 inline Moments moments_of_run(const T* run, int64_t length) {
-  constexpr int64_t kPiece = 1024;
-  const float pivot = load_one(run);
+  constexpr int64_t kPiece = 1024, kAhead = 1024 / sizeof(T);
+  const float first = load_one(run);  // subtracted before anything is added up, so that a large mean costs no digits
   Moments moments;
   for (int64_t start = 0; start < length; start += kPiece) {
-    const int64_t count = std::min(kPiece, length - start), whole = count / kLanes * kLanes, rest = count - whole;
+    const int64_t count = std::min(kPiece, length - start), pivots = (count + kPivotShare - 1) / kPivotShare;
     const T* piece = run + start;
-    Vec8 totals = {}, squares = {};
-    for (int64_t i = 0; i < whole; i += kLanes) totals += load(piece + i) - pivot;
-    if (rest) totals += keep_first(load_partial(piece + whole, rest) - pivot, rest);
-    const float offset = sum(totals) / count, mean = pivot + offset;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Vec8 difference = load(piece + i) - mean;
-      squares += difference * difference;
-    }
-    if (rest) {
-      const Vec8 difference = keep_first(load_partial(piece + whole, rest) - mean, rest);
-      squares += difference * difference;
-    }
-    moments.merge(count, static_cast<double>(pivot) + offset, sum(squares));
+    Vec16 pivot_sums[kSums] = {}, totals[kSums] = {}, squares[kSums] = {};
+    for_sixteens(pivots, [&](int64_t i, int part, auto lanes) {
+      pivot_sums[part] = pivot_sums[part] + lanes.template keep<T>(lanes.get(piece + i) - first);
+    });
+    const float pivot = first + sum_of_parts(pivot_sums) / pivots;
+    for_sixteens(count, [&](int64_t i, int part, auto lanes) {
+      if (part == 0) __builtin_prefetch(piece + kAhead + i);
+      const Vec16 difference = lanes.template keep<T>(lanes.get(piece + i) - pivot);
+      totals[part] = totals[part] + difference;
+      squares[part] = squares[part] + difference * difference;
+    });
+    const double total = sum_of_parts(totals);
+    moments.merge(count, pivot + total / count, std::max(0.0, sum_of_parts(squares) - total * total / count));
   }
   return moments;
 }
 
-// Fetches the chunk that follows while this one is read again from the cache.
+// Fetches positions that follow: with few values each, the processor does not see far enough ahead.
+constexpr int64_t kAheadPositions = 8;
+
 template <class T>
 inline void prefetch_row(const T* row, int64_t width) {
   for (const char *line = reinterpret_cast<const char*>(row), *end = reinterpret_cast<const char*>(row + width);
@@ -103,60 +110,79 @@ void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t f
 template <class T>
 void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,
                                     int64_t end_chunk) {
-  const int64_t C = op.channels;
+  const int64_t C = op.channels, row = whole_sixteens(C);
+  const ZeroedFloats rows(4 * row);  // in the order of a row of T
+  float *pivots = rows.data, *totals = pivots + row, *squares = totals + row, *firsts = squares + row;
+  const auto add = [](float* sum, Vec16 value) { store_sixteen(sum, load_sixteen(sum) + value); };
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
-    const int64_t positions = chunk.end - chunk.first;
-    const T *first = op.x + chunk.first * C, *pivots = op.x + chunk.sample * op.positions * C;
-    float *means = partial + number * 2 * C, *squares = means + C;
-    for (int64_t i = 0; i < 2 * C; i++) means[i] = 0;
-    for (int64_t position = 0; position < positions; position++) {
-      const T* x = first + position * C;
-      for_lanes(C, [&](int64_t i, int, auto lanes) {
-        lanes.set(means + i, lanes.get(means + i) + (lanes.get(x + i) - lanes.get(pivots + i)));
-      });
-    }
-    for_lanes(C, [&](int64_t i, int, auto lanes) {
-      lanes.set(means + i, lanes.get(means + i) / static_cast<float>(positions));
+    const int64_t count = chunk.end - chunk.first, of_pivots = (count + kPivotShare - 1) / kPivotShare;
+    const T *x = op.x + chunk.first * C, *first = op.x + chunk.sample * op.positions * C;
+    for_sixteens(C, [&](int64_t i, int, auto lanes) {
+      store_sixteen(firsts + i, lanes.get(first + i));
+      for (float* sum : {pivots, totals, squares}) store_sixteen(sum + i, Vec16{});
     });
-    for (int64_t position = 0; position < positions; position++) {
-      const T* x = first + position * C;
-      if (number + 1 < end_chunk) prefetch_row(x + positions * C, C);
-      for_lanes(C, [&](int64_t i, int, auto lanes) {
-        const Vec8 difference = lanes.get(x + i) - (lanes.get(means + i) + lanes.get(pivots + i));
-        lanes.set(squares + i, lanes.get(squares + i) + difference * difference);
+    for (int64_t position = 0; position < of_pivots; position++)
+      for_sixteens(C, [&](int64_t i, int, auto lanes) {
+        add(pivots + i, lanes.get(x + position * C + i) - load_sixteen(firsts + i));
+      });
+    for_sixteens(C, [&](int64_t i, int, auto) {
+      store_sixteen(pivots + i, load_sixteen(firsts + i) + load_sixteen(pivots + i) * (1.0f / of_pivots));
+    });
+    for (int64_t position = 0; position < count; position++) {
+      if (number + 1 < end_chunk) prefetch_row(x + (position + kAheadPositions) * C, C);
+      for_sixteens(C, [&](int64_t i, int, auto lanes) {
+        const Vec16 difference = lanes.get(x + position * C + i) - load_sixteen(pivots + i);
+        add(totals + i, difference);
+        add(squares + i, difference * difference);
       });
     }
+    float *means = partial + number * 2 * C, *differences = means + C;
+    for_sixteens(C, [&](int64_t i, int, auto lanes) {
+      const Vec16 total = load_sixteen(totals + i), mean = total * (1.0f / count);
+      lanes.template set_floats<T>(means + i, load_sixteen(pivots + i) - load_sixteen(firsts + i) + mean);
+      lanes.template set_floats<T>(differences + i, load_sixteen(squares + i) - total * mean);
+    });
   }
 }
 
 template <class T>
 void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample,
                                 int64_t end_sample) {
-  const int64_t in_group = op.channels / op.groups, chunks = chunks_of(op.positions);
+  const int64_t C = op.channels, in_group = C / op.groups, chunks = chunks_of(op.positions);
   const double group_size = static_cast<double>(in_group * op.positions);
+  const auto count_of = [&](int64_t chunk) {
+    return static_cast<double>(std::min(kChunkPositions, op.positions - chunk * kChunkPositions));
+  };
   for (int64_t sample = first_sample; sample < end_sample; sample++) {
-    const T* pivots = op.x + sample * op.positions * op.channels;
-    const float* samples_partial = partial + sample * chunks * 2 * op.channels;
+    const T* pivots = op.x + sample * op.positions * C;
+    const float* offsets = partial + sample * chunks * 2 * C;  // means less their pivots, then squared differences
+    const Zeroed<double> sums(C), distances(C), squares(C);
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+      for (int64_t channel = 0; channel < C; channel++)
+        sums.data[channel] += count_of(chunk) * offsets[chunk * 2 * C + channel];
     for (int64_t group = 0; group < op.groups; group++) {
       const int64_t begin = group * in_group;
-      // `visit` gets the number of values, their mean and their squared differences from it.
-      const auto for_each_partial = [&](const auto& visit) {
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-          const double count = std::min(kChunkPositions, op.positions - chunk * kChunkPositions);
-          const float *offsets = samples_partial + chunk * 2 * op.channels, *squares = offsets + op.channels;
-          for (int64_t channel = begin; channel < begin + in_group; channel++)
-            visit(count, static_cast<double>(load_one(pivots + channel)) + offsets[channel], squares[channel]);
-        }
-      };
-      double mean = 0, square = 0;
-      for_each_partial([&](double count, double own_mean, double) { mean += count * own_mean; });
-      mean /= group_size;
-      for_each_partial([&](double count, double own_mean, double own_square) {
-        square += own_square + count * (own_mean - mean) * (own_mean - mean);
-      });
-      op.mean[sample * op.groups + group] = mean;
-      op.variance[sample * op.groups + group] = square / group_size;
+      double sum = 0;
+      for (int64_t channel = begin; channel < begin + in_group; channel++)
+        sum += sums.data[channel] + static_cast<double>(load_one(pivots + channel)) * op.positions;
+      const double mean = op.mean[sample * op.groups + group] = sum / group_size;
+      for (int64_t channel = begin; channel < begin + in_group; channel++)
+        distances.data[channel] = static_cast<double>(load_one(pivots + channel)) - mean;
+    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const double count = count_of(chunk);
+      const float *of_chunk = offsets + chunk * 2 * C, *own_squares = of_chunk + C;
+      for (int64_t channel = 0; channel < C; channel++) {
+        const double distance = distances.data[channel] + of_chunk[channel];
+        squares.data[channel] += own_squares[channel] + count * distance * distance;
+      }
+    }
+    for (int64_t group = 0; group < op.groups; group++) {
+      double square = 0;
+      for (int64_t channel = group * in_group; channel < (group + 1) * in_group; channel++)
+        square += squares.data[channel];
+      op.variance[sample * op.groups + group] = std::max(0.0, square) / group_size;
     }
   }
 }

@@ -55,13 +55,136 @@ inline __attribute__((always_inline)) void for_lanes(int64_t width, const Visit&
   if (i < width) visit(i, 1, LastLanes{width - i});
 }
 
-// Eight pairs of a row; `half`: what belongs to each pair, in an array of half the row's width.
+// Sixteen values of which the first `count` are those at `source`, then zeros.
+template <class T>
+struct Buffer {
+  Buffer(const T* source, int64_t count) { std::memcpy(values, source, count * sizeof(T)); }
+  T values[2 * kLanes] = {};
+};
+
+// Pairs of floats, and what belongs to pairs in the order of memory, in the order of a row of T.
+template <class T>
+inline Pairs in_pair_order(Pairs pairs) {
+  if constexpr (sizeof(T) == sizeof(float)) return pairs;
+  return reordered(pairs);
+}
+template <class T>
+inline Vec8 from_memory_order(Vec8 values) {
+  if constexpr (sizeof(T) == sizeof(float)) return reordered(values);
+  return values;
+}
+
+// Sixteen values of a row of T, in its order (`Vec16` of vec.h). `floats`: floats that belong to the row; `set_floats`
+// writes such.
+struct AllSixteen {
+  template <class T>
+  Vec16 get(const T* source) const {
+    return load_sixteen(source);
+  }
+  template <class T>
+  Vec16 floats(const float* source) const {
+    return in_order_of<T>(load_sixteen(source));
+  }
+  template <bool kPastCaches, class T>
+  void set(T* target, Vec16 values) const {
+    if constexpr (kPastCaches) {
+      stream_sixteen(target, values);
+    } else {
+      store_sixteen(target, values);
+    }
+  }
+  template <class T>
+  void set_floats(float* target, Vec16 values) const {
+    store_sixteen(target, from_order_of<T>(values));
+  }
+  // Zero past the row's end.
+  template <class T>
+  Vec16 keep(Vec16 values) const {
+    return values;
+  }
+};
+
+// The last `count` < 16 values of a row; zeros are got for the others.
+struct LastSixteen {
+  int64_t count;
+  template <class T>
+  Vec16 get(const T* source) const {
+    const Buffer<T> buffer(source, count);
+    return load_sixteen(buffer.values);
+  }
+  template <class T>
+  Vec16 floats(const float* source) const {
+    return in_order_of<T>(get(source));
+  }
+  template <bool kPastCaches, class T>
+  void set(T* target, Vec16 values) const {
+    T buffer[2 * kLanes];
+    store_sixteen(buffer, values);
+    std::memcpy(target, buffer, count * sizeof(T));
+  }
+  template <class T>
+  void set_floats(float* target, Vec16 values) const {
+    set<false>(target, from_order_of<T>(values));
+  }
+  template <class T>
+  Vec16 keep(Vec16 values) const {
+    const Vec16 natural = from_order_of<T>(values);
+    float buffer[2 * kLanes];
+    store_sixteen(buffer, natural);
+    return in_order_of<T>(get(static_cast<const float*>(buffer)));
+  }
+};
+
+constexpr int kSums = 2;
+
+// Calls visit(i, part, lanes) for every sixteen values of a row, of which i is the first. Neighbours have another part,
+// of kSums: sums kept one a part do not wait for each other.
+template <class Visit>
+inline __attribute__((always_inline)) void for_sixteens(int64_t width, const Visit& visit) {
+  constexpr int64_t kStep = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + kSums * kStep <= width; i += kSums * kStep)
+    for (int part = 0; part < kSums; part++) visit(i + part * kStep, part, AllSixteen{});
+  if (i + kStep <= width) {
+    visit(i, 0, AllSixteen{});
+    i += kStep;
+  }
+  if (i < width) visit(i, 1, LastSixteen{width - i});
+}
+
+inline float sum_of_parts(const Vec16 (&parts)[kSums]) {
+  static_assert(kSums == 2);
+  return sum((parts[0].first + parts[0].second) + (parts[1].first + parts[1].second));
+}
+
+// A row of floats in the order of a row of T; target holds whole_sixteens(width).
+template <class T>
+inline void arrange(float* target, const float* source, int64_t width) {
+  for_sixteens(width, [&](int64_t i, int, auto lanes) {
+    store_sixteen(target + i, lanes.template floats<T>(source + i));
+  });
+}
+
+// Eight pairs of a row of T. `floats`: floats that belong to the row, in the order of its pairs. `half`: what belongs
+// to each pair, in an array of half the row's width.
 struct AllPairs {
   template <class T>
   Pairs get(const T* source) const {
     return load_pairs(source);
   }
-  Vec8 half(const float* source) const { return load(source); }
+  template <class T>
+  Pairs floats(const float* source) const {
+    return in_pair_order<T>(load_pairs(source));
+  }
+  template <class T>
+  Vec8 half(const float* source) const {
+    return from_memory_order<T>(load(source));
+  }
+  // All sixteen, in any order.
+  template <class T>
+  Vec16 any(const T* source) const {
+    return load_sixteen(source);
+  }
   template <bool kPastCaches, class T>
   void set(T* target, Pairs pairs) const {
     if constexpr (kPastCaches) {
@@ -77,11 +200,22 @@ struct LastPairs {
   int64_t count;
   template <class T>
   Pairs get(const T* source) const {
-    T buffer[2 * kLanes] = {};
-    std::memcpy(buffer, source, 2 * count * sizeof(T));
-    return load_pairs(buffer);
+    const Buffer<T> buffer(source, 2 * count);
+    return load_pairs(buffer.values);
   }
-  Vec8 half(const float* source) const { return load_partial(source, count); }
+  template <class T>
+  Pairs floats(const float* source) const {
+    return in_pair_order<T>(get(source));
+  }
+  template <class T>
+  Vec8 half(const float* source) const {
+    return from_memory_order<T>(load_partial(source, count));
+  }
+  template <class T>
+  Vec16 any(const T* source) const {
+    const Buffer<T> buffer(source, 2 * count);
+    return load_sixteen(buffer.values);
+  }
   template <bool kPastCaches, class T>
   void set(T* target, Pairs pairs) const {
     T buffer[2 * kLanes];

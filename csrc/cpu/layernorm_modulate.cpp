@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace k5::K5_ISA {
 namespace {
@@ -13,32 +14,107 @@ inline __attribute__((always_inline)) void prefetch_half(const T* half, int64_t 
   if (part == 0) __builtin_prefetch(half + i / 2);
 }
 
+// The row of a modulation that belongs to a token, in the order of a row of T; one more than it where asked. Tokens of
+// one clip share it: it is arranged when it changes.
+template <class T>
+class ArrangedRow {
+ public:
+  ArrangedRow(int64_t width, float added) : width_(width), added_(added), values_(whole_sixteens(width)) {}
+  const float* of(const float* row) {
+    if (row != row_) {
+      arrange<T>(values_.data, row, width_);
+      for (int64_t i = 0; i < whole_sixteens(width_); i++) values_.data[i] += added_;
+      row_ = row;
+    }
+    return values_.data;
+  }
+
+ private:
+  const int64_t width_;
+  const float added_;
+  const ZeroedFloats values_;
+  const float* row_ = nullptr;
+};
+
+// A row of T in float32. It is converted once, and read again from what was kept; float32 is read where it stands.
+template <class T>
+struct KeptRow {
+  explicit KeptRow(int64_t width) : values(sizeof(T) == sizeof(float) ? 0 : whole_sixteens(width)) {}
+  template <class Lanes>
+  __attribute__((always_inline)) Vec16 first(const T* row, int64_t i, Lanes lanes) const {
+    const Vec16 value = lanes.get(row + i);
+    if constexpr (sizeof(T) != sizeof(float)) store_sixteen(values.data + i, value);
+    return value;
+  }
+  template <class Lanes>
+  __attribute__((always_inline)) Vec16 again(const T* row, int64_t i, Lanes lanes) const {
+    if constexpr (sizeof(T) == sizeof(float)) return lanes.get(row + i);
+    return load_sixteen(values.data + i);
+  }
+  const ZeroedFloats values;
+};
+
 template <bool kPastCaches, class T>
 void rows_forward(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row) {
   const int64_t width = op.width;
+  ArrangedRow<T> shifts(width, 0), scales(width, 1);
+  const KeptRow<T> kept(width);
   Place place = place_of(op.sequences, first_row);
   for (int64_t row = first_row; row < end_row; row++, place = next(op.sequences, place)) {
     const T *x = op.x + row * width, *next_x = row + 1 < end_row ? x + width : x;
     T* out = op.out + row * width;
-    const float *shift = row_at(op.shift, place), *scale = row_at(op.scale, place);
+    const float *shift = shifts.of(row_at(op.shift, place)), *scale = scales.of(row_at(op.scale, place));
     // The mean, then the sum of squared differences from it: subtracting first loses no digits to cancellation.
-    Vec8 totals[kParts] = {}, squares[kParts] = {};
-    for_lanes(width, [&](int64_t i, int part, auto lanes) { totals[part] += lanes.get(x + i); });
+    Vec16 totals[kSums] = {}, squares[kSums] = {};
+    for_sixteens(width, [&](int64_t i, int part, auto lanes) {
+      totals[part] = totals[part] + kept.first(x, i, lanes);
+    });
     const float mean = sum_of_parts(totals) / width;
-    for_lanes(width, [&](int64_t i, int part, auto lanes) {
+    for_sixteens(width, [&](int64_t i, int part, auto lanes) {
       prefetch_half(next_x, i, part);
-      const Vec8 centred = lanes.keep(lanes.get(x + i) - mean);
-      squares[part] += centred * centred;
+      const Vec16 centred = lanes.template keep<T>(kept.again(x, i, lanes) - mean);
+      squares[part] = squares[part] + centred * centred;
     });
     const float inverse_deviation = 1 / std::sqrt(sum_of_parts(squares) / width + op.eps);
-    for_lanes(width, [&](int64_t i, int part, auto lanes) {
+    for_sixteens(width, [&](int64_t i, int part, auto lanes) {
       prefetch_half(next_x + width / 2, i, part);
-      const Vec8 normalized = (lanes.get(x + i) - mean) * inverse_deviation;
-      lanes.template set<kPastCaches>(out + i, normalized * (lanes.get(scale + i) + 1.0f) + lanes.get(shift + i));
+      const Vec16 normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
+      lanes.template set<kPastCaches>(out + i, normalized * load_sixteen(scale + i) + load_sixteen(shift + i));
     });
   }
   if (kPastCaches) end_of_stream();
 }
+
+// The gradient of a modulation: sums over the tokens of a piece, kept in the order of a row of T until the piece ends;
+// or a row for each token.
+template <class T>
+class ModulationSums {
+ public:
+  ModulationSums(const ModulationGradient& gradient, int64_t width)
+      : gradient_(gradient), width_(width), sums_(whole_sixteens(width)) {}
+
+  template <class Lanes>
+  __attribute__((always_inline)) void add(int64_t row, int64_t i, Lanes lanes, Vec16 value) const {
+    if (gradient_.per_token) {
+      lanes.template set_floats<T>(gradient_.rows + row * width_ + i, value);
+    } else {
+      store_sixteen(sums_.data + i, load_sixteen(sums_.data + i) + value);
+    }
+  }
+
+  void end_piece(int64_t piece) const {
+    if (gradient_.per_token) return;
+    for_sixteens(width_, [&](int64_t i, int, auto lanes) {
+      lanes.template set_floats<T>(gradient_.rows + piece * width_ + i, load_sixteen(sums_.data + i));
+      store_sixteen(sums_.data + i, Vec16{});
+    });
+  }
+
+ private:
+  const ModulationGradient gradient_;
+  const int64_t width_;
+  const ZeroedFloats sums_;
+};
 
 // With n the normalized x, g = grad * (1 + scale) the gradient of n, and means over the row:
 // grad_x = (g - mean(g) - n * mean(g * n)) / deviation.
@@ -46,6 +122,10 @@ template <bool kPastCaches, class T>
 void pieces_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
                      int64_t end_piece) {
   const int64_t width = op.width;
+  ArrangedRow<T> scales(width, 1);
+  const KeptRow<T> kept(width);
+  const ZeroedFloats scaled(whole_sixteens(width));
+  const ModulationSums<T> grad_shift(op.grad_shift, width), grad_scale(op.grad_scale, width);
   for (int64_t number = first_piece; number < end_piece; number++) {
     const Piece& piece = pieces[number];
     Place place = piece.place;
@@ -54,39 +134,40 @@ void pieces_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces
       const int64_t step = row + 1 < piece.end_row || number + 1 < end_piece ? width : 0;
       const T *next_grad = grad + step, *next_x = x + step;
       T* grad_x = op.grad_x + row * width;
-      const float* scale = row_at(op.scale, place);
-      const GradientRow grad_shift = gradient_row(op.grad_shift, piece, number, row, width);
-      const GradientRow grad_scale = gradient_row(op.grad_scale, piece, number, row, width);
+      const float* scale = scales.of(row_at(op.scale, place));
 
-      // The same rounding each time: where all values of a row are near each other, the deviation magnifies differences.
-      const auto scaled = [&](int64_t i, auto lanes) {
-        return rounded(lanes.get(grad + i) * (lanes.get(scale + i) + 1.0f));
-      };
-      Vec8 totals[kParts] = {}, scaled_totals[kParts] = {}, squares[kParts] = {}, products[kParts] = {};
-      for_lanes(width, [&](int64_t i, int part, auto lanes) {
-        totals[part] += lanes.get(x + i);
-        scaled_totals[part] += scaled(i, lanes);
+      // The product is kept: where all values of a row are near each other, the deviation magnifies differences of
+      // rounding.
+      Vec16 totals[kSums] = {}, scaled_totals[kSums] = {}, squares[kSums] = {}, products[kSums] = {};
+      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
+        totals[part] = totals[part] + kept.first(x, i, lanes);
+        const Vec16 product = rounded(lanes.get(grad + i) * load_sixteen(scale + i));
+        store_sixteen(scaled.data + i, product);
+        scaled_totals[part] = scaled_totals[part] + product;
       });
       const float mean = sum_of_parts(totals) / width, scaled_mean = sum_of_parts(scaled_totals) / width;
-      for_lanes(width, [&](int64_t i, int part, auto lanes) {
+      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
         prefetch_half(next_x, i, part);
         prefetch_half(next_grad, i, part);
-        const Vec8 centred = lanes.keep(lanes.get(x + i) - mean);
-        squares[part] += centred * centred;
-        products[part] += scaled(i, lanes) * centred;
+        const Vec16 centred = lanes.template keep<T>(kept.again(x, i, lanes) - mean);
+        squares[part] = squares[part] + centred * centred;
+        products[part] = products[part] + load_sixteen(scaled.data + i) * centred;
       });
       const float inverse_deviation = 1 / std::sqrt(sum_of_parts(squares) / width + op.eps);
       const float projection = sum_of_parts(products) * inverse_deviation / width;
-      for_lanes(width, [&](int64_t i, int part, auto lanes) {
+      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
         prefetch_half(next_x + width / 2, i, part);
         prefetch_half(next_grad + width / 2, i, part);
-        const Vec8 gradient = lanes.get(grad + i), normalized = (lanes.get(x + i) - mean) * inverse_deviation;
-        const Vec8 tangent = scaled(i, lanes) - scaled_mean - normalized * projection;
+        const Vec16 gradient = lanes.get(grad + i);
+        const Vec16 normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
+        const Vec16 tangent = load_sixteen(scaled.data + i) - scaled_mean - normalized * projection;
         lanes.template set<kPastCaches>(grad_x + i, tangent * inverse_deviation);
-        grad_shift.add(i, lanes, gradient);
-        grad_scale.add(i, lanes, gradient * normalized);
+        grad_shift.add(row, i, lanes, gradient);
+        grad_scale.add(row, i, lanes, gradient * normalized);
       });
     }
+    grad_shift.end_piece(number);
+    grad_scale.end_piece(number);
   }
   if (kPastCaches) end_of_stream();
 }

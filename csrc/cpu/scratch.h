@@ -3,18 +3,24 @@
 #pragma once
 
 #include <cstdint>
+#include <new>
 
 namespace k5 {
 namespace {
 
-// An array of zeros.
-struct ZeroedFloats {
-  explicit ZeroedFloats(int64_t size) : data(new float[size]()) {}
-  ~ZeroedFloats() { delete[] data; }
-  ZeroedFloats(const ZeroedFloats&) = delete;
-  ZeroedFloats& operator=(const ZeroedFloats&) = delete;
-  float* const data;
+// An array of zeros, aligned to a cache line.
+template <class T>
+struct Zeroed {
+  explicit Zeroed(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
+    for (int64_t i = 0; i < size; i++) data[i] = 0;
+  }
+  ~Zeroed() { ::operator delete(data, std::align_val_t(64)); }
+  Zeroed(const Zeroed&) = delete;
+  Zeroed& operator=(const Zeroed&) = delete;
+  T* const data;
 };
+
+using ZeroedFloats = Zeroed<float>;
 
 }  // namespace
 }  // namespace k5

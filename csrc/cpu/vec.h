@@ -143,18 +143,23 @@ static inline Vec8 keep_first(Vec8 value, int64_t count) {
 #define K5_SHUFFLE(one, other, ...) __builtin_shuffle(one, other, UVec8{__VA_ARGS__})
 #endif
 
-// Eight pairs of neighbours in memory.
+// Eight pairs of neighbours in memory. Those of floats stand in the order 0, 1, 4, 5, 2, 3, 6, 7, which costs half as
+// many shuffles; those of bfloat16 in their own.
 struct Pairs {
   Vec8 even, odd;
 };
 
 static inline Pairs load_pairs(const float* source) {
   const Vec8 low = load(source), high = load(source + kLanes);
-  return {K5_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14), K5_SHUFFLE(low, high, 1, 3, 5, 7, 9, 11, 13, 15)};
+  return {K5_SHUFFLE(low, high, 0, 2, 8, 10, 4, 6, 12, 14), K5_SHUFFLE(low, high, 1, 3, 9, 11, 5, 7, 13, 15)};
 }
 
-static inline Vec8 low_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 0, 8, 1, 9, 2, 10, 3, 11); }
-static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 4, 12, 5, 13, 6, 14, 7, 15); }
+static inline Vec8 low_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 0, 8, 1, 9, 4, 12, 5, 13); }
+static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 2, 10, 3, 11, 6, 14, 7, 15); }
+
+// From one of the two orders to the other.
+static inline Vec8 reordered(Vec8 value) { return K5_SHUFFLE(value, value, 0, 1, 4, 5, 2, 3, 6, 7); }
+static inline Pairs reordered(Pairs pairs) { return {reordered(pairs.even), reordered(pairs.odd)}; }
 
 static inline void store_pairs(float* target, Pairs pairs) {
   store(target, low_half(pairs));
@@ -190,21 +195,109 @@ static inline void stream_pairs(BFloat16* target, Pairs pairs) {
 #endif
 }
 
+// Sixteen values of a row, in the order that costs their type least: floats as in memory, of bfloat16 those of even
+// places first. `in_order_of<T>` brings floats that belong to a row of T into its order, `from_order_of<T>` undoes
+// that.
+struct Vec16 {
+  Vec8 first, second;
+};
+
+// The length of a row of `width` values, rounded up to whole ones.
+static inline int64_t whole_sixteens(int64_t width) { return (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
+
+static inline Vec16 operator+(Vec16 a, Vec16 b) { return {a.first + b.first, a.second + b.second}; }
+static inline Vec16 operator-(Vec16 a, Vec16 b) { return {a.first - b.first, a.second - b.second}; }
+static inline Vec16 operator*(Vec16 a, Vec16 b) { return {a.first * b.first, a.second * b.second}; }
+static inline Vec16 operator+(Vec16 a, float b) { return {a.first + b, a.second + b}; }
+static inline Vec16 operator-(Vec16 a, float b) { return {a.first - b, a.second - b}; }
+static inline Vec16 operator*(Vec16 a, float b) { return {a.first * b, a.second * b}; }
+static inline Vec16 rounded(Vec16 product) { return {rounded(product.first), rounded(product.second)}; }
+
+static inline Vec16 load_sixteen(const float* source) { return {load(source), load(source + kLanes)}; }
+static inline Vec16 load_sixteen(const BFloat16* source) {
+  const Pairs pairs = load_pairs(source);
+  return {pairs.even, pairs.odd};
+}
+
+static inline void store_sixteen(float* target, Vec16 values) {
+  store(target, values.first);
+  store(target + kLanes, values.second);
+}
+static inline void store_sixteen(BFloat16* target, Vec16 values) { store_pairs(target, {values.first, values.second}); }
+
+static inline void stream_sixteen(float* target, Vec16 values) {
+  stream(target, values.first);
+  stream(target + kLanes, values.second);
+}
+static inline void stream_sixteen(BFloat16* target, Vec16 values) {
+  stream_pairs(target, {values.first, values.second});
+}
+
+template <class T>
+static inline Vec16 in_order_of(Vec16 values) {
+  if constexpr (sizeof(T) == sizeof(float)) return values;
+  return {K5_SHUFFLE(values.first, values.second, 0, 2, 4, 6, 8, 10, 12, 14),
+          K5_SHUFFLE(values.first, values.second, 1, 3, 5, 7, 9, 11, 13, 15)};
+}
+
+template <class T>
+static inline Vec16 from_order_of(Vec16 values) {
+  if constexpr (sizeof(T) == sizeof(float)) return values;
+  return {K5_SHUFFLE(values.first, values.second, 0, 8, 1, 9, 2, 10, 3, 11),
+          K5_SHUFFLE(values.first, values.second, 4, 12, 5, 13, 6, 14, 7, 15)};
+}
+
+// Square roots.
+static inline Vec8 sqrt(Vec8 value) {
+#ifdef __AVX2__
+  return (Vec8)_mm256_sqrt_ps((__m256)value);
+#else
+  for (int64_t lane = 0; lane < kLanes; lane++) value[lane] = __builtin_sqrtf(value[lane]);
+  return value;
+#endif
+}
+
+// The value, at most `limit` and at least -limit. NaN stays NaN.
+static inline Vec8 clamped(Vec8 value, float limit) {
+#ifdef __AVX2__
+  return (Vec8)_mm256_max_ps((__m256)splat(-limit), _mm256_min_ps((__m256)splat(limit), (__m256)value));
+#else
+  value = value > splat(limit) ? splat(limit) : value;
+  return value < splat(-limit) ? splat(-limit) : value;
+#endif
+}
+
 // e^value, accurate to about one unit in the last place; values are clamped to ±87. value = whole · ln(2) + rest with
-// |rest| <= ln(2)/2: 2^whole is written into the exponent, e^rest is a polynomial.
+// |rest| <= ln(2) / 2, and e^rest is a polynomial, the one of its degree that is nearest.
 static inline Vec8 exp(Vec8 value) {
-  const Vec8 limit = splat(87.0f);
-  value = value > limit ? limit : value;
-  value = value < -limit ? -limit : value;
+  value = clamped(value, 87.0f);
   const Vec8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec8 shifted = value * 1.44269504f + magic;
   const Vec8 whole = shifted - magic;
   const Vec8 rest = value - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, for accuracy
-  Vec8 polynomial = splat(1.0f / 5040);
-  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+  Vec8 polynomial = splat(1.3836845e-3f);
+  for (const float coefficient : {8.3748158e-3f, 4.1668222e-2f, 0.16666420f, 0.49999991f, 1.0f, 1.0f})
     polynomial = polynomial * rest + coefficient;
-  return polynomial * bits_as<Vec8>((bits_as<UVec8>(shifted) - 0x4b400000u + 127u) << 23);
+  // The whole number, which stands in the low bits of `shifted`, added to the exponent.
+  return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
 }
+
+// e^value to a relative error of 1e-7 where |value| is below 5, else of |value| * 2e-8: for results in bfloat16, which
+// keeps three digits.
+static inline Vec8 rough_exp(Vec8 value) {
+  value = clamped(value, 87.0f);
+  const Vec8 magic = splat(12582912.0f);
+  const Vec8 shifted = value * 1.44269504f + magic;
+  const Vec8 rest = value * 1.44269504f - (shifted - magic);
+  Vec8 polynomial = splat(1.3276470e-3f);
+  for (const float coefficient : {9.6755410e-3f, 5.5507131e-2f, 0.24022120f, 0.69314694f, 1.0000001f})
+    polynomial = polynomial * rest + coefficient;
+  return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
+}
+
+// The one of these that results of a type need.
+static inline Vec8 exp_for(const float*, Vec8 value) { return exp(value); }
+static inline Vec8 exp_for(const BFloat16*, Vec8 value) { return rough_exp(value); }
 
 // log2(value) for positive normal numbers, accurate to about two units in the last place; NaN for NaN. value =
 // 2^exponent · m with m in [sqrt(1/2), sqrt(2)); log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).

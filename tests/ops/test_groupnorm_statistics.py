@@ -96,6 +96,16 @@ def test_a_large_mean_costs_no_precision_in_chunks_either(isa, channels_last):
     assert relative_error(merged, groupnorm_statistics(x.double(), 4)) < 1e-5
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("first_values", [[0.0] * 16, [1e4], [-1000.0] * 40])
+def test_values_that_begin_far_from_the_others_cost_no_precision(isa, channels_last, first_values):
+    x = activation(1, 4, 1, 20, 31, channels_last=channels_last) + 1000
+    x.flatten(2)[0, :, : len(first_values)] = torch.tensor(first_values)
+    _, variance = moments(x, 2)
+    _, exact = groupnorm_statistics_reference(x.double(), 2)
+    torch.testing.assert_close(variance, exact, rtol=2e-6, atol=0)
+
+
 def test_a_chunk_without_values_changes_nothing(isa, device):
     x = activation(2, 8, 3, 4, 5, device=device)
     whole, nothing = groupnorm_statistics(x, 4), groupnorm_statistics(x[:, :, :0], 4)
