@@ -123,7 +123,7 @@ class BlockMask:
         for _, key in self._entries():
             counts += key.bincount(minlength=keys)
         offsets = row_offsets(counts.view(batch, heads, rows - 1))
-        readers, place = torch.empty_like(self.indices), offsets[..., :-1].flatten()
+        readers, place = torch.empty_like(self.indices), offsets[..., :-1].flatten().clone()
         for reader, key in self._entries():
             key, order = key.sort(stable=True)
             here = key.bincount(minlength=keys)

@@ -42,9 +42,9 @@ def test_density_is_kept_blocks_over_possible_ones():
     assert BlockMask.from_dense(dense, RAGGED).density == pytest.approx(dense.double().mean().item())
 
 
-@given(st.floats(0, 1), st.integers(0, 99))
-def test_the_transpose_lists_the_readers_of_each_key_block(density, seed):
-    dense = random_dense(RAGGED, 2, 2, density, seed)
+@given(st.floats(0, 1), st.integers(0, 99), st.sampled_from([(1, 1), (2, 2)]))
+def test_the_transpose_lists_the_readers_of_each_key_block(density, seed, masks):
+    dense = random_dense(RAGGED, *masks, density, seed)
     transposed = BlockMask.from_dense(dense, RAGGED).transpose()
     assert same_lists(transposed, BlockMask.from_dense(dense.mT, RAGGED))
 
