@@ -39,7 +39,8 @@ def _part(name: str, results: Results) -> str:
 def _line(row: Row) -> str:
     spread = "" if row.lower is None else f" ({row.lower:.4g} to {row.upper:.4g})"
     density = "" if row.density is None else f"{row.density:.1%}"
-    cells = (row.section, row.sizes, row.mask or "", density, row.variant, f"{row.median:.4g} {row.unit}{spread}")
+    found = row.unit if row.median is None else f"{row.median:.4g} {row.unit}{spread}"
+    cells = (row.section, row.sizes, row.mask or "", density, row.variant, found)
     return "| " + " | ".join(cells) + " |"
 
 

@@ -36,8 +36,9 @@ class Machine:
 class Row:
     """One variant on one input. sizes: the clip, heads and head dimension in words. mask, density: None without one.
 
-    unit: "ms", "TFLOP/s" (on kept blocks) or "MiB". lower, upper: quartiles over the repetitions, None where a run did
-    not keep them. repetitions: how many there were.
+    unit: "ms", "TFLOP/s" (on kept blocks), "MiB" and so on. median: None where the variant did not run; unit then says
+    why. lower, upper: quartiles over the repetitions, None where a run did not keep them. repetitions: how many there
+    were.
     """
 
     section: str
@@ -46,7 +47,7 @@ class Row:
     density: float | None
     variant: str
     unit: str
-    median: float
+    median: float | None
     lower: float | None = None
     upper: float | None = None
     repetitions: int | None = None

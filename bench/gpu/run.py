@@ -32,6 +32,10 @@ class Run:
                 rate, high, low = (work[name] / ms / 1e9 for ms in (median, lower, upper))
                 self.keep(Row(*about, "TFLOP/s", rate, low, high, len(times)))
 
+    def absent(self, section: str, size: Size, variant: str, reason: str) -> None:
+        """One row that says why a variant did not run."""
+        self.keep(Row(section, str(size), None, None, variant, f"not run: {reason}", None))
+
 
 def make_run(dry: bool, keep: Callable[[Row], None]) -> Run:
     """dry: tiny tokens on the CPU, to try the sections without a GPU."""
