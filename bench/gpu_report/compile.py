@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from bench.gpu_report.launches import Variant
+from bench.gpu_report.sass import product_loop
 from k5kernels.triton.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -51,12 +52,16 @@ ARCHS = (
 MMA_PATTERNS = {"UTCMMA": r"\bUTC\w*MMA\b", "HGMMA": r"\bHGMMA\b", "HMMA": r"\bHMMA\b"}
 TMA_PATTERN = r"\bUTMA(?:LDG|STG)\b"
 SPILL_PATTERN = r"\b(?:LDL|STL)\b"
+# ptxas says so where it makes every wgmma wait for the one before, and why.
+SERIALIZED_PATTERN = r"\(C751[0-4]\)"
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one variant uses on one architecture. spills: instructions on local memory; shared: bytes a thread block;
-    mma and tma: instructions; occupancy: resident warps, of the most there can be."""
+    mma and tma: instructions; thread_blocks: resident on a multiprocessor; occupancy: resident warps, of the most there
+    can be. Of kernels with wgmma, serialized: ptxas's warnings that it lets products wait for each other; loop: `Loop`
+    in words."""
 
     registers: int
     spills: int
@@ -65,7 +70,10 @@ class Resources:
     mma: int
     tma: int
     warps: int
+    thread_blocks: int
     occupancy: float
+    serialized: int
+    loop: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,8 @@ def compile_launch(launch: Launch, arch: Arch) -> Resources:
     counts = {kind: len(re.findall(pattern, sass)) for kind, pattern in MMA_PATTERNS.items()}
     kind = max(counts, key=counts.__getitem__)
     warps, shared = _launched_warps(binary), binary.metadata.shared
+    thread_blocks = _thread_blocks(arch, registers, shared, warps, getattr(binary.metadata, "tmem_size", 0) or 0)
+    wgmma = counts["HGMMA"] > 0
     return Resources(
         registers=registers,
         spills=len(re.findall(SPILL_PATTERN, sass)),
@@ -121,7 +131,10 @@ def compile_launch(launch: Launch, arch: Arch) -> Resources:
         mma=counts[kind],
         tma=len(re.findall(TMA_PATTERN, sass)),
         warps=warps,
-        occupancy=_occupancy(arch, registers, shared, warps, getattr(binary.metadata, "tmem_size", 0) or 0),
+        thread_blocks=thread_blocks,
+        occupancy=thread_blocks * warps / arch.warps,
+        serialized=_serialized(binary.asm["ptx"], arch) if wgmma else 0,
+        loop=str(product_loop(sass) or "") if wgmma else "",
     )
 
 
@@ -134,6 +147,8 @@ def violations(variant: Variant, arch: Arch, used: Resources) -> list[str]:
         found.append(f"{used.shared} bytes of shared memory, over the limit of {arch.shared_limit}")
     if variant.has_dot and used.mma_kind != arch.mma:
         found.append(f"tl.dot became {used.mma_kind or 'no tensor-core instruction'}, expected {arch.mma}")
+    if used.serialized:
+        found.append(f"ptxas serializes wgmma ({used.serialized} warnings)")
     return [f"{variant.name} D={variant.head_dim} on {arch.name}: {what}" for what in found]
 
 
@@ -147,7 +162,17 @@ def _launched_warps(binary: Any) -> int:
     return int(threads[1]) // 32 if threads else binary.metadata.num_warps
 
 
-def _occupancy(arch: Arch, registers: int, shared: int, warps: int, tensor_memory: int) -> float:
+def _serialized(ptx: str, arch: Arch) -> int:
+    """How often ptxas warns that it serializes wgmma; triton does not pass on what it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(TOOLS / "ptxas"), "-v", f"--gpu-name={arch.name}", str(source), "-o", f"{folder}/kernel.cubin"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return len(re.findall(SERIALIZED_PATTERN, said.stdout + said.stderr))
+
+
+def _thread_blocks(arch: Arch, registers: int, shared: int, warps: int, tensor_memory: int) -> int:
     registers_of_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
     limits = [
         arch.thread_blocks,
@@ -157,4 +182,4 @@ def _occupancy(arch: Arch, registers: int, shared: int, warps: int, tensor_memor
     ]
     if tensor_memory:
         limits.append(TENSOR_MEMORY // tensor_memory)
-    return min(limits) * warps / arch.warps
+    return min(limits)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu_report.roofline import Size, Work
@@ -21,8 +22,11 @@ from k5kernels.triton import (
     groupnorm_silu_apply,
     groupnorm_silu_padded,
     groupnorm_statistics,
+    hopper_pair,
+    hopper_single,
     layernorm_modulate,
     nabla_mask,
+    pair_lists,
     qk_norm_rope,
     sta_mask,
     token_runs,
@@ -162,7 +166,7 @@ def _element(tensor: Tensor) -> str:
 def _queries(arguments: Arguments) -> Tensor:
     """The dk, dv kernel loads q along its lists, perhaps through a tensor descriptor."""
     q = arguments["q"]
-    return q.base if isinstance(q, TensorDescriptor) else q
+    return q.base if isinstance(q, TensorDescriptor | GluonDescriptor) else q
 
 
 def _attention_title(kind: str) -> Callable[[Arguments], str]:
@@ -211,6 +215,9 @@ KERNELS: dict[Any, Kernel] = {
     groupnorm_silu_apply.gradient_kernel: Kernel(_gradient_title, _elementwise(20)),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
+    pair_lists.write_pairs_kernel: Kernel(_always("block mask: lists of pairs"), _bits_and_lists),
+    hopper_single.hopper_single_kernel: Kernel(_always("attention on Hopper: forward bf16"), _attention(2, 4, 1)),
+    hopper_pair.hopper_pair_kernel: Kernel(_always("attention on Hopper: forward bf16, pairs"), _attention(2, 4, 1)),
     attention_backward.backward_queries_kernel: Kernel(_attention_title("dq"), _attention(3, 5, 2)),
     attention_backward.backward_keys_kernel: Kernel(_attention_title("dk, dv"), _attention(4, 6, 2)),
     attention_backward.row_shift_kernel: Kernel(lambda a: f"attention: dout·out {_element(a['out'])}", _row_shift),

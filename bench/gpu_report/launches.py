@@ -17,6 +17,7 @@ from k5kernels.triton import (
     groupnorm_silu_apply,
     groupnorm_silu_padded,
     groupnorm_statistics,
+    hopper_attention,
     layernorm_modulate,
     nabla_mask,
     qk_norm_rope,
@@ -29,6 +30,7 @@ THR = 0.9
 SCALE = 0.1
 EPS = 1e-6
 CAUSAL_PAD = (2, 1, 1)
+HOPPER = 90
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def variants(size: Size, capability: int) -> dict[str, Variant]:
     """
     with record_launches(capability) as launches:
         _launch_all(size)
+        if capability == HOPPER:
+            _attend_on_hopper(size)
     found: dict[str, Variant] = {}
     for launch in launches:
         arguments = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
@@ -93,6 +97,16 @@ def _attend(size: Size, layout: TokenLayout, dtype: torch.dtype, expanded: bool)
     lists = (_offsets(size.heads, layout), torch.empty(_kept(size), dtype=torch.int32, device="meta"))
     out, lse = attention.block_sparse_attention(q, k, v, *lists, *blocks, SCALE)
     attention.block_sparse_attention_backward(grad, None, q, k, v, out, lse, *lists, *blocks, SCALE)
+
+
+def _attend_on_hopper(size: Size) -> None:
+    layout = size.layout
+    q, k, v = (_tokens(size, layout, torch.bfloat16) for _ in range(3))
+    words = -(-layout.blocks // 32)
+    bits = torch.empty(1, size.heads, layout.blocks, words, dtype=torch.int32, device="meta")
+    blocks = (layout.block_starts("meta"), layout.max_block_tokens, layout.max_clip_blocks)
+    for pairs in (False, True):
+        hopper_attention.hopper_attention(q, k, v, bits, _offsets(size.heads, layout), *blocks, SCALE, pairs)
 
 
 def _build_masks(size: Size) -> None:

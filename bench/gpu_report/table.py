@@ -15,8 +15,8 @@ from bench.gpu_report.roofline import DENSITY, PEAKS, SIZES, bound_ms, intensity
 TABLE = Path(__file__).parent / "table.json"
 READABLE = TABLE.with_suffix(".md")
 COLUMNS = (
-    "kernel", "D", "arch", "registers", "spills", "shared KiB (limit)", "MMA", "TMA", "warps", "occupancy",
-    "flop/byte", "bound ms",
+    "kernel", "D", "arch", "registers", "spills", "shared KiB (limit)", "MMA", "TMA", "warps", "CTAs/SM",
+    "occupancy", "serialized", "loop", "flop/byte", "bound ms",
 )  # fmt: skip
 
 
@@ -73,6 +73,8 @@ def header() -> list[str]:
     return [
         f"Compiled ahead of time by triton {triton.__version__}; no GPU was used and nothing was timed.",
         f"Bound: the least time of one launch on one sample at the peaks of the vendor's data sheet. {peaks}.",
+        "CTAs/SM: resident on a multiprocessor. Of kernels with wgmma: warnings of ptxas (C7510 to C7514) that it "
+        "serializes them, and what one step of the loop is made of.",
         "Without MMA: no tl.dot, or one of exact float32, which tensor cores do not have.",
         f"Sizes, at {DENSITY:.0%} density: {sizes}.",
     ]
@@ -91,7 +93,10 @@ def cells(row: Row) -> list[str]:
         f"{row.mma_kind} {row.mma}" if row.mma else "",
         str(row.tma) if row.tma else "",
         str(row.warps),
+        str(row.thread_blocks),
         f"{row.occupancy:.0%}",
+        str(row.serialized) if row.mma_kind == "HGMMA" else "",
+        row.loop,
         f"{row.flop_per_byte:g}",
         f"{row.bound_ms:g}",
     ]
