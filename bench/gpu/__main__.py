@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from bench.gpu import correctness, sanitizer
+from bench.gpu import correctness, hopper, sanitizer
 from bench.gpu.results import Machine, Results, Row
 from bench.gpu.run import make_run
 from bench.gpu.runner import Section, run
 from bench.gpu.sections import SECTIONS
+from k5kernels.ops.hopper_attention import HEAD_DIMS, HOPPER
 
-SMALL = "small"  # what compute-sanitizer runs
+SMALL, SMALL_HOPPER = "small", "small hopper"  # what compute-sanitizer runs
 
 
 def main() -> int:
@@ -52,7 +53,10 @@ def main() -> int:
         Results(machine, rows, ends).write(arguments.out)
 
     if arguments.sanitize:
-        sections = sanitizer.sections(partial(_command, SMALL, arguments.dry))
+        commands = {"": partial(_command, SMALL, arguments.dry)}
+        if not arguments.dry and torch.cuda.get_device_capability() == HOPPER:
+            commands[" of the kernels for Hopper"] = partial(_command, SMALL_HOPPER, False)
+        sections = sanitizer.sections(commands)
         if not sections:
             print(sanitizer.MISSING)
             return 1
@@ -80,6 +84,10 @@ def one_section(name: str, rows: Path, dry: bool) -> None:
         one = make_run(dry, keep)
         if name == SMALL:
             correctness.check_small(one.device)
+        elif name == SMALL_HOPPER:
+            for head_dim in HEAD_DIMS:
+                for pairs in (False, True):
+                    hopper.check(one.device, head_dim, pairs)
         else:
             SECTIONS[name][0](one)
 

@@ -1,13 +1,17 @@
-"""Small inputs through every kernel of attention, against the definitions in float64. A difference is an error."""
+"""Small inputs through every kernel, against the definitions. A difference is an error."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.gpu.fused import EPS, TINY_ACTIVATION, cases, checked
+from bench.gpu.inputs import TINY
 from bench.gpu.results import Row
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask, sta_mask
+from k5kernels.ops.fractal import fractal_flatten, fractal_unflatten
 from k5kernels.ops.nabla_mask import nabla_mask_reference
 
 LAYOUTS = {
@@ -24,7 +28,8 @@ LARGEST_OTHER = 1
 
 
 def check(device: torch.device, keep: Callable[[Row], None]) -> None:
-    """Rows of the relative errors; raises AssertionError at the first that is too large."""
+    """Rows of the relative errors of attention; raises AssertionError at the first difference that is too large."""
+    check_fused(device)
     for name, layout in LAYOUTS.items():
         check_masks(name, layout, device)
         check_nabla_attention(name, layout, device)
@@ -36,10 +41,12 @@ def check(device: torch.device, keep: Callable[[Row], None]) -> None:
 
 
 def check_small(device: torch.device) -> None:
-    """Every kernel of attention and masks once, with and without whole blocks: for tools that slow them down."""
+    """Every kernel once, those of attention with and without whole blocks: for tools that slow them down."""
+    check_fused(device)
     for name in ("full", "ragged"):
         layout = LAYOUTS[name]
         check_masks(name, layout, device)
+        check_nabla_attention(name, layout, device, captured=False)
         for dim in (64, 128):
             error = attention_error(layout, dim, torch.bfloat16, device)
             assert error <= TOLERANCES[torch.bfloat16], f"attention, {name}, D {dim}: error {error:.1e}"
@@ -74,25 +81,55 @@ def check_masks(name: str, layout: TokenLayout, device: torch.device) -> None:
             assert other <= LARGEST_OTHER, f"nabla_mask, {name}, thr {thr}: {other} blocks not as in the reference"
 
 
-def check_nabla_attention(name: str, layout: TokenLayout, device: torch.device) -> None:
+def check_nabla_attention(name: str, layout: TokenLayout, device: torch.device, captured: bool = True) -> None:
     """Attention over the bits of a mask is, to the bit, that over its lists, and so is its replay from a CUDA graph.
 
-    Nothing that waits for the device can be captured.
+    Nothing that waits for the device can be captured. captured: whether to try it, which takes PyTorch's allocator.
     """
     q, k, v, grad = (x.bfloat16() for x in _normal(4, layout, 64, device))
     step = partial(_with_gradients, partial(nabla_attention, layout=layout, thr=0.6, sta=WINDOW), q, k, v, grad)
     mask = nabla_mask(q, k, layout, 0.6, WINDOW)
     expected = _with_gradients(partial(block_sparse_attention, mask=mask), q, k, v, grad)
     found = {"eager": step()}
-    if device.type == "cuda":
+    if device.type == "cuda" and captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = step()
+            replayed = step()
         graph.replay()
-        found["a CUDA graph"] = captured
+        found["a CUDA graph"] = replayed
     for way, tensors in found.items():
         for one, other in zip(tensors, expected, strict=True):
             assert torch.equal(one, other), f"nabla_attention, {name}, {way}: not as over the lists of its mask"
+
+
+def check_fused(device: torch.device) -> None:
+    """The fused operators, with one clip and with several, and the order of the tokens."""
+    for name, arguments in (*cases(TINY[0], TINY_ACTIVATION, device), *packed_cases(device)):
+        checked(name, arguments)
+    layout = LAYOUTS["full"]
+    x = torch.randn(1, *layout.clips[0], 8, generator=torch.Generator().manual_seed(2)).bfloat16()
+    tokens = fractal_flatten(x.to(device), layout)
+    assert torch.equal(tokens.cpu(), fractal_flatten(x, layout)), "fractal_flatten: not the CPU's"
+    back = fractal_unflatten(tokens, layout)
+    assert isinstance(back, Tensor)  # of one clip
+    assert torch.equal(back.cpu(), x), "fractal_unflatten: not the inverse"
+
+
+def packed_cases(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
+    """Names and arguments of the operators that take a row of modulation a clip, or a token."""
+    random = torch.Generator(device).manual_seed(0)
+    S, d = 200, 96
+    x, y = (torch.randn(1, S, d, device=device, generator=random) for _ in range(2))
+    found: list[tuple[str, tuple[Any, ...]]] = []
+    for shape, starts in (((3, d), [0, 70, 71, S]), ((1, S, d), [0, S])):
+        rows = torch.randn(shape, device=device, generator=random)
+        found += [
+            ("gated_residual", (x, y, rows, starts)),
+            ("gated_residual_backward", (x, y, rows, starts)),
+            ("layernorm_modulate", (x, rows, rows, EPS, starts)),
+            ("layernorm_modulate_backward", (y, x, rows, EPS, list(shape), starts)),
+        ]
+    return found
 
 
 def random_mask(layout: TokenLayout, device: torch.device) -> BlockMask:

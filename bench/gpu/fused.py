@@ -28,8 +28,7 @@ def fused(run: Run) -> None:
     for size in run.sizes:
         for name, arguments in cases(size, ACTIVATION if on_gpu else TINY_ACTIVATION, run.device):
             kernel, reference = getattr(torch.ops.k5, name), OPERATORS[name].reference
-            outputs = _results(kernel(*arguments))
-            _check(name, outputs, _results(kernel(*arguments)), _results(reference(*_widened(arguments))))
+            outputs = checked(name, arguments)
             # A tensor that stands twice among the arguments moves twice: the kernels do not know.
             moved = sum(x.numel() * x.element_size() for x in (*arguments, *outputs) if isinstance(x, Tensor))
             source, target = (torch.empty(moved // 2, dtype=torch.uint8, device=run.device) for _ in range(2))
@@ -77,6 +76,14 @@ def cases(size: Size, activation: Sequence[int], device: torch.device) -> list[t
         ("groupnorm_silu", (z, *affine, GROUPS, EPS)),
         ("groupnorm_silu_backward", (of_z, z, *affine, GROUPS, EPS)),
     ]
+
+
+def checked(name: str, arguments: Sequence[Any]) -> list[Tensor]:
+    """The operator's results; AssertionError where they differ from its reference's, or from one run to the next."""
+    kernel = getattr(torch.ops.k5, name)
+    outputs = _results(kernel(*arguments))
+    _check(name, outputs, _results(kernel(*arguments)), _results(OPERATORS[name].reference(*_widened(arguments))))
+    return outputs
 
 
 def _widened(arguments: Sequence[Any]) -> list[Any]:

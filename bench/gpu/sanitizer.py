@@ -1,11 +1,11 @@
-"""Small sizes of the attention and mask kernels under compute-sanitizer, which comes with the CUDA toolkit.
+"""Small sizes of every kernel under compute-sanitizer, which comes with the CUDA toolkit.
 
 memcheck finds accesses outside of allocations, racecheck unordered accesses to shared memory. PyTorch's cache of memory
 is off, so that what memcheck knows of an allocation is its own size.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,19 @@ LIMIT = 300.0
 MISSING = f"not run: {TOOL} is not installed; it comes with the CUDA toolkit, and must be on the PATH"
 
 
-def sections(command: Callable[[Path], list[str]]) -> list[Section]:
-    """A section for each check, of the command that runs the kernels; none where the tool is not installed."""
+def sections(commands: Mapping[str, Callable[[Path], list[str]]]) -> list[Section]:
+    """A section for each check of each command, which runs kernels; none where the tool is not installed.
+
+    commands: by the words that follow the name of the check in that of the section.
+    """
     tool = shutil.which(TOOL)
-    return [] if tool is None else [Section(check, LIMIT, partial(_checked, tool, check, command)) for check in CHECKS]
+    if tool is None:
+        return []
+    return [
+        Section(f"{check}{words}", LIMIT, partial(_checked, tool, check, command))
+        for words, command in commands.items()
+        for check in CHECKS
+    ]
 
 
 def _checked(tool: str, check: str, command: Callable[[Path], list[str]], rows: Path) -> list[str]:

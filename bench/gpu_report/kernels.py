@@ -3,6 +3,7 @@
 How a kernel is launched is not said here: `bench.gpu_report.launches` records it from the launchers.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from bench.gpu_report.roofline import Size, Work
 from k5kernels.triton import (
     attention_backward,
     attention_forward,
+    attention_schedule,
     block_mask,
     fractal,
     gated_residual,
@@ -122,6 +124,19 @@ def _row_shift(arguments: Arguments, size: Size) -> Work:
     return Work(2 * rows * size.head_dim, rows * (2 * arguments["out"].element_size() * size.head_dim + FLOAT))
 
 
+def _split(arguments: Arguments, size: Size) -> Work:
+    """A bisection for each end of a range, in each list."""
+    ends = float(size.heads) * size.blocks * (arguments["RANGES"] + 1)
+    steps = math.log2(size.kept)
+    return Work(steps * ends, ends * (INT * steps + LONG))
+
+
+def _combine(arguments: Arguments, size: Size) -> Work:
+    out, parts = arguments["out"], arguments["partial_out"]
+    values, partial = float(out.numel()), float(parts.numel())
+    return Work(3 * partial, BF16 * values + FLOAT * partial * (1 + 1 / size.head_dim))
+
+
 def _elementwise(operations: int) -> Callable[[Arguments, Size], Work]:
     """A kernel that reads or writes each of its tensors once. operations: for each value of the first of them."""
 
@@ -172,7 +187,9 @@ def _queries(arguments: Arguments) -> Tensor:
 def _attention_title(kind: str) -> Callable[[Arguments], str]:
     def title(arguments: Arguments) -> str:
         shape = "" if arguments["FULL"] else ", ragged"
-        return f"attention: {kind} {_element(_queries(arguments))}{shape}{', TMA' if arguments['TMA'] else ''}"
+        ranges = f", {arguments['RANGES']} ranges, long lists first" if arguments.get("RANGES", 1) > 1 else ""
+        tma = ", TMA" if arguments["TMA"] else ""
+        return f"attention: {kind} {_element(_queries(arguments))}{shape}{tma}{ranges}"
 
     return title
 
@@ -215,6 +232,8 @@ KERNELS: dict[Any, Kernel] = {
     groupnorm_silu_apply.gradient_kernel: Kernel(_gradient_title, _elementwise(20)),
     token_runs.sum_runs_kernel: Kernel(_always("token runs: sum"), _elementwise(1)),
     attention_forward.forward_kernel: Kernel(_attention_title("forward"), _attention(2, 4, 1)),
+    attention_schedule.split_lists_kernel: Kernel(_always("attention: lists of ranges"), _split),
+    attention_schedule.combine_kernel: Kernel(lambda a: f"attention: sum of {a['RANGES']} ranges", _combine),
     pair_lists.write_pairs_kernel: Kernel(_always("block mask: lists of pairs"), _bits_and_lists),
     hopper_single.hopper_single_kernel: Kernel(_always("attention on Hopper: forward bf16"), _attention(2, 4, 1)),
     hopper_pair.hopper_pair_kernel: Kernel(_always("attention on Hopper: forward bf16, pairs"), _attention(2, 4, 1)),

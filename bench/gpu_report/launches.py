@@ -24,6 +24,7 @@ from k5kernels.triton import (
     sta_mask,
 )
 from k5kernels.triton import block_sparse_attention as attention
+from k5kernels.triton.attention_schedule import Schedule
 from k5kernels.triton.launch import Launch, record_launches
 
 THR = 0.9
@@ -76,6 +77,7 @@ def _launch_all(size: Size) -> None:
         nabla_mask.pool(
             _tokens(size, size.layout, dtype), size.layout.block_starts("meta"), size.layout.max_block_tokens
         )
+    _attend_in_ranges(size)
     _build_masks(size)
     _modulate(size)
     _normalize_heads(size)
@@ -97,6 +99,14 @@ def _attend(size: Size, layout: TokenLayout, dtype: torch.dtype, expanded: bool)
     lists = (_offsets(size.heads, layout), torch.empty(_kept(size), dtype=torch.int32, device="meta"))
     out, lse = attention.block_sparse_attention(q, k, v, *lists, *blocks, SCALE)
     attention.block_sparse_attention_backward(grad, None, q, k, v, out, lse, *lists, *blocks, SCALE)
+
+
+def _attend_in_ranges(size: Size) -> None:
+    """The order that is asked for where the keys of a head do not fit the L2 cache."""
+    q, k, v = (_tokens(size, size.layout, torch.bfloat16) for _ in range(3))
+    blocks = (size.layout.block_starts("meta"), size.layout.max_block_tokens)
+    lists = (_offsets(size.heads, size.layout), torch.empty(_kept(size), dtype=torch.int32, device="meta"))
+    attention.block_sparse_attention(q, k, v, *lists, *blocks, SCALE, Schedule(longest_first=True, key_ranges=2))
 
 
 def _attend_on_hopper(size: Size) -> None:

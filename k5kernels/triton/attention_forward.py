@@ -24,16 +24,17 @@ def softmax_step(scores, values, top, total, weighted):
 @triton.jit
 def store_attention(
     out, lse, top, total, weighted, reads, head_number, tokens, first, end,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Divide by the sums of weights, and store the output and lse.
 
     A row that reads nothing gets zeros and an lse of -inf, a row with no score but -inf gets NaN, as in the definition.
+    PART: of the keys alone, where such a row has an lse of -inf, for another part may have other scores.
     """
     mean = tl.where(reads[:, None], tl.div_rn(weighted, tl.broadcast_to(total[:, None], [ROWS, WIDTH])), 0.0)
     store_rows(out + head_number * tokens * D, mean.to(out.dtype.element_ty), first, end, D, WIDTH, ROWS, FULL)
     row = first + tl.arange(0, ROWS)
-    logarithm = tl.where(total == 0, float("nan"), (top + tl.log2(total)) * LN_2)
+    logarithm = tl.where(total == 0, float("-inf") if PART else float("nan"), (top + tl.log2(total)) * LN_2)
     tl.store(lse + head_number * tokens + row, tl.where(reads, logarithm, float("-inf")), mask=row < end)
 
 
@@ -41,16 +42,27 @@ def store_attention(
 def forward_kernel(
     q, k, v, out, lse, offsets, indices, block_starts,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s, v_stride_b, v_stride_h, v_stride_s,
-    heads, tokens, blocks, mask_stride_b, mask_stride_h, scale,
+    heads, tokens, blocks, mask_stride_b, mask_stride_h, scale, order,
     D: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one query block. scale: times log2(e)."""
+    """One tile of one query block. scale: times log2(e). order: of the blocks of a head, or None.
+
+    RANGES: 1 with the offsets of the lists; else offsets are those of `split_lists`, and what is stored is the result
+    of one range of keys, the ranges of a head one after another.
+    """
     block = tl.program_id(0) // TILES
-    head_number = tl.program_id(1).to(tl.int64)
+    target = tl.program_id(1).to(tl.int64)
+    head_number = target // RANGES
     sample = (head_number // heads).to(tl.int32)
     head = (head_number % heads).to(tl.int32)
-    list_start = offsets + sample.to(tl.int64) * mask_stride_b + head * mask_stride_h + block
+    if order is not None:
+        block = tl.load(order + head_number * blocks + block)
+    list_start = offsets + sample.to(tl.int64) * mask_stride_b + head * mask_stride_h
+    if RANGES == 1:
+        list_start += block
+    else:
+        list_start += block * (RANGES + 1) + target % RANGES
     first, end = token_range(block_starts, block, tl.program_id(0) % TILES, TILE, TILES, FULL)
     queries = load_rows(
         q + sample.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h, q_stride_s, first, end,
@@ -74,4 +86,4 @@ def forward_kernel(
         values = load_tile(v, v_stride_s, sample, head, key, key_end, D, WIDTH, TILE, FULL, TMA)
         top, total, weighted = softmax_step(scores, values, top, total, weighted)
     reads = tl.full([TILE], 1, tl.int32) * count > 0
-    store_attention(out, lse, top, total, weighted, reads, head_number, tokens, first, end, D, WIDTH, TILE, FULL)
+    store_attention(out, lse, top, total, weighted, reads, target, tokens, first, end, D, WIDTH, TILE, FULL, RANGES > 1)

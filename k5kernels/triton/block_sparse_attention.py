@@ -4,6 +4,7 @@ A tile has the tokens of one block, up to 64. Rows beyond the end of a smaller b
 needs no masks, and its tiles may be loaded through tensor descriptors (TMA).
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -15,11 +16,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from k5kernels.triton.attention_backward import backward_keys_kernel, backward_queries_kernel, row_shift_kernel
 from k5kernels.triton.attention_configurations import configuration
 from k5kernels.triton.attention_forward import forward_kernel
+from k5kernels.triton.attention_schedule import IN_ORDER, Schedule, combine, order_of_blocks, split_lists
 from k5kernels.triton.block_mask import transposed_lists
 from k5kernels.triton.launch import generation_of, launch
 
 LARGEST_TILE = 64
 SHIFT_TOKENS = 16
+# Of the partial results of ranges of keys, in memory at a time: those of one or two heads of the longest clips.
+PARTIAL_BYTES = 1 << 28
 LOG2_E = math.log2(math.e)
 
 
@@ -32,11 +36,15 @@ def block_sparse_attention(
     block_starts: Tensor,
     max_block_tokens: int,
     scale: float,
+    schedule: Schedule = IN_ORDER,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible."""
+    """(out, lse) as in `k5kernels.ops.block_sparse_attention`. Bit-reproducible.
+
+    schedule: another order in which to go through the blocks of a head; the operator has none.
+    """
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel():
-        attend(out, lse, q, k, v, offsets, indices, block_starts, max_block_tokens, scale)
+        attend(out, lse, q, k, v, offsets, indices, block_starts, max_block_tokens, scale, schedule)
     return out, lse
 
 
@@ -51,20 +59,55 @@ def attend(
     block_starts: Tensor,
     max_block_tokens: int,
     scale: float,
+    schedule: Schedule = IN_ORDER,
 ) -> None:
     """Write out [B, h, S, D] and lse [B, h, S], both contiguous."""
+    B, h, S, D = q.shape
+    blocks = (block_starts, max_block_tokens, scale)
+    if schedule.key_ranges == 1:
+        order = order_of_blocks(offsets, B, h) if schedule.longest_first else None
+        forward(out, lse, q, k, v, offsets.contiguous(), indices, *blocks, order, 1)
+        return
+    ranges = schedule.key_ranges
+    heads_at_once = max(1, PARTIAL_BYTES // (4 * ranges * S * (D + 1)))
+    for sample, first in itertools.product(range(B), range(0, h, heads_at_once)):
+        part = (slice(sample, sample + 1), slice(first, first + heads_at_once))
+        own = offsets[tuple(x if n > 1 else slice(None) for x, n in zip(part, offsets.shape[:2], strict=False))]
+        heads = out[part].shape[1]
+        order = order_of_blocks(own, 1, heads) if schedule.longest_first else None
+        partial_out = out.new_empty(heads, ranges, S, D, dtype=torch.float32)
+        partial_lse = lse.new_empty(heads, ranges, S)
+        lists = split_lists(own, indices, ranges).flatten(2)
+        forward(partial_out, partial_lse, q[part], k[part], v[part], lists, indices, *blocks, order, ranges)
+        combine(out[part], lse[part], partial_out, partial_lse)
+
+
+def forward(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: Tensor,
+    indices: Tensor,
+    block_starts: Tensor,
+    max_block_tokens: int,
+    scale: float,
+    order: Tensor | None,
+    ranges: int,
+) -> None:
+    """Write out and lse, of each range of keys where there are several. lists: offsets, or those of `split_lists`."""
     B, h, S = q.shape[:3]
     blocks = block_starts.shape[0] - 1
     q, k, v = (addressable(x) for x in (q, k, v))
     tiling = Tiling(q, blocks, max_block_tokens)
-    offsets = offsets.contiguous()
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes = (h, S, blocks, *mask_strides(offsets), scale * LOG2_E)
+    sizes = (h, S, blocks, *mask_strides(lists), scale * LOG2_E)
     (keys, values), constants = tiling.tiles("forward", k, v)
     launch(
-        forward_kernel, (blocks * tiling.per_block, B * h),
-        q, keys, values, out, lse, offsets, indices, block_starts, *strides, *sizes,
-        TILES=tiling.per_block, **constants,
+        forward_kernel, (blocks * tiling.per_block, B * h * ranges),
+        q, keys, values, out, lse, lists, indices, block_starts, *strides, *sizes, order,
+        TILES=tiling.per_block, RANGES=ranges, **constants,
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ Ahead of time (`make gpu-report`) they have no spills and no wgmma that ptxas se
 barriers was run in a model. Until a file of bench/results/ shows them right and faster nothing chooses them.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -45,6 +47,7 @@ def hopper_attention(
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     D = q.shape[3]
     q, k, v = (x if describable(x) and x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    arguments: tuple[Any, ...]
     for part, capacity in parts(q, bits, max_clip_blocks):
         B, h, S, _ = q[part].shape
         blocks = S // BLOCK
@@ -54,12 +57,12 @@ def hopper_attention(
         if pairs:
             entries, counts = bits_to_pairs(bits[part], own, capacity)
             grid = (triton.cdiv(blocks, 2 * PAIR[D]["PAIRS"]), B * h)
-            lists = (own, entries, counts)
-            launch(hopper_pair_kernel, grid, *tiles, lse[part], *lists, *sizes, D=D, **PAIR[D], num_warps=4)
+            arguments = (*tiles, lse[part], own, entries, counts, *sizes)
+            launch(hopper_pair_kernel, grid, *arguments, D=D, **PAIR[D], num_warps=4)
         else:
-            lists = (own, bits_to_lists(bits[part], own, capacity))
-            grid = (blocks, B * h)
-            launch(hopper_single_kernel, grid, *tiles, lse[part], *lists, *sizes, D=D, **SINGLE[D], num_warps=4)
+            indices = bits_to_lists(bits[part], own, capacity)
+            arguments = (*tiles, lse[part], own, indices, *sizes)
+            launch(hopper_single_kernel, (blocks, B * h), *arguments, D=D, **SINGLE[D], num_warps=4)
     return out, lse
 
 

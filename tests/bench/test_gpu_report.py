@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
+from bench.gpu.gather_kernel import gather_tiles
 from bench.gpu_report import table
-from bench.gpu_report.compile import ARCHS, violations
+from bench.gpu_report.compile import ARCHS, compile_launch, violations
 from bench.gpu_report.launches import variants
 from bench.gpu_report.roofline import PEAKS, SIZES, Work, bound_ms
 from k5kernels.triton.attention_configurations import Configuration
+from k5kernels.triton.launch import record_launches
 
 COMBINATIONS = list(table.combinations())
 NAMES = [f"{variant.name} D={variant.head_dim} {arch.name}" for variant, arch in COMBINATIONS]
@@ -128,3 +131,32 @@ def test_the_bound_is_the_longer_of_computing_and_moving():
     assert bound_ms(Work(peak.tensor, peak.memory / 2, tensor_core=True), peak) == 1000
     assert bound_ms(Work(peak.tensor / 2, peak.memory, tensor_core=True), peak) == 1000
     assert bound_ms(Work(peak.vector, 1), peak) == 1000
+
+
+def test_of_kernels_with_wgmma_the_report_says_what_the_loop_is_made_of():
+    rows = {(row.kernel, row.head_dim): row for row in table.read() if row.arch == "sm_90a"}
+    for dim in SIZES:
+        plain, single, pairs = (
+            rows[name, dim].loop
+            for name in (
+                "attention: forward bf16, TMA",
+                "attention on Hopper: forward bf16",
+                "attention on Hopper: forward bf16, pairs",
+            )
+        )
+        assert "34 EX2 (0 under HGMMA)" in plain
+        assert "34 EX2 (34 under HGMMA)" in single
+        assert "34 EX2 (34 under HGMMA)" in pairs
+
+
+@pytest.mark.parametrize("dim", SIZES)
+def test_the_gather_probe_compiles(dim):
+    size = SIZES[dim]
+    k, v = (torch.empty(1, 2, size.tokens, dim, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    starts = torch.empty(1, 2, size.blocks, dtype=torch.int64, device="meta")
+    entries = torch.empty(100, dtype=torch.int32, device="meta")
+    with record_launches(90) as launches:
+        gather_tiles(k, v, starts, starts, entries)
+    (launch,) = launches
+    used = compile_launch(launch, next(arch for arch in ARCHS if arch.capability == 90))
+    assert (used.spills, used.tma) == (0, 2 * dim // 64)  # a tile of 64 columns at a time
