@@ -6,12 +6,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from k5kernels.triton.hopper_attention import descriptor
-from k5kernels.triton.hopper_tiles import TILE
+from k5kernels.triton.hopper_tiles import KEY, TILE
 from k5kernels.triton.launch import launch
 
 # By head dimension, tiles of keys and of values in flight: 192 KiB.
 STAGES = {64: 12, 128: 6}
-KEY = gl.constexpr((1 << 29) - 1)
 
 
 def gather_tiles(k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, entries: Tensor) -> None:

@@ -24,6 +24,7 @@ from bench.gpu.released_mask import Lists, kept_map, released_mask
 from bench.gpu.results import Row
 from bench.gpu.run import Run
 from bench.gpu.vae import vae
+from bench.gpu.schedules import schedules
 from k5kernels import block_sparse_attention, nabla_attention, nabla_mask, sta_mask
 
 # Of the blocks of a map in float32, those that another order of sums may move over the threshold.
@@ -183,6 +184,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "graph": (graph, 40),
     "waits": (waits, 40),
     "vae": (vae, 120),
+    "schedules": (schedules, 60),
     # Kernels that have not run: each in a process of its own, so that one that hangs costs its seconds.
     "hopper": (partial(hopper, pairs=False), 60),
     "hopper pairs": (partial(hopper, pairs=True), 60),

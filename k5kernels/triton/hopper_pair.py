@@ -26,7 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from k5kernels.triton.hopper_tiles import (
+    KEY,
     LN_2,
+    READERS,
     SIZES,
     TILE,
     fetch,
@@ -37,9 +39,6 @@ from k5kernels.triton.hopper_tiles import (
     store_block,
     store_nothing,
 )
-
-READERS = gl.constexpr(29)
-KEY = gl.constexpr((1 << 29) - 1)
 
 
 @gluon.jit

@@ -9,8 +9,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
+from k5kernels.triton.pair_lists import FIRST_READS, READERS_BIT
+
 BLOCK = 64  # tokens of a block, rows of every tile
 TILE = gl.constexpr(BLOCK)
+# Of an entry of `pair_lists`: where its readers stand, and its key block.
+READERS = gl.constexpr(READERS_BIT)
+KEY = gl.constexpr(FIRST_READS - 1)
 LN_2 = gl.constexpr(0.6931471805599453)
 # Nothing is gained by compiling for particular values of these.
 SIZES = ["heads", "tokens", "blocks"]

@@ -7,8 +7,9 @@ from torch import Tensor
 from k5kernels.triton.launch import launch
 
 # An entry is a key block and two bits that say whether the first and the second query block of the pair read it.
-FIRST_READS, SECOND_READS = 1 << 29, 1 << 30
-READERS_SHIFT = tl.constexpr(29)
+READERS_BIT = 29
+FIRST_READS, SECOND_READS = 1 << READERS_BIT, 2 << READERS_BIT
+READERS = tl.constexpr(READERS_BIT)
 # Of one program: pairs, and words of their rows at a time.
 LISTED_PAIRS, LISTED_WORDS = 4, 4
 
@@ -83,7 +84,7 @@ def write_pairs_kernel(
         place_second = n_both[:, None] + rank_second + tl.minimum(rank_second + 1, n_first[:, None])
         place = tl.where(both != 0, rank_both, tl.where(first != 0, place_first, place_second))
         readers = a + 2 * b
-        entry = (word * 32 + column)[None, :] + (readers << READERS_SHIFT)
+        entry = (word * 32 + column)[None, :] + (readers << READERS)
         tl.store(target[:, None] + place, entry, mask=readers != 0)
         seen_both += tl.sum(both, axis=1)
         seen_first += tl.sum(first, axis=1)

@@ -118,11 +118,17 @@ def test_the_compiler_gives_the_committed_row(variant, arch):
     assert table.compile_row(variant, arch) == committed(variant, arch)
 
 
-def test_the_gate_sees_spills_shared_memory_and_missing_tensor_cores():
+def test_the_gate_sees_spills_shared_memory_missing_tensor_cores_and_products_that_wait_for_each_other():
     variant, arch = next((v, a) for v, a in COMBINATIONS if v.has_dot and a.capability == 90)
     row = committed(variant, arch)
     assert violations(variant, arch, row) == []
-    for change in ({"spills": 1}, {"shared": arch.shared_limit + 1}, {"mma_kind": "HMMA"}, {"mma_kind": "", "mma": 0}):
+    for change in (
+        {"spills": 1},
+        {"shared": arch.shared_limit + 1},
+        {"mma_kind": "HMMA"},
+        {"mma_kind": "", "mma": 0},
+        {"serialized": 1},
+    ):
         assert len(violations(variant, arch, replace(row, **change))) == 1
 
 
