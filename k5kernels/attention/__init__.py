@@ -3,6 +3,7 @@
 from k5kernels.attention.config import DENSE, RELEASED_WINDOW, AttentionConfig
 from k5kernels.attention.engine import Call, DenseEngine, Engine
 from k5kernels.attention.engines import ENGINES, EngineUnavailableError, attention, choose_engine, register_engine
+from k5kernels.attention.hopper import NablaHopper
 from k5kernels.attention.nabla import nabla_attention, record_block_masks
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DenseEngine",
     "Engine",
     "EngineUnavailableError",
+    "NablaHopper",
     "attention",
     "choose_engine",
     "nabla_attention",

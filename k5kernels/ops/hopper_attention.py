@@ -1,7 +1,7 @@
 """Attention over a mask of bits by kernels that are written for Hopper GPUs, and refused anywhere else.
 
 Nothing chooses them. They have run on no GPU yet, and a kernel whose warps wait for each other hangs where it is wrong:
-they serve who calls `hopper_attention`, or registers `k5kernels.attention.hopper.NablaHopper`. `python -m bench.gpu`
+they serve who calls `hopper_attention`, or registers `k5kernels.attention.NablaHopper`. `python -m bench.gpu`
 runs them in processes with a time limit.
 """
 

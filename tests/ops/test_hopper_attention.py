@@ -10,8 +10,14 @@ from hopper_protocol import FAULTS, Pair
 from tolerances import assert_matches
 
 from k5kernels import TokenLayout, block_sparse_attention
-from k5kernels.attention import ENGINES, AttentionConfig, EngineUnavailableError, attention, register_engine
-from k5kernels.attention.hopper import NablaHopper
+from k5kernels.attention import (
+    ENGINES,
+    AttentionConfig,
+    EngineUnavailableError,
+    NablaHopper,
+    attention,
+    register_engine,
+)
 from k5kernels.block_mask import dense_to_bits
 from k5kernels.ops import hopper_attention as operator
 from k5kernels.ops.hopper_attention import hopper_attention, why_not
