@@ -32,9 +32,11 @@ def schedules(run: Run) -> None:
         }
         for name, mask in masks(tokens).items():
             variants: dict[str, Callable[[], Any]] = {"k5": partial(block_sparse_attention, *qkv, mask)}
-            lists = (mask.offsets, mask.indices, layout.block_starts(run.device), layout.max_block_tokens)
+            starts, most = layout.block_starts(run.device), layout.max_block_tokens
             for variant, schedule in chosen.items():
-                variants[variant] = partial(launch, *qkv, *lists, size.head_dim**-0.5, schedule)
+                variants[variant] = partial(
+                    launch, *qkv, mask.offsets, mask.indices, starts, most, size.head_dim**-0.5, schedule
+                )
                 ours, whole = variants[variant]()[0], variants["k5"]()
                 assert_near(ours, whole, f"{name}: {variant}")
                 assert schedule.key_ranges > 1 or torch.equal(ours, whole), f"{name}: {variant} changes bits"
