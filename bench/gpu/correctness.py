@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.fused import EPS, TINY_ACTIVATION, cases, checked
+from bench.gpu.fused import EPS, GROUPS, TINY_ACTIVATION, cases, checked
 from bench.gpu.inputs import TINY
 from bench.gpu.results import Row
 from k5kernels import BlockMask, TokenLayout, block_sparse_attention, nabla_attention, nabla_mask, sta_mask
@@ -104,7 +104,7 @@ def check_nabla_attention(name: str, layout: TokenLayout, device: torch.device, 
 
 def check_fused(device: torch.device) -> None:
     """The fused operators, with one clip and with several, and the order of the tokens."""
-    for name, arguments in (*cases(TINY[0], TINY_ACTIVATION, device), *packed_cases(device)):
+    for name, arguments in (*cases(TINY[0], TINY_ACTIVATION, device), *packed_cases(device), statistics_case(device)):
         checked(name, arguments)
     layout = LAYOUTS["full"]
     x = torch.randn(1, *layout.clips[0], 8, generator=torch.Generator().manual_seed(2)).bfloat16()
@@ -130,6 +130,16 @@ def packed_cases(device: torch.device) -> list[tuple[str, tuple[Any, ...]]]:
             ("layernorm_modulate_backward", (y, x, rows, EPS, list(shape), starts)),
         ]
     return found
+
+
+def statistics_case(device: torch.device) -> tuple[str, tuple[Any, ...]]:
+    """Gradients of a group's mean and variance, to an activation."""
+    random = torch.Generator(device).manual_seed(0)
+    x = torch.randn(TINY_ACTIVATION, device=device, generator=random)
+    mean, grad_mean, grad_variance = (
+        torch.randn(1, GROUPS, dtype=torch.float64, device=device, generator=random) for _ in range(3)
+    )
+    return "groupnorm_statistics_backward", (grad_mean, grad_variance, x, mean)
 
 
 def random_mask(layout: TokenLayout, device: torch.device) -> BlockMask:
