@@ -23,8 +23,8 @@ from bench.gpu.peers import PEERS, against, flex
 from bench.gpu.released_mask import Lists, kept_map, released_mask
 from bench.gpu.results import Row
 from bench.gpu.run import Run
-from bench.gpu.vae import vae
 from bench.gpu.schedules import schedules
+from bench.gpu.vae import vae
 from k5kernels import block_sparse_attention, nabla_attention, nabla_mask, sta_mask
 
 # Of the blocks of a map in float32, those that another order of sums may move over the threshold.
