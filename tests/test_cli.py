@@ -87,6 +87,15 @@ def test_encode_takes_a_presets_settings_and_before_them_those_that_are_given(fo
     fails(f"encode {folder}/clip.mp4 --vae {folder}/vae.safetensors --out {tmp_path} --preset small", 2, "preset")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encode_computes_in_the_dtype_that_is_asked_for(folder, tmp_path, dtype):
+    arguments = f"encode {folder}/clip.mp4 --vae {folder}/vae.safetensors --out {tmp_path}/out --device cpu"
+    assert k5(f"{arguments} --dtype {dtype}").exit_code == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["dtype"] == dtype
+    assert k5(arguments).exit_code == {"float32": 0, "bfloat16": 2}[dtype]
+    fails(f"{arguments} --dtype int8", 2, "dtype: expected one of float32, bfloat16, float16, got 'int8'")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -79,6 +79,13 @@ def encode(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try sources again whose content could not be used.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="What the encoder computes in: float32, bfloat16 or float16.",
+            show_default="bfloat16 on a GPU, float32 on a CPU",
+        ),
+    ] = None,
     decoders: Annotated[int, typer.Option(help="Sources that are read at once, beside the encoder.")] = 2,
     device: DeviceName = None,
 ) -> None:
@@ -88,6 +95,7 @@ def encode(
         from k5kernels.device import choose_device
         from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
+        from k5kernels.latents.encode import encoder_dtype
         from k5kernels.latents.job import encode_videos
         from k5kernels.latents.presets import SMALL, named_preset
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
@@ -98,7 +106,7 @@ def encode(
         base = SMALL if preset is None else named_preset(preset)
         reading = Reading(fps=parse_fps(fps or base.fps), background=parse_colour(background))
         given = None if captions is None else read_captions(captions)
-        encoder = load_encoder(vae).to(chosen)
+        encoder = load_encoder(vae).to(chosen, encoder_dtype(dtype, chosen))
         text_encoder = None if text_embeddings is None else load_text_encoder(text_embeddings, chosen)
         terminal = console(stderr=True)
 

@@ -20,6 +20,8 @@ from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError
 from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -54,6 +56,7 @@ class Encoding:
         resolution = self.resolution if isinstance(self.resolution, int) else [list(one) for one in self.resolution]
         settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": resolution}
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
+        settings |= {"dtype": str(next(self.encoder.parameters()).dtype).removeprefix("torch.")}
         optional = {"max_clips": self.max_clips, "text_encoder": self.captions and self.captions.fingerprint}
         return settings | {name: value for name, value in optional.items() if value is not None}
 
@@ -95,6 +98,18 @@ class Encoding:
         if not all(tensor.isfinite().all() for tensor in text.values()):
             raise VideoError(f"{source.file}: expected a caption that is encoded to finite values, got inf or nan")
         return Sample(f"{name}-{clip.first_frame:08d}", latent, record, text)
+
+
+def encoder_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """ "float32", "bfloat16" or "float16"; without a name bfloat16 on a GPU and float32 on a CPU.
+
+    Raises ValueError for another name.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r:.80}")
+    return DTYPES[name]
 
 
 def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> list[Sample]:

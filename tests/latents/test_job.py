@@ -160,6 +160,14 @@ def test_other_weights_are_another_job(encode: Encode, encoder: CountingEncoder)
         encode()
 
 
+def test_another_dtype_is_another_job_also_of_the_same_weights(encode: Encode, encoder: CountingEncoder) -> None:
+    encoder.to(torch.bfloat16).to(torch.float32)
+    encode()
+    encoder.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"another job \(dtype float32 there, bfloat16 now\)"):
+        encode()
+
+
 def test_overwrite_deletes_what_another_job_left_and_nothing_of_its_own(
     encode: Encode, tmp_path: Path, encoder: CountingEncoder
 ) -> None:
