@@ -79,6 +79,10 @@ def encode(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try sources again whose content could not be used.")
     ] = False,
+    mode: Annotated[str, typer.Option(help="How a clip goes through the encoder: exact, stream or tile.")] = "stream",
+    memory_budget: Annotated[
+        float | None, typer.Option(help="GiB that the encoder's activations may take; none: as much as they need.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +99,7 @@ def encode(
         from k5kernels.device import choose_device
         from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
-        from k5kernels.latents.encode import encoder_dtype
+        from k5kernels.latents.encode import checked_mode, encoder_dtype
         from k5kernels.latents.job import encode_videos
         from k5kernels.latents.presets import SMALL, named_preset
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
@@ -124,6 +128,8 @@ def encode(
                 samples_per_shard=base.samples_per_shard if samples_per_shard is None else samples_per_shard,
                 reading=reading,
                 text_encoder=text_encoder,
+                mode=checked_mode(mode),
+                memory_budget=None if memory_budget is None else round(memory_budget * 2**30),
                 index=index,
                 of=of,
                 overwrite=overwrite,

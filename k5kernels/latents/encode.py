@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from k5kernels.latents.text import CaptionEncoder
 from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError, buckets_of, read_clips, to_model
 from k5kernels.profiling import stage
 from k5kernels.vae import HunyuanEncoder, latent_frames
+from k5kernels.vae.plan import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +34,7 @@ class Encoding:
     max_clips: of each source, the first so many; None: all.
     reading: what becomes of the frames; as it stands, they are resampled to 24 a second.
     captions: what encodes captions, where they are stored too.
+    mode, memory_budget [bytes]: as in `HunyuanEncoder.encode`.
     Raises ValueError for values that do not fit.
     """
 
@@ -42,11 +44,14 @@ class Encoding:
     max_clips: int | None = None
     reading: Reading = AS_MODELS
     captions: CaptionEncoder | None = None
+    mode: Mode = "stream"
+    memory_budget: int | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         latent_frames(self.clip_frames)
-        buckets_of(self.resolution)
+        for height, width in buckets_of(self.resolution):
+            self.encoder.plan((1, 3, self.clip_frames, height, width), self.mode, self.memory_budget)
         if self.max_clips is not None and self.max_clips < 1:
             raise ValueError(f"max_clips: expected at least 1, or None for all, got {self.max_clips}")
         object.__setattr__(self, "fingerprint", _fingerprint(self.encoder))
@@ -56,8 +61,12 @@ class Encoding:
         resolution = self.resolution if isinstance(self.resolution, int) else [list(one) for one in self.resolution]
         settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": resolution}
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
-        settings |= {"dtype": str(next(self.encoder.parameters()).dtype).removeprefix("torch.")}
-        optional = {"max_clips": self.max_clips, "text_encoder": self.captions and self.captions.fingerprint}
+        settings |= {"mode": self.mode, "dtype": str(next(self.encoder.parameters()).dtype).removeprefix("torch.")}
+        optional = {
+            "max_clips": self.max_clips,
+            "memory_budget": self.memory_budget,
+            "text_encoder": self.captions and self.captions.fingerprint,
+        }
         return settings | {name: value for name, value in optional.items() if value is not None}
 
     def clips(self, file: str) -> Iterator[Clip]:
@@ -71,7 +80,7 @@ class Encoding:
 
         Raises VideoError where the latent, or what the caption is encoded to, is not finite.
         """
-        latent = _encode(clip.frames, self.encoder)
+        latent = self._latent(clip.frames)
         if not latent.isfinite().all():
             found = f"found inf or nan in the one from frame {clip.first_frame} on"
             raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
@@ -99,6 +108,21 @@ class Encoding:
             raise VideoError(f"{source.file}: expected a caption that is encoded to finite values, got inf or nan")
         return Sample(f"{name}-{clip.first_frame:08d}", latent, record, text)
 
+    def _latent(self, frames: Tensor) -> Tensor:
+        """float16 latent [16, T, h, w] of uint8 frames [F, H, W, 3]: the mean, scaled as the models take it."""
+        with stage("encode clip"), torch.inference_mode():
+            mean = self.encoder.encode(to_model(frames), self.mode, self.memory_budget).mode()
+            latent = mean * self.encoder.config.scaling_factor
+        # Outside inference mode, so that the copy can be trained on.
+        return latent[0].to("cpu", torch.float16, copy=True)
+
+
+def checked_mode(name: str) -> Mode:
+    """Raises ValueError for a name that is none of the encoder's modes."""
+    if name not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {name!r:.80}")
+    return cast(Mode, name)
+
 
 def encoder_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """ "float32", "bfloat16" or "float16"; without a name bfloat16 on a GPU and float32 on a CPU.
@@ -121,15 +145,6 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
     encoding = Encoding(encoder, **settings)
     source, sha256 = Source(str(path), Path(path).name, named=True), content_hash(str(path))
     return [encoding.sample(source, sha256, clip) for clip in encoding.clips(source.file)]
-
-
-def _encode(frames: Tensor, encoder: HunyuanEncoder) -> Tensor:
-    """float16 latent [16, T, h, w] of uint8 frames [F, H, W, 3]."""
-    weight = next(encoder.parameters())
-    with stage("encode clip"), torch.inference_mode():
-        latent = encoder(to_model(frames).to(weight.device, weight.dtype))
-    # Outside inference mode, so that the copy can be trained on.
-    return latent[0].to("cpu", torch.float16, copy=True)
 
 
 def _short_hash(path: str, sha256: str) -> str:

@@ -33,6 +33,7 @@ from k5kernels.latents.writer import PartWriter
 from k5kernels.lock import locked, this_process
 from k5kernels.text_encoders import TextEncoder
 from k5kernels.vae import HunyuanEncoder
+from k5kernels.vae.plan import Mode
 
 # So many bytes of frames may wait of each source that is read; a longer clip waits alone.
 WAITING_BYTES = 256 << 20
@@ -114,6 +115,8 @@ def encode_videos(
     max_clips: int | None = None,
     reading: Reading = AS_MODELS,
     text_encoder: TextEncoder | None = None,
+    mode: Mode = "stream",
+    memory_budget: int | None = None,
     index: int = 0,
     of: int = 1,
     overwrite: bool = False,
@@ -128,7 +131,7 @@ def encode_videos(
     paths: files, and folders that stand for all that is in them, or their URLs: a remote file is copied to a temporary
     one while it is read. One that cannot be encoded is reported in the summary and the others are; of one that breaks
     on its way, the clips before the break are kept.
-    resolution, clip_frames, max_clips, reading: as in `Encoding`.
+    resolution, clip_frames, max_clips, reading, mode, memory_budget: as in `Encoding`.
     text_encoder: where given, each clip's caption, the empty one where it has none, is stored as it gives it
     (`k5kernels.latents.text`).
     index, of: this process is number `index` of `of` that share the work; each writes shards of its own.
@@ -152,7 +155,7 @@ def encode_videos(
     if not 1 <= decoders <= 64:
         raise ValueError(f"decoders: expected 1 to 64 threads, got {decoders}")
     texts = None if text_encoder is None else CaptionEncoder(text_encoder)
-    encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading, texts)
+    encoding = Encoding(encoder, resolution, clip_frames, max_clips, reading, texts, mode, memory_budget)
     settings = encoding.settings() | {"samples_per_shard": samples_per_shard}
     folder = Folder(out)
     listing = find_sources(paths, folder.local or folder.out)

@@ -15,6 +15,8 @@ from k5kernels.latents.sources import Source, content_hash
 from k5kernels.latents.video import EVERY_FRAME, VideoError, read_video, to_model, write_video
 from k5kernels.latents.video.shown import Shown, shown_frames
 from k5kernels.vae import HunyuanEncoder, VAEConfig
+from k5kernels.vae.plan import Mode
+from tests.tolerances import assert_matches
 from train.clips import clip_path
 
 
@@ -45,7 +47,19 @@ def test_real_frames_give_the_encoders_latents(tmp_path: Path) -> None:
     frames, _ = read_video(path, 256, 256)
     with torch.inference_mode():
         expected = [encoder(to_model(frames[first : first + 5]))[0].half() for first in (0, 5)]
-    assert all(torch.equal(sample.latent, latent) for sample, latent in zip(samples, expected, strict=True))
+    for sample, latent in zip(samples, expected, strict=True):
+        assert_matches(sample.latent, latent)
+
+
+@pytest.mark.parametrize("mode", ["exact", "stream", "tile"])
+def test_the_mode_and_its_budget_are_the_encoders(tmp_path: Path, mode: Mode) -> None:
+    torch.manual_seed(0)
+    encoder = HunyuanEncoder(VAEConfig(widths=(4, 4, 4, 4), groups=2, layers_per_block=1))
+    path = make_video(tmp_path / "v.mp4", 41)
+    frames, _ = read_video(path, 256, 256)
+    (sample,) = encode_video(path, encoder, clip_frames=41, mode=mode, memory_budget=2**30)
+    posterior = encoder.encode(to_model(frames), mode, 2**30)
+    assert torch.equal(sample.latent, (posterior.mode() * encoder.config.scaling_factor)[0].half())
 
 
 def test_record_tells_what_was_encoded(tmp_path: Path, encoder: CountingEncoder) -> None:
@@ -138,6 +152,8 @@ def test_fewer_than_five_frames_are_refused(
         ({"clip_frames": 24}, r"expected 1 \+ a multiple of 4, got 24"),
         ({"clip_frames": -3}, r"expected 1 \+ a multiple of 4, got -3"),
         ({"resolution": 300}, "resolution: expected one of"),
+        ({"mode": "fast"}, "mode: expected one of exact, stream, tile, got 'fast'"),
+        ({"memory_budget": 1}, "memory_budget: expected at least"),
         ({"max_clips": 0}, "max_clips: expected at least 1, or None for all, got 0"),
     ],
 )

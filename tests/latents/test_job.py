@@ -140,6 +140,8 @@ def test_of_each_video_the_first_clips_alone_can_be_taken(encode: Encode, tmp_pa
         ({"resolution": 512}, "resolution 256 there, 512 now"),
         ({"samples_per_shard": 3}, "samples_per_shard 2 there, 3 now"),
         ({"max_clips": 3}, "max_clips None there, 3 now"),
+        ({"mode": "exact"}, "mode stream there, exact now"),
+        ({"memory_budget": 2**33}, "memory_budget None there, 8589934592 now"),
     ],
 )
 def test_another_jobs_folder_is_refused_with_the_difference(
