@@ -11,12 +11,15 @@ Conditional and unconditional passes are separate branches, each with its own ra
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from k5kernels.cache.schedule import compute_schedule, resample_ratios, reuse_errors, threshold_for
+
 Blocks = Callable[[Tensor], Tensor]
+Residual = tuple[Tensor | None, ...]
 
 
 class Branch(Protocol):
@@ -25,43 +28,20 @@ class Branch(Protocol):
     def __call__(self, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor: ...
 
 
-def compute_schedule(ratios: Sequence[float], threshold: float, max_skips: int, retention: float) -> list[bool]:
-    """For every step, whether its blocks run.
+class Policy(Protocol):
+    """Decides which passes run, and keeps what stands in for the others. It knows no model."""
 
-    ratios: one a step from the second on, so len(ratios) + 1 steps. The first step and all of the first `retention`
-    (a share, 0..1) run. After them, a step is skipped while the sum of |1 - product| over the skipped steps and this
-    one stays below `threshold` and no more than `max_skips` are skipped in a row.
-    """
-    steps = len(ratios) + 1
-    # The tolerance keeps 0.2 of 35 steps at 7 in floating point.
-    first_skippable = max(1, math.ceil(retention * steps - 1e-9))
-    schedule = []
-    product, error, skipped = 1.0, 0.0, 0
-    for step in range(steps):
-        computed = step < first_skippable
-        if not computed:
-            product *= ratios[step - 1]
-            error += abs(1.0 - product)
-            skipped += 1
-            computed = not (error < threshold and skipped <= max_skips)
-        if computed:
-            product, error, skipped = 1.0, 0.0, 0
-        schedule.append(computed)
-    return schedule
+    def reset(self, steps: int | None = None) -> None:
+        """A new run begins."""
 
+    def decide(self, branch: str, step: int) -> bool:
+        """Whether the blocks run on this pass; where not, `reuse` has what stands in for them."""
 
-def resample_ratios(ratios: Sequence[float], steps: int) -> list[float]:
-    """The ratios for another number of steps: nearest neighbour over the steps, first on first and last on last.
+    def record(self, branch: str, step: int, residual: Residual) -> None:
+        """Takes the residual of a pass whose blocks ran: of each tensor that they give, what they added to it."""
 
-    The first step, which has no ratio, counts as 1.0.
-    """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    source = [1.0, *ratios]
-    if steps == 1:
-        return []
-    stride = (len(source) - 1) / (steps - 1)
-    return [source[round(step * stride)] for step in range(1, steps)]
+    def reuse(self, branch: str, step: int) -> Residual:
+        """What stands in for the residual of a pass whose blocks do not run."""
 
 
 class MagCache:
@@ -69,14 +49,17 @@ class MagCache:
 
     ratios: for every branch, the calibrated ratio of each step from the second on. threshold: bound on the summed
     error of a run of skipped steps. max_skips: longest such run. retention: share of the steps, from the first, that
-    always run. The defaults are the released models'.
+    always run, as the last one does. The defaults are the released models'. extrapolate: 0 reuses the last residual as
+    it is; w above 0 also goes w times as far as the change between the last two computed ones leads, 1 in full.
 
-    One sampling run is `reset(steps)`, then every branch called once a step. A branch that finished its steps starts
+    As a policy (`decide`, `record`, `reuse`) it is told what runs and asks for no model. As a cache of a sampler of
+    one's own it is `reset(steps)`, then every `branch` called once a step. A branch that finished its steps starts
     over by itself; after an interrupted run `reset()` is needed, and the sampler always calls it. Memory: at most one
-    residual a branch, kept only as long as a coming step may reuse it.
+    residual a branch, two where it extrapolates, each kept only as long as a coming step may use it.
 
     A branch that is called on some of the steps only, as with guidance on part of them, is told which `step` each call
-    is. Where the schedule counts on the residual of a step that was left out, the blocks run instead.
+    is. Where the schedule counts on the residual of a step that was left out, the blocks run instead. A branch or a
+    step that the ratios do not have is always computed.
 
     Raises ValueError where the ratios are not finite, not negative numbers, as many for every branch, or a setting is
     out of range.
@@ -88,8 +71,11 @@ class MagCache:
         threshold: float = 0.12,
         max_skips: int = 2,
         retention: float = 0.2,
+        extrapolate: float = 0.0,
     ) -> None:
         _check_ratios(ratios)
+        if not 0 <= extrapolate <= 1:
+            raise ValueError(f"extrapolate: expected 0 to 1, got {extrapolate}")
         if threshold < 0 or max_skips < 0 or not 0 <= retention <= 1:
             raise ValueError(
                 "expected threshold >= 0, max_skips >= 0 and retention in 0..1, "
@@ -98,8 +84,10 @@ class MagCache:
         self.threshold = threshold
         self.max_skips = max_skips
         self.retention = retention
+        self.extrapolate = extrapolate
         self.steps = len(next(iter(ratios.values()))) + 1
         self._calibrated = {name: [float(ratio) for ratio in values] for name, values in ratios.items()}
+        self._target: dict[str, float] | None = None
         self.reset(self.steps)
 
     @classmethod
@@ -110,6 +98,7 @@ class MagCache:
         threshold: float = 0.12,
         max_skips: int = 2,
         retention: float = 0.2,
+        extrapolate: float = 0.0,
     ) -> "MagCache":
         """From the released flat list: conditional and unconditional ratios in turn, 2 * (calibrated steps - 1).
 
@@ -120,20 +109,67 @@ class MagCache:
         ratios = {"cond": mag_ratios[0::2]}
         if any(mag_ratios[1::2]):
             ratios["uncond"] = mag_ratios[1::2]
-        cache = cls(ratios, threshold, max_skips, retention)
+        cache = cls(ratios, threshold, max_skips, retention, extrapolate)
         cache.reset(steps)
+        return cache
+
+    @classmethod
+    def for_target(
+        cls,
+        ratios: Mapping[str, Sequence[float]],
+        *,
+        error: float | None = None,
+        speedup: float | None = None,
+        max_skips: int = 2,
+        retention: float = 0.2,
+        extrapolate: float = 0.0,
+    ) -> "MagCache":
+        """With the threshold that reaches a target, chosen from the ratios anew for each number of steps.
+
+        error: the largest mean, over all passes, of what `reuse_errors` expects. speedup: passes for each computed
+        one, at least. Raises ValueError where both or neither are given, or the target is out of reach.
+        """
+        cache = cls(ratios, 0.0, max_skips, retention, extrapolate)
+        target = {"error": error, "speedup": speedup}
+        cache._target = {name: value for name, value in target.items() if value is not None}
+        cache.reset()
         return cache
 
     def reset(self, steps: int | None = None) -> None:
         """Forget the run in progress; a new run begins, of `steps` steps (default: as many as before)."""
         self.steps = self.steps if steps is None else steps
+        ratios = {name: resample_ratios(values, self.steps) for name, values in self._calibrated.items()}
+        if self._target is not None:
+            self.threshold = threshold_for(ratios, self.max_skips, self.retention, **self._target)
         self.schedule = {
-            name: compute_schedule(resample_ratios(ratios, self.steps), self.threshold, self.max_skips, self.retention)
-            for name, ratios in self._calibrated.items()
+            name: compute_schedule(values, self.threshold, self.max_skips, self.retention)
+            for name, values in ratios.items()
         }
+        self.errors = {name: reuse_errors(values, self.schedule[name]) for name, values in ratios.items()}
         self._step = dict.fromkeys(self._calibrated, 0)
-        self._residual: dict[str, Tensor] = {}
-        self._residual_step: dict[str, int] = {}
+        self._kept: dict[str, list[_Kept]] = {name: [] for name in self._calibrated}
+
+    def decide(self, branch: str, step: int) -> bool:
+        """Whether the blocks run on this step of the branch. Where they do, what no step will use is freed first."""
+        schedule = self.schedule.get(branch, ())
+        if 0 <= step < len(schedule) and not schedule[step] and self._has_residual_for(branch, step):
+            return False
+        if branch in self._kept:
+            # Freed before the blocks run: no more residuals than needed ever stand side by side.
+            self._free(branch, step + 1, newer=1)
+        return True
+
+    def record(self, branch: str, step: int, residual: Residual) -> None:
+        """Keeps the residual where a coming step may use it."""
+        if branch in self._kept:
+            self._kept[branch].append(_Kept(step, residual))
+            self._free(branch, step + 1)
+
+    def reuse(self, branch: str, step: int) -> Residual:
+        """The last residual, extrapolated to this step; freed where no further step uses it."""
+        residual = self._residual_at(branch, step)
+        self._free(branch, step + 1)
+        return residual
 
     def branch(self, name: str) -> Branch:
         """The callable (blocks, x, step=None) -> blocks(x), or x + the last residual, for one branch of this run.
@@ -146,42 +182,71 @@ class MagCache:
         return partial(self._run, name)
 
     def _run(self, name: str, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor:
-        schedule = self.schedule[name]
+        steps = len(self.schedule[name])
         if step is None:
             step = self._step[name]
-        elif not 0 <= step < len(schedule):
-            raise ValueError(f"step: expected 0 to {len(schedule) - 1}, as the run has steps, got {step}")
+        elif not 0 <= step < steps:
+            raise ValueError(f"step: expected 0 to {steps - 1}, as the run has steps, got {step}")
         elif step < self._step[name]:
             self._forget(name)
-        reused_next = not all(schedule[step + 1 : step + 2])
-        if schedule[step] or not self._has_residual_for(name, step):
-            # Freed before the blocks run: two residuals never stand side by side.
-            self._forget(name)
+        if self.decide(name, step):
             out = blocks(x)
-            if reused_next:
-                self._residual[name] = (out - x).detach()
-                self._residual_step[name] = step
+            self.record(name, step, ((out - x).detach(),))
         else:
-            residual = self._residual[name]
-            if residual.shape != x.shape:
+            (kept,) = self._kept[name][-1].residual
+            assert kept is not None
+            if kept.shape != x.shape:
                 raise ValueError(
-                    f"x: expected {list(residual.shape)} as in the steps before, got {list(x.shape)}; "
+                    f"x: expected {list(kept.shape)} as in the steps before, got {list(x.shape)}; "
                     "call reset() before a new run"
                 )
+            (residual,) = self.reuse(name, step)
+            assert residual is not None
             out = x + residual
-            if not reused_next:
-                self._forget(name)
-        self._step[name] = (step + 1) % len(schedule)
+        self._step[name] = (step + 1) % steps
         return out
 
     def _has_residual_for(self, name: str, step: int) -> bool:
         """Whether the residual is of the step that the schedule last computes before this one, or of a later step."""
         last_computed = max(index for index in range(step) if self.schedule[name][index])
-        return self._residual_step.get(name, -1) >= last_computed
+        kept = self._kept[name]
+        return bool(kept) and last_computed <= kept[-1].step < step
+
+    def _residual_at(self, name: str, step: int) -> Residual:
+        """The last residual, moved on along the change since the one before it."""
+        *earlier, last = self._kept[name]
+        if not earlier:
+            return last.residual
+        before = earlier[-1]
+        weight = self.extrapolate * (step - last.step) / (last.step - before.step)
+        return tuple(
+            now if now is None or then is None else torch.lerp(now, then, -weight)
+            for now, then in zip(last.residual, before.residual, strict=True)
+        )
+
+    def _free(self, name: str, coming: int, newer: int = 0) -> None:
+        """Drops the residuals that no step from `coming` on will use, with `newer` ones to be recorded before it."""
+        schedule, order = self.schedule[name][coming:], 1 if self.extrapolate else 0
+
+        def used(age: int) -> bool:
+            """A residual is used until `order` newer ones stand before it and one more takes its place."""
+            for runs in schedule:
+                if age > order or not runs:
+                    return age <= order
+                age += 1
+            return False
+
+        kept = self._kept[name]
+        ages = range(len(kept) - 1 + newer, newer - 1, -1)
+        kept[:] = [residual for age, residual in zip(ages, kept, strict=True) if used(age)]
 
     def _forget(self, name: str) -> None:
-        self._residual.pop(name, None)
-        self._residual_step.pop(name, None)
+        self._kept[name].clear()
+
+
+class _Kept(NamedTuple):
+    step: int
+    residual: Residual
 
 
 class MagCalibration:

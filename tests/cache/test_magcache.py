@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k5kernels.cache import MagCache, MagCalibration
-from k5kernels.cache.magcache import compute_schedule, resample_ratios
+from k5kernels.cache.schedule import compute_schedule, resample_ratios, speedup_of
 from k5kernels.presets import RELEASED
 
 THRESHOLD, MAX_SKIPS, RETENTION = 0.12, 2, 0.2
@@ -23,7 +23,7 @@ def restated_schedule(ratios, threshold, max_skips, retention):
         last = computed[-1]
         since = range(max(last + 1, math.ceil(round(retention * len(magnitude), 9))), step + 1)
         error = sum(abs(1 - math.prod(magnitude[since.start : end + 1])) for end in since)
-        if len(since) == 0 or len(since) > max_skips or error >= threshold:
+        if len(since) == 0 or len(since) > max_skips or error >= threshold or step == len(magnitude) - 1:
             computed.append(step)
     return [step in computed for step in range(len(magnitude))]
 
@@ -37,13 +37,15 @@ def test_schedule_is_what_the_rule_says(ratios, threshold, max_skips, retention)
 @given(ratio_lists)
 @settings(max_examples=40, deadline=None)
 def test_schedule_agrees_with_diffusers(ratios):
-    """Its hook, driven over two blocks. Retention 0.2 of a multiple of five steps, where both round alike."""
+    """Its hook, driven over two blocks, up to the last step, which runs here.
+
+    Retention 0.2 of a multiple of five steps, where both round alike.
+    """
     steps = len(ratios) + 1 - (len(ratios) + 1) % 5
     if steps == 0:
         return
-    assert compute_schedule(ratios[: steps - 1], THRESHOLD, MAX_SKIPS, RETENTION) == diffusers_schedule(
-        [1.0, *ratios[: steps - 1]]
-    )
+    ours = compute_schedule(ratios[: steps - 1], THRESHOLD, MAX_SKIPS, RETENTION)
+    assert ours == [*diffusers_schedule([1.0, *ratios[: steps - 1]])[:-1], True]
 
 
 def diffusers_schedule(ratios):
@@ -100,14 +102,21 @@ def test_ratios_for_their_own_number_of_steps_are_themselves(ratios):
     assert resample_ratios(ratios, len(ratios) + 1) == ratios
 
 
-@given(ratio_lists, st.integers(1, 100))
-def test_resampled_ratios_are_nearest_neighbours(ratios, steps):
-    source, resampled = [1.0, *ratios], resample_ratios(ratios, steps)
+def test_ratios_over_longer_steps_multiply():
+    assert resample_ratios([1.01] * 48, 25) == pytest.approx([1.01**2] * 24)
+    assert resample_ratios([1.1, 0.9, 1.2, 1.3], 3) == pytest.approx([1.1 * 0.9, 1.2 * 1.3])
+    assert resample_ratios([1.44], 3) == pytest.approx([1.2, 1.2])
+
+
+@given(st.lists(st.floats(0.7, 1.3), min_size=1, max_size=60), st.integers(2, 100))
+def test_resampled_ratios_lead_to_the_same_magnitude(ratios, steps):
+    resampled = resample_ratios(ratios, steps)
     assert len(resampled) == steps - 1
-    for step, ratio in enumerate(resampled, start=1):
-        position = step * (len(source) - 1) / (steps - 1)
-        near = [value for index, value in enumerate(source) if abs(index - position) <= 0.5 + 1e-9]
-        assert ratio in near
+    assert math.prod(resampled) == pytest.approx(math.prod(ratios))
+
+
+def test_a_run_of_one_step_has_no_ratio():
+    assert resample_ratios([1.1, 0.9], 1) == []
 
 
 class Blocks:
@@ -136,13 +145,13 @@ def test_a_skipped_step_adds_the_last_computed_residual():
 def test_branches_keep_separate_ratios_steps_and_residuals():
     cache = MagCache({"cond": [1.0] * 5, "uncond": [2.0] * 5}, retention=0.0)
     cond, uncond = Blocks(), Blocks(scale=100.0)
-    for step in range(6):
+    for step in range(5):
         x = torch.zeros(1, 2, 3)
         cond_out = cache.branch("cond")(cond, x)
         uncond_out = cache.branch("uncond")(uncond, x)
         assert float(cond_out[0, 0, 0]) == 1 + step // 3
         assert float(uncond_out[0, 0, 0]) == 100 * (step + 1)
-    assert (cond.calls, uncond.calls) == (2, 6)
+    assert (cond.calls, uncond.calls) == (2, 5)
 
 
 def test_a_threshold_of_zero_computes_every_step_and_changes_nothing():
@@ -254,14 +263,14 @@ def test_calibration_takes_every_step_and_refuses_a_gap():
 
 
 def test_residuals_are_detached_and_not_kept_when_no_step_reuses_them():
-    cache = MagCache({"cond": [1.0] * 3}, retention=0.0, max_skips=1)
+    cache = MagCache({"cond": [1.0] * 4}, retention=0.0, max_skips=1)
     branch, weight = cache.branch("cond"), torch.ones(1, 2, 3, requires_grad=True)
     kept = []
-    for _ in range(4):
+    for _ in range(5):
         branch(lambda x: x * 2 + weight, torch.zeros(1, 2, 3))
-        kept.append([residual.requires_grad for residual in cache._residual.values()])
-    assert cache.schedule["cond"] == [True, False, True, False]
-    assert kept == [[False], [], [False], []]
+        kept.append([tensor.requires_grad for _, (tensor,) in cache._kept["cond"]])
+    assert cache.schedule["cond"] == [True, False, True, False, True]
+    assert kept == [[False], [], [False], [], []]
 
 
 def test_an_exception_in_the_blocks_leaves_the_step_to_be_run_again():
@@ -337,3 +346,72 @@ def test_blocks_that_change_nothing_still_give_finite_ratios():
 def test_wrong_input_is_refused_in_words(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_last_step_always_runs():
+    assert compute_schedule([1.0] * 49, 1.0, 100, 0.0) == [True] + [False] * 48 + [True]
+
+
+def extrapolated(ratios, extrapolate, residual_of, steps=10):
+    """The residual that every step adds to zeros, and the steps that ran."""
+    branch = MagCache({"cond": ratios}, retention=0.2, extrapolate=extrapolate).branch("cond")
+    ran = []
+
+    def blocks(x, step):
+        ran.append(step)
+        return x + residual_of(step)
+
+    x = torch.zeros(1, 2, 3, dtype=torch.float64)
+    outputs = [branch(lambda x, step=step: blocks(x, step), x, step=step) for step in range(steps)]
+    return [float(out[0, 0, 0]) for out in outputs], ran
+
+
+def test_a_residual_that_changes_evenly_is_extrapolated_exactly():
+    outputs, ran = extrapolated([1.0] * 9, 1.0, lambda step: 3.0 + 2.0 * step)
+    assert ran == [0, 1, 4, 7, 9]
+    assert outputs == pytest.approx([3.0 + 2.0 * step for step in range(10)])
+
+
+def test_half_of_the_extrapolation_is_half_way():
+    outputs, _ = extrapolated([1.0] * 9, 0.5, lambda step: 2.0 * step)
+    assert outputs[2:4] == pytest.approx([2.0 + 1.0, 2.0 + 2.0])
+
+
+@given(st.lists(st.floats(0.9, 1.1), min_size=1, max_size=30), st.integers(0, 4), st.sampled_from([0.0, 0.2, 0.5]))
+def test_what_is_kept_is_what_a_coming_step_uses(ratios, max_skips, retention):
+    cache = MagCache({"cond": ratios}, max_skips=max_skips, retention=retention, extrapolate=1.0)
+    schedule, recorded = cache.schedule["cond"], []
+    for step, computed in enumerate(schedule):
+        assert cache.decide("cond", step) == computed
+        assert len(cache._kept["cond"]) <= (1 if computed else 2)
+        if computed:
+            cache.record("cond", step, (torch.tensor([float(step)]),))
+            recorded.append(step)
+        else:
+            assert [kept.step for kept in cache._kept["cond"]] == recorded[-2:]
+            (residual,) = cache.reuse("cond", step)
+            assert float(residual) == pytest.approx(step if len(recorded) > 1 else recorded[-1], rel=1e-5)
+    assert cache._kept["cond"] == []
+
+
+def test_a_target_chooses_the_threshold():
+    ratios = {"cond": [1.0 + 0.002 * (step % 5) for step in range(49)], "uncond": [1.01] * 49}
+    faster = MagCache.for_target(ratios, speedup=1.8)
+    assert faster.threshold < 0.2
+    assert speedup_of(faster.schedule) >= 1.8
+    less = MagCache(ratios, threshold=math.nextafter(faster.threshold, 0) - 1e-12)
+    assert speedup_of(less.schedule) < 1.8
+    closer = MagCache.for_target(ratios, error=0.002)
+    errors = [error for branch in closer.errors.values() for error in branch]
+    assert 0.001 < sum(errors) / len(errors) <= 0.002
+    closer.reset(30)
+    assert len(closer.schedule["cond"]) == 30
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [({}, "either"), ({"error": 0.1, "speedup": 2}, "either"), ({"speedup": 4.0}, "at most 2.0"), ({"error": -1}, "0")],
+)
+def test_a_target_that_cannot_be_met_is_refused(target, message):
+    with pytest.raises(ValueError, match=message):
+        MagCache.for_target({"cond": [1.0] * 49}, **target)
