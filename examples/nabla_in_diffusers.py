@@ -19,7 +19,7 @@ def main() -> None:
     transformer = Kandinsky5Transformer3DModel(**config_to_json(nano.config)).eval()
     transformer.load_state_dict(nano.state_dict())
 
-    frames, height, width, words = 5, 20, 36, 7  # of the latent: any size, not only multiples of 16
+    frames, height, width, words = 3, 12, 36, 7  # of the latent: any size, not only multiples of 16
     random = torch.Generator().manual_seed(0)
     arguments = {
         "hidden_states": torch.randn(1, frames, height, width, nano.config.input_channels, generator=random),

@@ -88,6 +88,12 @@ class BlockMask:
         batch, heads, rows = self.offsets.shape
         return self.indices.shape[0] / max(1, batch * heads * (rows - 1) ** 2)
 
+    @property
+    def densities(self) -> Tensor:
+        """The density of each head: [B_m, H_m] float32."""
+        kept = self.offsets[..., -1] - self.offsets[..., 0]
+        return kept.float() / max(1, (self.offsets.shape[-1] - 1) ** 2)
+
     def to_dense(self) -> Tensor:
         """The mask over blocks: bool [B_m, H_m, N_b, N_b]."""
         return lists_to_dense(self.offsets, self.indices)

@@ -84,12 +84,17 @@ def test_versions_are_those_of_the_installed_packages():
     assert versions["k5kernels"]
 
 
-PACKAGES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "sage": "sageattention"}
+PACKAGES = {
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+    "flash2": "flash_attn",
+    "sage": "sageattention",
+}
 
 
 def test_pytorchs_attention_and_nabla_run_on_every_machine_and_the_others_say_what_is_missing():
     engines = {engine.name: engine for engine in info.machine().engines}
-    assert set(engines) == {"sdpa", "nabla", *PACKAGES}
+    assert set(engines) == {"sdpa", "nabla", "flex", *PACKAGES}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("sdpa", "nabla"):
         assert engines[name] == info.AttentionEngine(name, device, True, f"runs on {device}")
@@ -97,7 +102,7 @@ def test_pytorchs_attention_and_nabla_run_on_every_machine_and_the_others_say_wh
         if device == "cpu":
             expected = "it runs on CUDA, the tensors are on cpu"
             assert engines[name] == info.AttentionEngine(name, "cpu", False, expected)
-        elif find_spec(module) is None:
+        elif find_spec(module.partition(".")[0]) is None:
             assert not engines[name].available
             assert engines[name].reason.endswith("is not installed")
 

@@ -150,7 +150,12 @@ def _constant(answer: Callable[..., Answer]) -> Callable[..., Answer]:
 # A compiler that traces attention takes the two answers below as they are: they do not change while a process runs.
 @_constant
 def _is_installed(module: str) -> bool:
-    return find_spec(module) is not None
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+    # FlashAttention-4 alone leaves a folder `flash_attn` without the module that version 2 has there.
+    return spec is not None and spec.origin is not None
 
 
 @_constant

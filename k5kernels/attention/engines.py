@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from k5kernels.attention.engine import Call, Engine
-from k5kernels.attention.flash import FlashAttention2, FlashAttention3
+from k5kernels.attention.flash import FlashAttention2, FlashAttention3, FlashAttention4
+from k5kernels.attention.flex import Flex
 from k5kernels.attention.nabla import Nabla
 from k5kernels.attention.sage import SageAttention
 from k5kernels.attention.sdpa import SDPA
@@ -19,7 +20,16 @@ KANDINSKY_HEAD_DIM = 128  # of the larger models; the others have 64
 
 # In order of preference: of those that can run a call, the first is taken.
 ENGINES: dict[str, Engine] = {
-    engine.name: engine for engine in (FlashAttention3(), FlashAttention2(), SageAttention(), SDPA(), Nabla())
+    engine.name: engine
+    for engine in (
+        FlashAttention3(),
+        FlashAttention4(),
+        FlashAttention2(),
+        SageAttention(),
+        SDPA(),
+        Nabla(),
+        Flex(),
+    )
 }
 
 
@@ -56,7 +66,7 @@ def choose_engine(
 
     height, width: pixels; SD is up to 512·768 of them. seconds: the length of the clip, 0 for an image, which is
     dense at every size. device: where it will run; a GPU if there is one, where None. dtype: that attention will
-    compute in. The dense engine is the first that can run there of FlashAttention-3, FlashAttention-2,
+    compute in. The dense engine is the first that can run there of FlashAttention-3, -4 and -2,
     SageAttention and PyTorch's own.
 
     Raises ValueError where a size is not positive or the length is negative.
@@ -86,12 +96,12 @@ def attention(
     """Attention by the engine named: [B, h, S, D] in the dtype of q (under autocast in autocast's).
 
     q, k, v: [B, h, S, D], one floating dtype; keys and values may have another S where there is no layout.
-    engine: a name of `ENGINES`: "sdpa", "flash2", "flash3" and "sage" are dense, "nabla" is block-sparse and needs the
-    layout. "auto" is an exact dense one: FlashAttention where it is installed and takes this call, else "sdpa";
-    `choose_engine` says when a clip wants another. layout: of self-attention; with several clips dense attention stays
-    inside each. thr, sta: of "nabla", as in `nabla_attention`. mask: for "sdpa" without a layout a bool tensor that
-    broadcasts to [B, h, S, S_k], true where a query reads a key; for "nabla" a BlockMask in place of the one it would
-    build.
+    engine: a name of `ENGINES`: "sdpa", "flash2", "flash3", "flash4" and "sage" are dense, "nabla" is block-sparse and
+    needs the layout, "flex" is the same by PyTorch's FlexAttention. "auto" is an exact dense one: FlashAttention where
+    it is installed and takes this call, else "sdpa"; `choose_engine` says when a clip wants another. layout: of
+    self-attention; with several clips dense attention stays inside each. thr, sta: of "nabla" and "flex", as in
+    `nabla_attention`. mask: for "sdpa" without a layout a bool tensor that broadcasts to [B, h, S, S_k], true where a
+    query reads a key; for "nabla" and "flex" a BlockMask in place of the one they would build.
 
     Raises ValueError where an argument is wrong, and its subclass EngineUnavailableError where the engine cannot run
     the call: the package is missing, or the device, dtype, head dim, mask or backward is not one it has.

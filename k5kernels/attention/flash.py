@@ -1,8 +1,25 @@
-"""FlashAttention, versions 2 and 3, where its package is installed."""
+"""FlashAttention, versions 2 to 4, where its package is installed."""
 
 from torch import Tensor
 
 from k5kernels.attention.engine import PackageEngine
+
+
+class FlashAttention4(PackageEngine):
+    """For GPUs from Hopper on; its own package, which shares the name `flash_attn` with version 2."""
+
+    name = "flash4"
+    module = "flash_attn.cute"
+    package = "FlashAttention-4 (pip install --pre flash-attn-4)"
+    lowest = (9, 0)
+    head_dims = range(8, 129, 8)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The package takes and gives [B, S, h, D]; it gives (out, lse), of which lse may be None."""
+        from flash_attn.cute import flash_attn_func
+
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
 class FlashAttention3(PackageEngine):

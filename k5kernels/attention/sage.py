@@ -17,7 +17,7 @@ class SageAttention(PackageEngine):
     has_backward = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """ "HND" is the package's name for [B, h, S, D]."""
+        """ "HND" is the package's name for [B, h, S, D]. Releases 1.x subtract from k in place: a copy for them."""
         from sageattention import sageattn
 
-        return sageattn(q, k, v, tensor_layout="HND")
+        return sageattn(q, k.clone(), v, tensor_layout="HND")

@@ -21,8 +21,11 @@ from k5kernels.cache.report import REUSED, SCHEDULED, CachedPass, CacheReport
 BLOCKS = ("visual_transformer_blocks", "transformer_blocks", "single_transformer_blocks", "blocks")
 TIMES, TEXTS = ("timestep", "time", "timesteps", "t"), ("encoder_hidden_states", "text", "context")
 
-# Not compiled, but what it calls may be: the blocks.
-_uncompiled = torch._dynamo.disable(recursive=False)
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Not compiled itself, but what it calls may be: the blocks. Asked for late, as it loads PyTorch's compiler."""
+    plain: Callable[..., Any] = torch.compiler.disable(function, recursive=False)
+    return plain
 
 
 def apply(
@@ -89,7 +92,7 @@ class CachedBlocks:
         if not self._active:
             return
         self._active, self._pass = False, None
-        self._policy.reset()
+        self._policy.free()
         for hook in self._hooks:
             hook.remove()
         for place in self._lists:
@@ -152,7 +155,7 @@ class _RunningPass:
 
     def iterate(self, blocks: list[Any], first: bool, last: bool) -> Iterator[Any]:
         if self._residual is not None:
-            return iter([self._stand_in] if first else [])
+            return iter([_uncompiled(self._stand_in)] if first else [])
         if self._record is not None:
             if first:
                 blocks[0] = _uncompiled(self._noting_inputs(blocks[0]))
@@ -178,7 +181,6 @@ class _RunningPass:
 
         return run
 
-    @_uncompiled
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
         inputs, residual = (*args, *kwargs.values()), self._residual
         assert residual is not None

@@ -8,9 +8,11 @@ is known before sampling begins.
 Conditional and unconditional passes are separate branches, each with its own ratios, step and residual.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,6 +44,9 @@ class Policy(Protocol):
 
     def reuse(self, branch: str, step: int) -> Residual:
         """What stands in for the residual of a pass whose blocks do not run."""
+
+    def free(self) -> None:
+        """Lets go of all residuals; no further pass of this run is coming."""
 
 
 class MagCache:
@@ -171,6 +176,16 @@ class MagCache:
         self._free(branch, step + 1)
         return residual
 
+    def free(self) -> None:
+        """Lets go of all residuals."""
+        for kept in self._kept.values():
+            kept.clear()
+
+    @classmethod
+    def load(cls, path: Path | str, **settings: float) -> "MagCache":
+        """From a file that `MagCalibration.save` wrote; settings as of the class."""
+        return cls(json.loads(Path(path).read_text())["ratios"], **settings)  # type: ignore[arg-type]  # max_skips: int
+
     def branch(self, name: str) -> Branch:
         """The callable (blocks, x, step=None) -> blocks(x), or x + the last residual, for one branch of this run.
 
@@ -271,17 +286,47 @@ class MagCalibration:
         """
         return partial(self._run, name)
 
+    def decide(self, branch: str, step: int) -> bool:
+        """True: everything is computed."""
+        return True
+
+    def record(self, branch: str, step: int, residual: Residual) -> None:
+        """Measures the first tensor. Raises ValueError as the callable of `branch` does."""
+        first = next(tensor for tensor in residual if tensor is not None)
+        self._check_next(branch, step)
+        self._measure(branch, first)
+
+    def reuse(self, branch: str, step: int) -> Residual:
+        """Never asked for: nothing is skipped."""
+        raise RuntimeError("a calibration skips nothing")
+
+    def free(self) -> None:
+        """Lets go of the norms; the ratios stay."""
+        self._norm.clear()
+
+    def save(self, path: Path | str) -> None:
+        """The ratios as JSON, for `MagCache.load`. Raises ValueError where nothing was measured."""
+        _check_ratios(self.ratios)
+        Path(path).write_text(json.dumps({"ratios": self.ratios}, indent=1) + "\n")
+
     def _run(self, name: str, blocks: Blocks, x: Tensor, step: int | None = None) -> Tensor:
-        following = len(self.ratios[name]) + 1 if name in self._norm else 0
-        if step not in (None, following):
-            raise ValueError(f"step: expected {following}, the next one, got {step}; calibrate on every step")
+        if step is not None:
+            self._check_next(name, step)
         out = blocks(x)
-        norm = torch.linalg.vector_norm((out - x).detach().float(), dim=-1)
+        self._measure(name, (out - x).detach())
+        return out
+
+    def _check_next(self, name: str, step: int) -> None:
+        following = len(self.ratios[name]) + 1 if name in self._norm else 0
+        if step != following:
+            raise ValueError(f"step: expected {following}, the next one, got {step}; calibrate on every step")
+
+    def _measure(self, name: str, residual: Tensor) -> None:
+        norm = torch.linalg.vector_norm(residual.float(), dim=-1)
         measured = self.ratios.setdefault(name, [])
         if name in self._norm:
             measured.append((norm / self._norm[name].clamp_min(1e-8)).mean().item())
         self._norm[name] = norm
-        return out
 
 
 def _check_ratios(ratios: Mapping[str, Sequence[float]]) -> None:

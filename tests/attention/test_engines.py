@@ -26,7 +26,12 @@ from k5kernels.attention.engine import _constant
 from k5kernels.attention.flash import FlashAttention2
 
 CLIPS = TokenLayout([(2, 9, 17), (1, 8, 20)])
-MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn", "sage": "sageattention"}
+MODULES = {
+    "flash3": "flash_attn_interface",
+    "flash4": "flash_attn.cute",
+    "flash2": "flash_attn",
+    "sage": "sageattention",
+}
 CUDA = torch.device("cuda")
 
 
@@ -55,7 +60,9 @@ def gpu_with(monkeypatch):
 
     def pretend(installed: list[str], capability: tuple[int, int]) -> None:
         modules = [MODULES[name] for name in installed]
-        monkeypatch.setattr(engine, "find_spec", lambda module: module if module in modules else None)
+        monkeypatch.setattr(
+            engine, "find_spec", lambda module: ModuleSpec(module, None, origin="here") if module in modules else None
+        )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
     return pretend
@@ -200,10 +207,13 @@ def played_package(monkeypatch):
         def sageattn(q, k, v, tensor_layout):
             assert q.dtype == k.dtype == v.dtype == torch.bfloat16
             assert tensor_layout == "HND"
+            k -= k.mean(dim=2, keepdim=True)  # in place, as releases 1.x do
             return scaled_dot_product_attention(q, k, v)
 
         module = ModuleType(MODULES[name])
         module.flash_attn_func, module.sageattn = flash_attn_func, sageattn
+        parent, _, _ = module.__name__.partition(".")
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(type(ENGINES[name]), "why_not", lambda self, call: None)
 
@@ -211,7 +221,8 @@ def played_package(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "returns_lse"), [("flash3", False), ("flash3", True), ("flash2", False), ("sage", False)]
+    ("name", "returns_lse"),
+    [("flash3", False), ("flash3", True), ("flash4", True), ("flash2", False), ("sage", False)],
 )
 def test_an_engine_gets_the_tensors_in_the_order_its_package_wants(played_package, name, returns_lse):
     played_package(name, returns_lse)
@@ -266,7 +277,7 @@ def test_the_engine_is_chosen_and_run_inside_a_compiled_function_in_one_graph(mo
             return super().why_not(Call(CUDA, call.dtype, call.head_dim))
 
     flash_attn = ModuleType("flash_attn")
-    flash_attn.__spec__ = ModuleSpec("flash_attn", None)
+    flash_attn.__spec__ = ModuleSpec("flash_attn", None, origin="here")
     flash_attn.flash_attn_func = lambda q, k, v: v
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
     monkeypatch.setitem(ENGINES, "flash2", AskedAboutAGPU())
@@ -281,7 +292,7 @@ def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
     block_mask = random_mask(CLIPS, 1, 1)
     token_mask = torch.ones(CLIPS.tokens, CLIPS.tokens, dtype=torch.bool)
     with pytest.raises(
-        ValueError, match="engine: expected one of auto, flash3, flash2, sage, sdpa, nabla, got 'flash'"
+        ValueError, match="engine: expected one of auto, flash3, flash4, flash2, sage, sdpa, nabla, flex, got 'flash'"
     ):
         attention(q, k, v, "flash")
     with pytest.raises(ValueError, match="layout: it needs the TokenLayout of the sequence, got None"):

@@ -45,6 +45,18 @@ def test_nabla_in_diffusers_says_how_dense_it_was_and_leaves_the_model_as_it_was
     assert "as before afterwards: True" in printed
 
 
+def test_cache_in_diffusers_calibrates_and_then_skips(tmp_path: Path) -> None:
+    printed = run_example("cache_in_diffusers.py", tmp_path)
+    assert "of 20 passes skipped" in printed
+    assert (tmp_path / "ratios.json").is_file()
+
+
+def test_cache_in_your_dit_skips_passes_of_both_branches(tmp_path: Path) -> None:
+    printed = run_example("cache_in_your_dit.py", tmp_path)
+    assert "20 of 40 passes skipped" in printed
+    assert "uncond: ####" in printed
+
+
 def test_plan_cluster_names_a_layout_and_its_rivals(tmp_path: Path) -> None:
     printed = run_example("plan_cluster.py", tmp_path, "--stage", "video_lite_mr_5s", "--gpus", 64)
     assert "shards" in printed.splitlines()[0]

@@ -1,7 +1,7 @@
 """A Kandinsky 5 model of diffusers with our attention: the same results, at any size, and no trace afterwards."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -10,10 +10,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Ka
 from small_crossdit import inputs, random_model, relative_difference
 from torch import Tensor, nn
 
-from k5kernels.integrations.diffusers import accelerate
-from k5kernels.integrations.diffusers import attention as ours
-from k5kernels.integrations.diffusers.accelerate import UnsupportedModelError
-from k5kernels.text_condition import TextCondition
+from k5kernels.attention import EngineUnavailableError
+from k5kernels.attention.break_even import BREAK_EVEN
+from k5kernels.integrations.diffusers import Report, UnsupportedModelError, accelerate
+from k5kernels.integrations.diffusers import models as ours
+from model.conditioning import TextCondition
 from model.weights import config_to_json
 
 ROPE_SCALE = (1.0, 2.0, 3.16)
@@ -57,6 +58,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """Every attribute of every module and processor, by identity."""
     found = {}
     for name, module in model.named_modules():
+        found[f"{name}.__class__"] = type(module)
         for key, value in vars(module).items():
             inside = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
             found[f"{name}.{key}"] = inside
@@ -66,11 +68,15 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def leaves_no_trace(model: nn.Module) -> Iterator[None]:
+def leaves_no_trace_of(model: nn.Module, run: Callable[[Any], Tensor]) -> Iterator[None]:
     before, out = snapshot(model), run(model)
     yield
     assert snapshot(model) == before
     assert torch.equal(run(model), out)
+
+
+def leaves_no_trace(model: nn.Module) -> AbstractContextManager[None]:
+    return leaves_no_trace_of(model, run)
 
 
 @pytest.mark.usefixtures("stock_rounding")
@@ -96,6 +102,52 @@ def test_a_sparse_pass_is_told_in_the_report(transformer):
     assert 0.05 < report.density < 0.9
     assert report.engines == {"nabla": 2}
     assert f"density {report.density:.1%}" in str(report)
+
+
+def test_a_report_knows_layers_steps_and_heads_and_draws_them(transformer, tmp_path):
+    with pytest.raises(ValueError, match="no density"):
+        Report().draw(tmp_path / "empty.png")
+    with accelerate(transformer, thr=0.3, densities=True) as report:
+        for time in (900.0, 600.0, 300.0):
+            run(transformer, time=time)
+    assert report.by_step().shape == (2, 3)
+    assert report.by_head().shape == (2, 2)
+    assert float(report.by_head().mean()) == pytest.approx(float(report.by_step().mean()), rel=1e-5)
+    report.draw(tmp_path / "densities.png")
+    assert (tmp_path / "densities.png").stat().st_size > 5000
+
+
+def test_a_layer_can_have_a_threshold_of_its_own(transformer):
+    with accelerate(transformer, thr=[1.0, 0.2], densities=True) as report:
+        run(transformer)
+    assert float(report.by_head()[0].mean()) == 1
+    assert float(report.by_head()[1].mean()) < 0.9
+    with pytest.raises(ValueError, match="one for each of 2 layers, got 3"):
+        accelerate(transformer, thr=[0.5, 0.5, 0.5])
+
+
+def test_auto_is_dense_on_a_short_small_clip_and_nabla_on_a_long_one(transformer):
+    with accelerate(transformer, attention="auto") as report:
+        run(transformer)
+        assert report.engines == {"sdpa": 2}
+        run(transformer, grid=(33, 2, 2))
+    assert report.engines == {"sdpa": 2, "nabla": 2}
+
+
+def test_auto_turns_to_dense_where_the_mask_is_too_dense_to_gain_by_it(transformer, monkeypatch):
+    monkeypatch.setitem(BREAK_EVEN, "cpu", 0.5)
+    with accelerate(transformer, attention="auto", thr=1.0) as report:
+        for _ in range(2):
+            run(transformer, grid=(33, 2, 2))
+    assert report.engines == {"nabla": 2}
+    assert report.unchanged == {"its mask was too dense to gain by it": 2}
+
+
+def test_an_engine_that_is_not_there_is_refused_with_the_reason_and_what_can_run(transformer):
+    before = snapshot(transformer)
+    with pytest.raises(EngineUnavailableError, match=r"attention='flash4': it runs on CUDA.* here sdpa, nabla can"):
+        accelerate(transformer, attention="flash4")
+    assert snapshot(transformer) == before
 
 
 def test_the_first_steps_of_each_run_can_stay_as_they_are(transformer):
@@ -198,7 +250,9 @@ def test_arguments_by_place_are_taken_as_by_name(transformer):
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match=r"expected a pipeline of Kandinsky 5 .* got Linear with Linear"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"expected a pipeline with one of Kandinsky5.*, got Linear: the order"
+    ):
         accelerate(nn.Linear(2, 2))
 
 

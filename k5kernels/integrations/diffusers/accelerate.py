@@ -1,63 +1,42 @@
-"""Puts our attention into a pipeline or a transformer of diffusers, and takes it out again without a trace."""
+"""Puts our attention and our cache into a pipeline or a model of diffusers, and takes them out without a trace."""
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from k5kernels.attention import AttentionConfig
+from k5kernels.cache import Policy
 from k5kernels.integrations.diffusers.attention import Pass, VisualSelfAttention
+from k5kernels.integrations.diffusers.caching import TransformerCache, choose_policy
+from k5kernels.integrations.diffusers.choice import configs_for, configs_for_clip
+from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of
+from k5kernels.integrations.diffusers.overlays import NoSparseParams, Overlay
 from k5kernels.integrations.diffusers.report import Report
 from k5kernels.token_layout import TokenLayout
 
-SPARSE_PARAMS = 7  # place among the arguments of the model's forward
-KANDINSKY_5 = "Kandinsky5Transformer3DModel"
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose attention cannot be replaced; the message says why and which can."""
+SPARSE_PARAMS = 7  # place among the arguments of Kandinsky 5's forward
+TRANSFORMERS = ("transformer", "transformer_2")  # of Wan 2.2 the second is for the last steps
 
 
 class Acceleration:
-    """What `accelerate` did to a model, until `disable`.
+    """What `accelerate` did to a pipeline or a model, until `disable`.
 
     report: what the accelerated runs did. As a context manager it gives the report, and ends with the block.
     """
 
-    def __init__(self, transformer: Any, pipeline: Any | None, shared: Pass) -> None:
-        self.transformer, self.pipeline, self._shared = transformer, pipeline, shared
-        self.report = shared.report
-        self._steps = _Steps()
-        self._replaced: list[tuple[Any, VisualSelfAttention]] = []
-        for layer, block in enumerate(transformer.visual_transformer_blocks):
-            ours = VisualSelfAttention(block.self_attention.processor, layer, shared)
-            block.self_attention.set_processor(ours)
-            self._replaced.append((block.self_attention, ours))
-        # First of the hooks: the others see what the model will be given.
-        self._hook = transformer.register_forward_pre_hook(self._before_pass, with_kwargs=True, prepend=True)
-        if pipeline is not None and hasattr(pipeline, "get_sparse_params"):
-            pipeline.get_sparse_params = _NoSparseParams(pipeline.__dict__.get("get_sparse_params"), pipeline, shared)
+    def __init__(self, report: Report, parts: "Sequence[_Attention | TransformerCache | Overlay]") -> None:
+        self.report, self._parts = report, list(parts)
 
     def disable(self) -> None:
         """Put back what was there. What somebody else has put over ours since stays; ours under it then does nothing.
 
         Calling it again does nothing.
         """
-        if not self._shared.active:
-            return
-        self._shared.active = False
-        self._hook.remove()
-        for attention, ours in self._replaced:
-            if attention.processor is ours:
-                attention.set_processor(_still_active(ours))
-        if (pipeline := self.pipeline) is None:
-            return
-        own = pipeline.__dict__.get("get_sparse_params")
-        if isinstance(own, _NoSparseParams) and own.shared is self._shared:
-            if (former := _still_active(own)) is None:
-                del pipeline.get_sparse_params
-            else:
-                pipeline.get_sparse_params = former
+        while self._parts:
+            self._parts.pop().remove()
 
     def __enter__(self) -> Report:
         return self.report
@@ -67,42 +46,58 @@ class Acceleration:
     ) -> None:
         self.disable()
 
+
+class _Attention:
+    """Our processors in one transformer."""
+
+    def __init__(self, transformer: Any, shared: Pass) -> None:
+        self._shared = shared
+        self._steps = _Steps()
+        self._replaced: list[tuple[Any, VisualSelfAttention]] = []
+        for layer, attention in enumerate(shared.family.attentions(transformer)):
+            ours = VisualSelfAttention(attention.processor, layer, shared)
+            attention.set_processor(ours)
+            self._replaced.append((attention, ours))
+        # First of the hooks: the others see what the model will be given.
+        self._hook = transformer.register_forward_pre_hook(self._before_pass, with_kwargs=True, prepend=True)
+
+    def remove(self) -> None:
+        self._shared.active = False
+        self._hook.remove()
+        for attention, ours in self._replaced:
+            if attention.processor is ours:
+                attention.set_processor(_still_active(ours))
+
     def _before_pass(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Notes the shape of the clip and the step, and leaves the order of tokens to us."""
-        names = ("hidden_states", "encoder_hidden_states", "timestep")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        _, T, H, W, _ = given["hidden_states"].shape
-        patch = transformer.patch_size
-        self._shared.layout = TokenLayout(((T // patch[0], H // patch[1], W // patch[2]),))
-        if self._shared.dense_steps or self._shared.densities:
-            self._shared.step = self._steps.number(given["timestep"])
+        """Notes the shape of the clip and the step, and in Kandinsky 5 leaves the order of tokens to us."""
+        shared = self._shared
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        layout = TokenLayout((shared.family.grid(transformer, hidden_states),))
+        if shared.auto is not None and layout != shared.layout:
+            shared.configs = configs_for_clip(shared.auto, layout, transformer, hidden_states.device)
+            shared.dense_layers.clear()
+        shared.layout = layout
+        if shared.dense_steps or shared.densities:
+            names = ("hidden_states", "encoder_hidden_states", "timestep")
+            given = dict(zip(_names_of(transformer, names), args, strict=False)) | kwargs
+            shared.step = self._steps.number(given["timestep"])
+        if type(transformer).__name__ != "Kandinsky5Transformer3DModel":
+            return args, kwargs
         if len(args) > SPARSE_PARAMS:
             return (*args[:SPARSE_PARAMS], None, *args[SPARSE_PARAMS + 1 :]), kwargs
         return args, {**kwargs, "sparse_params": None}
 
 
-class _NoSparseParams:
-    """In place of a pipeline's method, which would build a mask of gigabytes that we do not read.
-
-    That method also refuses sizes that are no multiple of 128 pixels. original: what the pipeline itself, and not its
-    class, had under that name.
-    """
-
-    def __init__(self, original: Any, pipeline: Any, shared: Pass) -> None:
-        self.original, self.pipeline, self.shared = original, pipeline, shared
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.shared.active:
-            return None
-        if self.original is None:
-            return type(self.pipeline).get_sparse_params(self.pipeline, *args, **kwargs)
-        return self.original(*args, **kwargs)
+def _names_of(transformer: Any, default: Sequence[str]) -> Sequence[str]:
+    """Of the first arguments of a model's forward."""
+    code = type(transformer).forward.__code__
+    return code.co_varnames[1 : code.co_argcount] or default
 
 
-def _still_active(ours: VisualSelfAttention | _NoSparseParams) -> Any:
+def _still_active(ours: VisualSelfAttention) -> Any:
     """What is under ours, and under what other accelerations that have ended left there."""
     under = ours.original
-    while isinstance(under, type(ours)) and not under.shared.active:
+    while isinstance(under, VisualSelfAttention) and not under.shared.active:
         under = under.original
     return under
 
@@ -116,7 +111,7 @@ class _Steps:
 
     def number(self, timestep: Tensor) -> int:
         """Passes at one time are one step: the guided branches, in any number and order. Waits for the device."""
-        time = float(timestep.flatten()[0])
+        time = float(timestep.max())
         if self._time is None or time > self._time:
             self._step = 0
         elif time < self._time:
@@ -128,31 +123,84 @@ class _Steps:
 def accelerate(
     target: Any,
     *,
-    attention: str = "nabla",
-    thr: float = 0.9,
+    attention: str | None = "nabla",
+    thr: float | Sequence[float] | None = None,
     sta: tuple[int, int, int] | None = None,
     dense_steps: int = 0,
     densities: bool = False,
+    cache: str | Policy | Sequence[Policy] | None = None,
 ) -> Acceleration:
-    """Run the visual self-attention of a Kandinsky 5 pipeline or transformer by one of our engines.
+    """Run the visual self-attention of a pipeline or transformer of diffusers by our engines, and cache its blocks.
 
-    target: a pipeline of diffusers, or its transformer, compiled or not; any size of video, batches, CPU and GPU.
-    attention: an engine of `k5kernels.attention.ENGINES`, or "auto" for the dense one that fits. thr, sta: of "nabla",
-    as in `nabla_attention`. dense_steps: the first steps of each run that are left as they are. densities: collect in
-    the report how dense each layer's mask was, step by step; on a GPU the host then waits for each.
+    target: a pipeline of Kandinsky 5 or 6, Kandinsky 6's super-resolution or Wan 2.1 or 2.2, or its transformer,
+    compiled or not; any size of video that the model itself takes (Kandinsky 5: any at all), batches, CPU and GPU.
+
+    attention: an engine of `k5kernels.attention.ENGINES`; "auto" for NABLA on long or large videos and dense attention
+    on the others (§7.2), and in a layer whose mask is too dense to gain by it on this device; None to leave it alone.
+    thr, sta: of sparse engines, as in `nabla_attention`, thr also as one value a layer; None for those the model was
+    trained with, and 0.9 where it was not. dense_steps: the first steps of each run that are left as they are.
+    densities: collect in the report how dense each layer's mask was, step by step; on a GPU the host then waits for
+    each, as it does under "auto".
+
+    cache: "magcache" for the ratios released for such a model, with residuals extrapolated; a name of
+    `k5kernels.presets.RELEASED` for those of that model; or a policy, as `MagCache` or, to calibrate, `MagCalibration`
+    (for a pipeline with two transformers, a list of two).
 
     The weights stay the model's, with its adapters; no class and no global state is changed. Raises
-    UnsupportedModelError where the model is another, ValueError where a setting does not fit.
+    UnsupportedModelError where the model is another, ValueError where a setting does not fit, and
+    EngineUnavailableError where the engine cannot run on the model's device.
     """
-    config = AttentionConfig(attention, thr, sta)
     if dense_steps < 0:
         raise ValueError(f"dense_steps: expected at least 0, got {dense_steps}")
     pipeline = target if hasattr(target, "components") else None
-    transformer = getattr(target, "transformer", None) if pipeline is not None else target
-    transformer = getattr(transformer, "_orig_mod", transformer)  # of torch.compile(transformer)
-    if type(transformer).__name__ != KANDINSKY_5:
-        raise UnsupportedModelError(
-            f"target: expected a pipeline of Kandinsky 5 or its {KANDINSKY_5}, got {type(target).__name__} "
-            f"with {type(transformer).__name__}: the order and the roles of its tokens are not known here"
-        )
-    return Acceleration(transformer, pipeline, Pass(config, dense_steps, densities))
+    models = _transformers(target, pipeline)
+    families = [family_of(model) if attention is not None else None for model in models]
+    report = Report()
+    configs = [
+        None if family is None else configs_for(model, len(family.attentions(model)), str(attention), thr, sta)
+        for model, family in zip(models, families, strict=True)
+    ]
+    policies = choose_policy(cache, models, pipeline, report) if cache is not None else [None] * len(models)
+    parts: list[_Attention | TransformerCache | Overlay] = []
+    done = Acceleration(report, parts)
+    try:
+        for model, family, config, policy in zip(models, families, configs, policies, strict=True):
+            if family is not None and config is not None:
+                done._parts.append(_put_attention(model, family, config, attention, dense_steps, densities, report))
+            if policy is not None:
+                done._parts.append(TransformerCache(model, policy, pipeline, report))
+        if attention is not None and hasattr(pipeline, "get_sparse_params"):
+            done._parts.append(NoSparseParams(pipeline, "get_sparse_params"))
+    except BaseException:
+        done.disable()
+        raise
+    return done
+
+
+def _put_attention(
+    model: Any,
+    family: Family,
+    configs: list[AttentionConfig],
+    engine: str | None,
+    dense_steps: int,
+    densities: bool,
+    report: Report,
+) -> _Attention:
+    if family.zero_shot and any(config.sparse for config in configs):
+        report.notes.append(f"{family.zero_shot}: what sparse attention costs in quality is not known")
+    shared = Pass(family, configs, dense_steps, densities, report, configs if engine == "auto" else None)
+    return _Attention(model, shared)
+
+
+def _transformers(target: Any, pipeline: Any | None) -> list[Any]:
+    if pipeline is None:
+        return [_uncompiled(target)]
+    found = [getattr(pipeline, name, None) for name in TRANSFORMERS]
+    models = [_uncompiled(model) for model in found if isinstance(model, torch.nn.Module)]
+    if not models:
+        raise UnsupportedModelError(f"target: expected a pipeline with a transformer, got {type(pipeline).__name__}")
+    return models
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)  # of torch.compile(model)

@@ -1,4 +1,4 @@
-"""The processor that takes the place of diffusers' own in the visual self-attention of Kandinsky 5."""
+"""The processor that takes the place of diffusers' own in the self-attention over visual tokens."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from k5kernels.attention import AttentionConfig, attention, record_block_masks
+from k5kernels.attention import AttentionConfig, attention, break_even, record_block_masks
+from k5kernels.block_mask import BlockMask
+from k5kernels.integrations.diffusers.models import Family
 from k5kernels.integrations.diffusers.report import DENSE_STEPS, Report
-from k5kernels.ops.qk_norm_rope import EPS, qk_norm_rope
 from k5kernels.token_layout import TokenLayout
 
 
@@ -18,21 +19,25 @@ class Processor(Protocol):
     _attention_backend: Any
     _parallel_config: Any
 
-    def __call__(self, attn: Any, hidden_states: Tensor, **rest: Any) -> Tensor: ...
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 @dataclass
 class Pass:
     """What the processors of a model share. layout, step: of the pass that runs; None before the first.
 
-    config: how attention runs. dense_steps: steps at the start of a run that run as before. densities: whether the
-    report collects them.
+    configs: how attention runs, layer by layer. dense_steps: steps at the start of a run that run as before.
+    densities: whether the report collects them. auto: the configs of layers whose engine is chosen for each clip; such
+    a layer turns to dense attention where its mask is too dense to gain by it; dense_layers: those that have.
     """
 
-    config: AttentionConfig
+    family: Family
+    configs: list[AttentionConfig]
     dense_steps: int
     densities: bool
-    report: Report = field(default_factory=Report)
+    report: Report
+    auto: list[AttentionConfig] | None = None
+    dense_layers: set[int] = field(default_factory=set)
     layout: TokenLayout | None = None
     step: int = -1
     active: bool = True
@@ -65,58 +70,44 @@ class VisualSelfAttention:
     def _parallel_config(self, config: Any) -> None:
         self.original._parallel_config = config
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        sparse_params: Any = None,
-    ) -> Tensor:
-        """attn: a Kandinsky5Attention. hidden_states: [B, S, d], tokens frame by frame, row by row. rotary_emb:
-        rotations [B, S, 1, D/2, 2, 2], the same for all samples. Returns [B, S, d].
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """attn: the module of diffusers. hidden_states: [B, S, d], tokens frame by frame, row by row, or in fractal
+        order where the model has put them so. The rest is as the model gives it. Returns [B, S, d].
         """
-        if (reason := self._why_not(hidden_states, encoder_hidden_states, rotary_emb)) is not None:
-            if self.shared.active:
+        given = dict(zip(self.shared.family.arguments, args, strict=False)) | kwargs
+        if (reason := self._why_not(hidden_states, given)) is not None:
+            if self.shared.active and not torch.compiler.is_compiling():
                 self.shared.report.unchanged[reason] += 1
-            return self.original(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                rotary_emb=rotary_emb,
-                sparse_params=sparse_params,
-            )
-        assert rotary_emb is not None
-        return self._attend(attn, hidden_states, rotary_emb)
+            return self.original(attn, hidden_states, *args, **kwargs)
+        return self._attend(attn, hidden_states, given[self.shared.family.rotations])
 
-    def _why_not(self, hidden_states: Tensor, text: Tensor | None, rotary_emb: Tensor | None) -> str | None:
+    def _why_not(self, hidden_states: Tensor, given: dict[str, Any]) -> str | None:
         shared = self.shared
         if not shared.active:
             return "ended"
-        if text is not None or rotary_emb is None:
-            return "not self-attention with positions"
+        if (reason := shared.family.why_not(given)) is not None:
+            return reason
         if shared.layout is None or shared.layout.tokens != hidden_states.shape[1]:
             return "called outside a pass of the model, so that the shape of the clip is not known"
         if self._parallel_config is not None:
             return "context parallelism is on"
         if 0 <= shared.step < shared.dense_steps:
             return DENSE_STEPS
+        if self.layer in shared.dense_layers:
+            return "its mask was too dense to gain by it"
         return None
 
-    def _attend(self, attn: Any, x: Tensor, rotations: Tensor) -> Tensor:
-        layout, config = self.shared.layout, self.shared.config
+    def _attend(self, attn: Any, x: Tensor, rotations: Any) -> Tensor:
+        family, layout, config = self.shared.family, self.shared.layout, self.shared.configs[self.layer]
         assert layout is not None
-        order = layout.permutation(x.device) if config.sparse else None
-        cos, sin = (rotations[0, :, 0, :, row, 0] for row in (0, 1))
+        order = layout.permutation(x.device) if config.sparse and not family.in_fractal_order else None
+        cos, sin = family.rope(rotations)
         if order is not None:
             x, cos, sin = x[:, order], cos[order], sin[order]
-        q, k, v = (
-            layer(x).unflatten(-1, (attn.num_heads, -1)) for layer in (attn.to_query, attn.to_key, attn.to_value)
-        )
-        q, k = qk_norm_rope(q, k, *_weights(attn, q), cos, sin, EPS)
-        out = self._run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layout, config)
+        q, k, v = (part.transpose(1, 2) for part in family.heads(attn, x, cos, sin))
+        out = self._run(q, k, v, layout, config)
         out = out.to(x.dtype).transpose(1, 2).flatten(2)
-        return attn.out_layer(out if order is None else out[:, layout.inverse_permutation(x.device)])
+        return family.project(attn, out if order is None else out[:, layout.inverse_permutation(x.device)])
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, config: AttentionConfig) -> Tensor:
         shared = self.shared
@@ -127,13 +118,14 @@ class VisualSelfAttention:
         if torch.compiler.is_compiling():
             return run()
         shared.report.engines[config.engine] += 1
-        if not (shared.densities and config.sparse):
+        if not config.sparse or not (shared.densities or shared.auto is not None):
             return run()
-        found = shared.report.densities[self.layer][shared.step]
-        with record_block_masks(lambda mask: found.append(mask.density)):
+        with record_block_masks(lambda mask: self._note(mask, q.device)):
             return run()
 
-
-def _weights(attn: Any, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the norms of q and k, on q's device also where offloading keeps them elsewhere."""
-    return attn.query_norm.weight.to(q.device), attn.key_norm.weight.to(q.device)
+    def _note(self, mask: BlockMask, device: torch.device) -> None:
+        shared = self.shared
+        if shared.densities:
+            shared.report.add(self.layer, shared.step, mask)
+        if shared.auto is not None and mask.density > break_even(device):
+            shared.dense_layers.add(self.layer)

@@ -1,0 +1,193 @@
+"""The drop-in in diffusers' Kandinsky 5 pipeline with the nano weights, against stock and against other caches."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    MagCacheConfig,
+)
+from torch import Tensor
+
+from k5kernels.cache import MagCache
+from k5kernels.integrations.diffusers import accelerate
+from k5kernels.integrations.diffusers.caching import EXTRAPOLATE
+from k5kernels.latents.video import to_frames
+from k5kernels.vae.weights import load_decoder
+from model.diffusers_folder import export_transformer
+from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS, load_settings
+from model.text_encoders import MiniLMTextEncoder
+from model.weights import load_crossdit
+from train.evaluation import psnr
+
+STEPS, SMALL = 50, (64, 96, 9)  # height, width, frames
+WHOLE_STEPS, WHOLE = 20, (256, 384, 17)
+PROMPT = "A big grey rabbit stands in a green meadow."
+# PSNR is of decoded frames to those of the uncached run.
+FLOOR_WHOLE, FLOOR_CACHE, FLOOR_DB = 3.0, 2.0, 40.0
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Kandinsky5T2VPipeline:
+    folder: Path = tmp_path_factory.mktemp("nano")
+    export_transformer(load_crossdit(CROSSDIT_WEIGHTS), folder)
+    encoders = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    made = Kandinsky5T2VPipeline(
+        transformer=Kandinsky5Transformer3DModel.from_pretrained(folder),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=load_settings().scheduler_scale),
+        **encoders,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, Any]:
+    encoder, given = MiniLMTextEncoder(), {}
+    for prefix, words in (("", PROMPT), ("negative_", "")):
+        text = encoder.encode([words])
+        given |= {
+            f"{prefix}prompt_embeds_qwen": text.tokens,
+            f"{prefix}prompt_embeds_clip": text.pooled,
+            f"{prefix}prompt_cu_seqlens": torch.tensor([0, text.tokens.shape[1]]),
+            f"{prefix}prompt": [words],
+        }
+    return given
+
+
+@pytest.fixture(scope="module")
+def uncached(pipe: Kandinsky5T2VPipeline, texts: dict[str, Any]) -> tuple[Tensor, float]:
+    return timed(lambda: generate(pipe, texts, SMALL, STEPS))
+
+
+def generate(pipe: Kandinsky5T2VPipeline, texts: dict[str, Any], size: tuple[int, int, int], steps: int) -> Tensor:
+    height, width, frames = size
+    return pipe(
+        **texts, height=height, width=width, num_frames=frames, num_inference_steps=steps,
+        guidance_scale=load_settings().guidance, generator=torch.Generator().manual_seed(0), output_type="latent",
+    ).frames  # fmt: skip
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    began = time.perf_counter()
+    out = run()
+    return out, time.perf_counter() - began
+
+
+@torch.inference_mode()
+def decibels(latent: Tensor, reference: Tensor) -> float:
+    decoder = load_decoder(VAE_WEIGHTS)
+    frames = [to_frames(decoder(one[..., :16].permute(0, 4, 1, 2, 3))) for one in (latent, reference)]
+    return psnr(*frames)
+
+
+def our_cache(**target: float) -> MagCache:
+    settings = {"max_skips": 3, "retention": 0.1, "extrapolate": EXTRAPOLATE}
+    return MagCache.for_target(load_settings().mag_ratios, **target, **settings)  # type: ignore[arg-type]  # max_skips
+
+
+def test_the_pipeline_end_to_end(pipe, texts, capsys):
+    settings = load_settings()
+    stock, ours = [], []
+    cache = our_cache(speedup=2.0)
+    for _ in range(2):
+        dense, seconds = timed(lambda: generate(pipe, texts, WHOLE, WHOLE_STEPS))
+        stock.append(seconds)
+        with accelerate(pipe, thr=settings.thr, sta=settings.sta, cache=cache):
+            fast, seconds = timed(lambda: generate(pipe, texts, WHOLE, WHOLE_STEPS))
+        ours.append(seconds)
+    with capsys.disabled():
+        print(
+            f"\nend to end, {WHOLE_STEPS} steps of {WHOLE}: stock {min(stock):.1f} s, accelerated {min(ours):.1f} s, "
+            f"{min(stock) / min(ours):.2f}x (floor {FLOOR_WHOLE}), PSNR to dense {decibels(fast, dense):.1f} dB, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
+    assert min(stock) / min(ours) >= FLOOR_WHOLE
+
+
+@pytest.mark.parametrize("speedup", [2.1, 2.6])
+def test_the_cache_alone(pipe, texts, uncached, speedup, capsys):
+    full, seconds = uncached
+    with accelerate(pipe, attention=None, cache=our_cache(speedup=speedup)) as report:
+        cached, ours = timed(lambda: generate(pipe, texts, SMALL, STEPS))
+    found = decibels(cached, full)
+    with capsys.disabled():
+        print(
+            f"\ncache alone, {STEPS} steps: {seconds / ours:.2f}x (floor {FLOOR_CACHE}), {found:.1f} dB "
+            f"(floor {FLOOR_DB}), {report.caches[0].skipped} of {len(report.caches[0].passes)} passes skipped"
+        )
+    assert seconds / ours >= FLOOR_CACHE
+    assert found >= FLOOR_DB
+
+
+@contextmanager
+def mag_cache_of_diffusers(pipe: Kandinsky5T2VPipeline, contexts: bool) -> Iterator[None]:
+    """As its pipeline calls the model: one state for both branches. contexts: one for each, by turns."""
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    model, turn = pipe.transformer, 0
+
+    def name_it(*_: Any) -> None:
+        nonlocal turn
+        turn += 1
+        _set_cache_context(model, CacheContext("cond" if turn % 2 else "uncond"))
+
+    ratios = [1.0, *load_settings().mag_ratios["cond"]]
+    config = MagCacheConfig(mag_ratios=ratios, num_inference_steps=STEPS, threshold=0.12, max_skip_steps=2)
+    model.enable_cache(config)
+    hook = model.register_forward_pre_hook(name_it) if contexts else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        model.disable_cache()
+
+
+@contextmanager
+def sea_cache_of_diffusers(pipe: Kandinsky5T2VPipeline) -> Iterator[None]:
+    from diffusers import SeaCacheConfig
+
+    pipe.transformer.enable_cache(SeaCacheConfig())
+    try:
+        yield
+    finally:
+        pipe.transformer.disable_cache()
+
+
+RIVALS = {
+    "MagCache as the pipeline calls it": lambda pipe: mag_cache_of_diffusers(pipe, contexts=False),
+    "MagCache with contexts": lambda pipe: mag_cache_of_diffusers(pipe, contexts=True),
+    "SeaCache": sea_cache_of_diffusers,
+}
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_psnr_at_the_same_number_of_computed_passes(pipe, texts, uncached, rival, capsys):
+    full, _ = uncached
+    ran: list[int] = []
+    counter = pipe.transformer.visual_transformer_blocks[3].self_attention.register_forward_hook(
+        lambda *_: ran.append(1)
+    )
+    try:
+        with RIVALS[rival](pipe):
+            theirs = generate(pipe, texts, SMALL, STEPS)
+    finally:
+        counter.remove()
+    if len(ran) == 2 * STEPS:
+        pytest.skip(f"{rival} skips nothing on Kandinsky 5")
+    with accelerate(pipe, attention=None, cache=our_cache(speedup=2 * STEPS / len(ran))) as report:
+        ours = generate(pipe, texts, SMALL, STEPS)
+    computed = len(report.caches[0].passes) - report.caches[0].skipped
+    found = decibels(ours, full), decibels(theirs, full)
+    with capsys.disabled():
+        print(f"\n{rival}: {found[1]:.1f} dB with {len(ran)} computed passes; ours {found[0]:.1f} dB with {computed}")
+    assert computed <= len(ran)
+    assert found[0] > found[1]

@@ -1,0 +1,132 @@
+"""Other models of diffusers: stock results where everything is kept, and exactly as before afterwards."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from small_crossdit import relative_difference
+from test_diffusers_attention import leaves_no_trace_of
+from torch import Tensor
+
+from k5kernels.cache import MagCache
+from k5kernels.integrations.diffusers import UnsupportedModelError, accelerate
+
+
+def wan() -> Any:
+    return diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+        ffn_dim=64, num_layers=2,
+    )  # fmt: skip
+
+
+def kandinsky6() -> Any:
+    return diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=12, time_dim=24, model_dim=64, ff_dim=96,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(8, 12, 12), visual_cond=False,
+    )  # fmt: skip
+
+
+def super_resolution() -> Any:
+    return diffusers.Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, time_dim=24, model_dim=64, ff_dim=96, num_visual_blocks=2,
+        axes_dims=(8, 12, 12), nabla_threshold=1.0, nabla_window=(3, 3, 3),
+    )  # fmt: skip
+
+
+MODELS = {
+    "WanTransformer3DModel": wan,
+    "Kandinsky6Transformer3DModel": kandinsky6,
+    "Kandinsky6SRTransformer3DModel": super_resolution,
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    if not hasattr(diffusers, request.param):
+        pytest.skip(f"this diffusers has no {request.param}")
+    torch.manual_seed(0)
+    made = MODELS[request.param]().eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return made
+
+
+@torch.no_grad()
+def run(model: Any, time: float = 500.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    timestep = torch.tensor([time])
+    if type(model).__name__ == "Kandinsky6SRTransformer3DModel":
+        return model(torch.randn(1, 2, 8, 16, 9, generator=generator), timestep).sample
+    text = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
+    if type(model).__name__ == "WanTransformer3DModel":
+        return model(torch.randn(1, 4, 3, 12, 20, generator=generator), timestep, text).sample
+    return model(
+        torch.randn(1, 3, 12, 20, 4, generator=generator), text, text[:, 0, :12], timestep,
+        audio_hidden_states=torch.randn(1, 6, 20, generator=generator),
+    ).sample  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["nabla", "sdpa"])
+def test_attention_that_keeps_everything_gives_the_stock_result(model, engine):
+    expected = run(model)
+    with accelerate(model, attention=engine, thr=1.0) as report:
+        assert relative_difference(run(model), expected) < 1e-4
+    assert report.engines == {engine: 2}
+    assert report.unchanged == {}
+
+
+def test_sparse_attention_is_told_and_nothing_of_it_is_left(model):
+    with leaves_no_trace_of(model, run):
+        expected = run(model)
+        with accelerate(model, thr=0.3, densities=True) as report:
+            assert 1e-4 < relative_difference(run(model), expected) < 1
+        assert 0.1 < report.density < 0.95
+    trained_with_it = "SR" in type(model).__name__
+    assert ("trained with dense attention" in str(report)) != trained_with_it
+
+
+def test_the_settings_a_model_was_trained_with_are_its_defaults():
+    if not hasattr(diffusers, "Kandinsky6SRTransformer3DModel"):
+        pytest.skip("this diffusers has no Kandinsky 6")
+    model = super_resolution().eval()
+    expected = run(model)
+    with accelerate(model, densities=True) as report:
+        assert relative_difference(run(model), expected) < 1e-4
+    assert report.density == 1
+
+
+def test_a_cached_pass_adds_the_residual_of_every_stream(model):
+    policy = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    with leaves_no_trace_of(model, run), accelerate(model, attention=None, cache=policy) as report:
+        computed = run(model, 900.0)
+        cached = run(model, 900.0 - 1e-3)
+    assert [one.computed for one in report.caches[0].passes] == [True, False]
+    # At nearly the same time with the same input the blocks would have added nearly the same.
+    assert relative_difference(cached, computed) < 1e-3
+
+
+def test_joint_attention_is_refused_by_name_and_its_blocks_can_be_cached():
+    model = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=12, rope_axes_dim=(4, 6, 6),
+    ).eval()  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="HunyuanVideoTransformer3DModel: its attention is over visual and"):
+        accelerate(model)
+
+    @torch.no_grad()
+    def call(time: float) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return model(
+            torch.randn(1, 4, 2, 8, 8, generator=generator), torch.tensor([time]),
+            torch.randn(1, 5, 16, generator=generator), torch.ones(1, 5), torch.randn(1, 12, generator=generator),
+            guidance=torch.tensor([6000.0]),
+        ).sample  # fmt: skip
+
+    policy = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    with accelerate(model, attention=None, cache=policy) as report:
+        computed, cached = call(900.0), call(899.99)
+    assert report.caches[0].skipped == 1
+    assert relative_difference(cached, computed) < 1e-3
