@@ -1,32 +1,20 @@
 """A Kandinsky 5 model of diffusers with our attention: the same results, at any size, and no trace afterwards."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
 from small_crossdit import inputs, random_model, relative_difference
+from small_kandinsky import GRID, ROPE_SCALE, call, leaves_no_trace_of, pipeline, run, snapshot
 from torch import Tensor, nn
 
 from k5kernels.attention import EngineUnavailableError
 from k5kernels.attention.break_even import BREAK_EVEN
 from k5kernels.integrations.diffusers import Report, UnsupportedModelError, accelerate
 from k5kernels.integrations.diffusers import models as ours
-from model.conditioning import TextCondition
 from model.weights import config_to_json
-
-ROPE_SCALE = (1.0, 2.0, 3.16)
-GRID = (3, 10, 36)  # latent frames, height and width: 5×18 tokens, no multiple of 8
-
-
-@pytest.fixture
-def transformer() -> Kandinsky5Transformer3DModel:
-    model = random_model()
-    other = Kandinsky5Transformer3DModel(**config_to_json(model.config))
-    other.load_state_dict(model.state_dict(), strict=True)
-    return other.eval()
 
 
 @pytest.fixture
@@ -38,41 +26,6 @@ def stock_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(x.bfloat16().to(x.dtype) for x in exact(*args))
 
     monkeypatch.setattr(ours, "qk_norm_rope", rounded)
-
-
-@torch.no_grad()
-def run(model: Any, batch: int = 1, grid: tuple[int, int, int] = GRID, time: float | None = None) -> Tensor:
-    x, times, text = inputs(batch, grid)
-    return call(model, x, times if time is None else torch.full((batch,), time), text)
-
-
-def call(model: Any, x: Tensor, time: Tensor, text: TextCondition) -> Tensor:
-    positions = [torch.arange(side) for side in (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)]
-    return model(
-        hidden_states=x, encoder_hidden_states=text.tokens, timestep=time, pooled_projections=text.pooled,
-        visual_rope_pos=positions, text_rope_pos=torch.arange(text.tokens.shape[1]), scale_factor=ROPE_SCALE,
-    ).sample  # fmt: skip
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Every attribute of every module and processor, by identity."""
-    found = {}
-    for name, module in model.named_modules():
-        found[f"{name}.__class__"] = type(module)
-        for key, value in vars(module).items():
-            inside = {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
-            found[f"{name}.{key}"] = inside
-        if (processor := getattr(module, "processor", None)) is not None:
-            found[f"{name}.processor.__dict__"] = dict(vars(processor))
-    return found
-
-
-@contextmanager
-def leaves_no_trace_of(model: nn.Module, run: Callable[[Any], Tensor]) -> Iterator[None]:
-    before, out = snapshot(model), run(model)
-    yield
-    assert snapshot(model) == before
-    assert torch.equal(run(model), out)
 
 
 def leaves_no_trace(model: nn.Module) -> AbstractContextManager[None]:
@@ -287,14 +240,6 @@ def test_nested_accelerations_of_a_pipeline_end_in_any_order(transformer, first)
     handles[1 - first].disable()
     assert dict(vars(pipe)) == before
     assert snapshot(transformer) == modules
-
-
-def pipeline(transformer: Kandinsky5Transformer3DModel, attention_type: str) -> Kandinsky5T2VPipeline:
-    transformer.register_to_config(attention_type=attention_type)
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    pipe = Kandinsky5T2VPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def generate(pipe: Kandinsky5T2VPipeline, height: int, width: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, MagCacheConfig
 from small_crossdit import inputs, relative_difference
-from test_diffusers_attention import GRID, call, leaves_no_trace_of, pipeline, run, snapshot, transformer  # noqa: F401  # fixture
+from small_kandinsky import GRID, call, leaves_no_trace_of, pipeline, run, snapshot
 from torch import Tensor, nn
 
 from k5kernels.cache import MagCache, MagCalibration
@@ -43,7 +43,7 @@ def schedule(report: Any, branch: str) -> list[bool]:
 
 
 @pytest.fixture
-def pipe(transformer) -> Any:  # noqa: F811  # the fixture
+def pipe(transformer) -> Any:
     made = pipeline(transformer, attention_type="regular")
     made.encode_prompt = None  # never asked for: the embeddings are given
     return made
@@ -67,7 +67,7 @@ def test_a_cache_that_skips_nothing_changes_nothing(pipe):
         assert torch.equal(generate(pipe), plain)
 
 
-def test_nothing_of_it_is_left(pipe, transformer):  # noqa: F811
+def test_nothing_of_it_is_left(pipe, transformer):
     generate(pipe)
     before = dict(vars(pipe))
     with leaves_no_trace_of(transformer, run), accelerate(pipe, thr=1.0, cache=policy()):
@@ -95,7 +95,7 @@ def test_without_guidance_there_is_one_branch(pipe):
 
 
 def test_of_a_second_order_sampler_only_first_evaluations_are_skipped(pipe):
-    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     with accelerate(pipe, attention=None, cache=policy()) as report:
         generate(pipe)
     passes = report.caches[0].passes
@@ -105,7 +105,7 @@ def test_of_a_second_order_sampler_only_first_evaluations_are_skipped(pipe):
     assert report.caches[0].skipped == sum(not one for one in policy().schedule["cond"]) * 2
 
 
-def test_the_names_a_pipeline_gives_to_its_passes_are_read(transformer):  # noqa: F811
+def test_the_names_a_pipeline_gives_to_its_passes_are_read(transformer):
     with accelerate(transformer, attention=None, cache=policy()) as report:
         with transformer.cache_context("uncond"):
             run(transformer, time=900.0)
@@ -115,8 +115,8 @@ def test_the_names_a_pipeline_gives_to_its_passes_are_read(transformer):  # noqa
     assert all(one.reason == "as scheduled" for one in report.caches[0].passes)
 
 
-def test_diffusers_own_cache_is_refused_while_ours_is_on_and_the_other_way_round(transformer):  # noqa: F811
-    config = MagCacheConfig(mag_ratios=[1.0] * 28)
+def test_diffusers_own_cache_is_refused_while_ours_is_on_and_the_other_way_round(transformer):
+    config = diffusers.FirstBlockCacheConfig()
     with accelerate(transformer, attention=None, cache=policy()), pytest.raises(ValueError, match="k5kernels is on"):
         transformer.enable_cache(config)
     transformer.enable_cache(config)
@@ -139,7 +139,7 @@ def test_a_calibration_measures_what_a_cache_loads(pipe, tmp_path):
     assert report.caches[0].skipped > 4
 
 
-def test_a_model_without_released_ratios_is_told_what_to_do(transformer):  # noqa: F811
+def test_a_model_without_released_ratios_is_told_what_to_do(transformer):
     with pytest.raises(ValueError, match="MagCalibration"):
         accelerate(transformer, cache="magcache")
     with pytest.raises(ValueError, match="expected 'magcache', a policy or one of"):
@@ -150,7 +150,7 @@ def test_a_model_without_released_ratios_is_told_what_to_do(transformer):  # noq
 
 
 @pytest.mark.parametrize("first", ["compiled", "accelerated"])
-def test_no_block_runs_eager_that_was_compiled(transformer, first):  # noqa: F811
+def test_no_block_runs_eager_that_was_compiled(transformer, first):
     torch._dynamo.reset()
     ran: list[str] = []
 
@@ -178,7 +178,7 @@ def test_no_block_runs_eager_that_was_compiled(transformer, first):  # noqa: F81
     assert len(ran) == 4 + 2 * computed
 
 
-def test_blocks_that_are_skipped_are_not_loaded_by_group_offload(transformer):  # noqa: F811
+def test_blocks_that_are_skipped_are_not_loaded_by_group_offload(transformer):
     ran = []
     for block in transformer.visual_transformer_blocks:
         block.register_forward_hook(lambda *_: ran.append(1))
@@ -216,7 +216,7 @@ class Adapter(nn.Module):
 
 
 @pytest.mark.parametrize("change", ["int8", "adapter"])
-def test_the_layers_of_the_model_are_used_as_they_are(transformer, change):  # noqa: F811  # the fixture
+def test_the_layers_of_the_model_are_used_as_they_are(transformer, change):
     for block in transformer.visual_transformer_blocks:
         attention = block.self_attention
         for name in ("to_query", "to_key", "to_value", "out_layer"):
@@ -231,7 +231,7 @@ def test_the_layers_of_the_model_are_used_as_they_are(transformer, change):  # n
     assert report.engines == {"nabla": 2}
 
 
-def test_a_model_loaded_in_bfloat16_keeps_its_layers_of_float32(transformer, tmp_path):  # noqa: F811  # the fixture
+def test_a_model_loaded_in_bfloat16_keeps_its_layers_of_float32(transformer, tmp_path):
     transformer.save_pretrained(tmp_path)
     model = type(transformer).from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     x, time, text = inputs(1, GRID)

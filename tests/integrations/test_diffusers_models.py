@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 from small_crossdit import relative_difference
-from test_diffusers_attention import leaves_no_trace_of
+from small_kandinsky import leaves_no_trace_of
 from torch import Tensor
 
 from k5kernels.cache import MagCache
