@@ -35,11 +35,11 @@ FLOOR_WHOLE, FLOOR_CACHE, FLOOR_DB = 3.0, 2.0, 40.0
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Kandinsky5T2VPipeline:
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("nano")
     export_transformer(load_crossdit(CROSSDIT_WEIGHTS), folder)
     encoders = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    made = Kandinsky5T2VPipeline(
+    made: Any = Kandinsky5T2VPipeline(
         transformer=Kandinsky5Transformer3DModel.from_pretrained(folder),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=load_settings().scheduler_scale),
         **encoders,
@@ -50,7 +50,8 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Kandinsky5T2VPipeline:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Any]:
-    encoder, given = MiniLMTextEncoder(), {}
+    encoder = MiniLMTextEncoder()
+    given: dict[str, Any] = {}
     for prefix, words in (("", PROMPT), ("negative_", "")):
         text = encoder.encode([words])
         given |= {
@@ -63,11 +64,11 @@ def texts() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def uncached(pipe: Kandinsky5T2VPipeline, texts: dict[str, Any]) -> tuple[Tensor, float]:
+def uncached(pipe: Any, texts: dict[str, Any]) -> tuple[Tensor, float]:
     return timed(lambda: generate(pipe, texts, SMALL, STEPS))
 
 
-def generate(pipe: Kandinsky5T2VPipeline, texts: dict[str, Any], size: tuple[int, int, int], steps: int) -> Tensor:
+def generate(pipe: Any, texts: dict[str, Any], size: tuple[int, int, int], steps: int) -> Tensor:
     height, width, frames = size
     return pipe(
         **texts, height=height, width=width, num_frames=frames, num_inference_steps=steps,
@@ -84,8 +85,8 @@ def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
 @torch.inference_mode()
 def decibels(latent: Tensor, reference: Tensor) -> float:
     decoder = load_decoder(VAE_WEIGHTS)
-    frames = [to_frames(decoder(one[..., :16].permute(0, 4, 1, 2, 3))) for one in (latent, reference)]
-    return psnr(*frames)
+    frames, expected = (to_frames(decoder(one[..., :16].permute(0, 4, 1, 2, 3))) for one in (latent, reference))
+    return psnr(frames, expected)
 
 
 def our_cache(**target: float) -> MagCache:
@@ -128,7 +129,7 @@ def test_the_cache_alone(pipe, texts, uncached, speedup, capsys):
 
 
 @contextmanager
-def mag_cache_of_diffusers(pipe: Kandinsky5T2VPipeline, contexts: bool) -> Iterator[None]:
+def mag_cache_of_diffusers(pipe: Any, contexts: bool) -> Iterator[None]:
     """As its pipeline calls the model: one state for both branches. contexts: one for each, by turns."""
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
@@ -152,7 +153,7 @@ def mag_cache_of_diffusers(pipe: Kandinsky5T2VPipeline, contexts: bool) -> Itera
 
 
 @contextmanager
-def sea_cache_of_diffusers(pipe: Kandinsky5T2VPipeline) -> Iterator[None]:
+def sea_cache_of_diffusers(pipe: Any) -> Iterator[None]:
     from diffusers import SeaCacheConfig
 
     pipe.transformer.enable_cache(SeaCacheConfig())
