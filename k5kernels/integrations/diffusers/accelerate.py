@@ -1,5 +1,6 @@
 """Puts our attention and our cache into a pipeline or a model of diffusers, and takes them out without a trace."""
 
+import inspect
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -53,6 +54,7 @@ class _Attention:
     def __init__(self, transformer: Any, shared: Pass) -> None:
         self._shared = shared
         self._steps = _Steps()
+        self._names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._replaced: list[tuple[Any, VisualSelfAttention]] = []
         for layer, attention in enumerate(shared.family.attentions(transformer)):
             ours = VisualSelfAttention(attention.processor, layer, shared)
@@ -78,20 +80,13 @@ class _Attention:
             shared.dense_layers.clear()
         shared.layout = layout
         if shared.dense_steps or shared.densities:
-            names = ("hidden_states", "encoder_hidden_states", "timestep")
-            given = dict(zip(_names_of(transformer, names), args, strict=False)) | kwargs
+            given = dict(zip(self._names, args, strict=False)) | kwargs
             shared.step = self._steps.number(given["timestep"])
         if type(transformer).__name__ != "Kandinsky5Transformer3DModel":
             return args, kwargs
         if len(args) > SPARSE_PARAMS:
             return (*args[:SPARSE_PARAMS], None, *args[SPARSE_PARAMS + 1 :]), kwargs
         return args, {**kwargs, "sparse_params": None}
-
-
-def _names_of(transformer: Any, default: Sequence[str]) -> Sequence[str]:
-    """Of the first arguments of a model's forward."""
-    code = type(transformer).forward.__code__
-    return code.co_varnames[1 : code.co_argcount] or default
 
 
 def _still_active(ours: VisualSelfAttention) -> Any:
