@@ -14,6 +14,7 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     MagCacheConfig,
 )
+from model.text_encoders import MiniLMTextEncoder
 from torch import Tensor
 
 from k5kernels.cache import MagCache
@@ -23,7 +24,6 @@ from k5kernels.latents.video import to_frames
 from k5kernels.vae.weights import load_decoder
 from model.diffusers_folder import export_transformer
 from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS, load_settings
-from model.text_encoders import MiniLMTextEncoder
 from model.weights import load_crossdit
 from train.evaluation import psnr
 

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Ka
 from small_crossdit import inputs
 from torch import Tensor, nn
 
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 
 ROPE_SCALE = (1.0, 2.0, 3.16)
 GRID = (3, 10, 36)  # latent frames, height and width: 5×18 tokens, no multiple of 8

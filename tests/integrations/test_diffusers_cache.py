@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from k5kernels.cache import MagCache, MagCalibration
 from k5kernels.integrations.diffusers import accelerate
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 
 STEPS = 10
 

@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Kandinsky5T2VPipeline, Ka
 from small_crossdit import inputs, relative_difference
 from torch import Tensor
 
-from model.conditioning import TextCondition
+from k5kernels.text_condition import TextCondition
 from model.diffusers_folder import export_transformer
 from model.nano import CROSSDIT_WEIGHTS, load_settings
 from model.sampler import sample
