@@ -14,13 +14,13 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     MagCacheConfig,
 )
-from model.text_encoders import MiniLMTextEncoder
 from torch import Tensor
 
 from k5kernels.cache import MagCache
 from k5kernels.integrations.diffusers import accelerate
 from k5kernels.integrations.diffusers.caching import EXTRAPOLATE
 from k5kernels.latents.video import to_frames
+from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae.weights import load_decoder
 from model.diffusers_folder import export_transformer
 from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS, load_settings
