@@ -38,6 +38,7 @@ def test_attention_in_your_dit_keeps_the_videos_shape(tmp_path: Path) -> None:
     assert "[1, 5, 20, 36, 128] -> [1, 5, 20, 36, 128], 3600 tokens in 75 blocks" in printed
 
 
+@pytest.mark.slow
 def test_nabla_in_diffusers_says_how_dense_it_was_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     printed = run_example("nabla_in_diffusers.py", tmp_path)
     assert "attention by nabla: 8 calls" in printed
@@ -45,6 +46,7 @@ def test_nabla_in_diffusers_says_how_dense_it_was_and_leaves_the_model_as_it_was
     assert "as before afterwards: True" in printed
 
 
+@pytest.mark.slow
 def test_cache_in_diffusers_calibrates_and_then_skips(tmp_path: Path) -> None:
     printed = run_example("cache_in_diffusers.py", tmp_path)
     assert "of 20 passes skipped" in printed
