@@ -262,6 +262,7 @@ def test_a_long_video_is_read_only_as_far_as_its_first_clips(finished):
     assert [source["clips"] for source in manifest["sources"]] == [2]
 
 
+@pytest.mark.slow  # the only one that runs the whole job twice
 def test_a_second_run_replaces_the_first_and_keeps_other_files(finished, tmp_path):
     out = shutil.copytree(finished.out, tmp_path / "out")
     (out / "notes.txt").write_text("mine")

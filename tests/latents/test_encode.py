@@ -12,7 +12,7 @@ from encoding_jobs import CountingEncoder, make_video
 from k5kernels.latents.encode import Encoding, encode_video
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.sources import Source, content_hash
-from k5kernels.latents.video import EVERY_FRAME, VideoError, read_video, to_model, write_video
+from k5kernels.latents.video import BUCKETS, EVERY_FRAME, VideoError, read_video, to_model, write_video
 from k5kernels.latents.video.shown import Shown, shown_frames
 from k5kernels.vae import HunyuanEncoder, VAEConfig
 from k5kernels.vae.plan import Mode
@@ -51,13 +51,16 @@ def test_real_frames_give_the_encoders_latents(tmp_path: Path) -> None:
         assert_matches(sample.latent, latent)
 
 
-@pytest.mark.parametrize("mode", ["exact", "stream", "tile"])
-def test_the_mode_and_its_budget_are_the_encoders(tmp_path: Path, mode: Mode) -> None:
+@pytest.mark.parametrize(("mode", "count"), [("exact", 9), ("stream", 37), ("tile", 21)])
+def test_the_mode_and_its_budget_are_the_encoders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode, count: int
+) -> None:
+    monkeypatch.setitem(BUCKETS, 64, ((64, 64),))
     torch.manual_seed(0)
     encoder = HunyuanEncoder(VAEConfig(widths=(4, 4, 4, 4), groups=2, layers_per_block=1))
-    path = make_video(tmp_path / "v.mp4", 41)
-    frames, _ = read_video(path, 256, 256)
-    (sample,) = encode_video(path, encoder, clip_frames=41, mode=mode, memory_budget=2**30)
+    path = make_video(tmp_path / "v.mp4", count)
+    frames, _ = read_video(path, 64, 64)
+    (sample,) = encode_video(path, encoder, resolution=64, clip_frames=count, mode=mode, memory_budget=2**30)
     posterior = encoder.encode(to_model(frames), mode, 2**30)
     assert torch.equal(sample.latent, (posterior.mode() * encoder.config.scaling_factor)[0].half())
 

@@ -119,6 +119,7 @@ def test_opcheck_passes(isa, device, channels_last):
     torch.library.opcheck(torch.ops.k5.groupnorm_silu_padded, (*differentiable, pad, eps))
 
 
+@pytest.mark.slow  # 30 seconds of a compiler
 def test_one_compiled_graph_serves_all_sizes(device):
     argument_sets = [
         inputs(shape, 4, device=device, channels_last=True) for shape in ((2, 12, 3, 5, 7), (3, 12, 2, 6, 8))

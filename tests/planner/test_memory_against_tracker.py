@@ -16,7 +16,7 @@ CLIP_5S = (31, 32, 48)  # tokens of 5 s at 512 × 768
 BLOCKS = 2  # of the quick tests
 
 
-@pytest.fixture(scope="module", params=PRESET_NAMES)
+@pytest.fixture(scope="module", params=["video_lite", pytest.param("video_pro", marks=pytest.mark.slow)])
 def two_blocks(request) -> tuple[str, dict[bool, Tracked]]:
     """(preset, what the tracker says of two of its blocks with offload and without)."""
     return request.param, {offload: track(request.param, CLIP_5S, offload, BLOCKS) for offload in (False, True)}
