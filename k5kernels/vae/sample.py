@@ -65,7 +65,9 @@ def statistics_of_sample(steps: list[Step], clip: Tensor, sample: Sample, reside
             return layer_by_layer(steps, parts, storage, follows)[1]
 
     def small(part: tuple[int, int]) -> Tensor:
-        return F.avg_pool3d(clip[:, :, slice(*part)], (1, PILOT_SCALE, PILOT_SCALE))
+        frames = clip[:, :, slice(*part)]
+        # In float32: a CPU pools no narrower type in three dimensions.
+        return F.avg_pool3d(frames.float(), (1, PILOT_SCALE, PILOT_SCALE)).to(frames.dtype)
 
     window = statistics([clip[:, :, slice(*sample.window)]])
     of_clip = statistics((small(part) for part in sample.pilot), sample.follows)

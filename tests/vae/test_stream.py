@@ -54,6 +54,15 @@ def test_up_to_33_frames_stream_is_exact(encoder):
     assert relative_error(encoder.encode(video, "tile").mean, exact) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_longer_clip_streams_in_half_precision_too(dtype):
+    video, narrow = random_video(1, 3, 37, 16, 16), HunyuanEncoder.from_diffusers(diffusers_vae(TINY)).to(dtype)
+    expected = narrow.float().encode(video.to(dtype).float(), "stream").mean
+    out = narrow.to(dtype).encode(video, "stream").mean
+    assert out.dtype == dtype
+    assert relative_error(out.float(), expected) < 0.05
+
+
 @pytest.mark.parametrize("frames", [37, 129, 133, 1001])
 def test_a_sample_is_of_the_clip_and_does_not_grow_with_it(frames):
     sample = sample_of(frames, (9, *[8] * ((frames - 9) // 8), *[(frames - 9) % 8] * ((frames - 9) % 8 > 0)))
