@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -182,9 +182,9 @@ class MagCache:
             kept.clear()
 
     @classmethod
-    def load(cls, path: Path | str, **settings: float) -> "MagCache":
+    def load(cls, path: Path | str, **settings: Any) -> "MagCache":
         """From a file that `MagCalibration.save` wrote; settings as of the class."""
-        return cls(json.loads(Path(path).read_text())["ratios"], **settings)  # type: ignore[arg-type]  # max_skips: int
+        return cls(json.loads(Path(path).read_text())["ratios"], **settings)
 
     def branch(self, name: str) -> Branch:
         """The callable (blocks, x, step=None) -> blocks(x), or x + the last residual, for one branch of this run.

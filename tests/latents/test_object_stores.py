@@ -105,14 +105,14 @@ def test_sources_at_a_url_give_the_shards_of_the_same_files_on_a_disk(
     (folder / "broken.mp4").write_bytes(b"no video")
     expected = encode()
     url = upload(folder, "videos")
-    summary = encode([url], out=f"{url}/latents")  # type: ignore[list-item]  # a URL is no Path
+    summary = encode([url], out=f"{url}/latents")
     assert stored("videos/latents") == contents(tmp_path / "out")
     assert (summary.samples, summary.captioned) == (expected.samples, 1)
     assert list(summary.failures) == [f"{url}/broken.mp4"]
     assert summary.failures[f"{url}/broken.mp4"].startswith(f"{url}/broken.mp4: expected a readable video file")
     # A source is known again, and of the folder that is written to nothing is taken for one.
     Store.store["/videos/latents/x.mp4"] = Store.store["/videos/a.mp4"]
-    again = encode([url], out=f"{url}/latents")  # type: ignore[list-item]  # a URL is no Path
+    again = encode([url], out=f"{url}/latents")
     assert (again.samples, again.failures, encoder.clips) == (expected.samples, summary.failures, 0)
     assert list(temporary.iterdir()) == []
 

@@ -58,7 +58,8 @@ class _Identity:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and self.held is other.held
 
-    __hash__ = None  # type: ignore[assignment]  # as of every class that has an equality and may change
+    def __hash__(self) -> int:
+        return id(self.held)
 
 
 def _times_of(pipeline: Any | None) -> Tensor | None:

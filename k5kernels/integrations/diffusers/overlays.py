@@ -1,11 +1,12 @@
 """Methods of one object, and not of its class, that stand in for its own while an acceleration is on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
-class Overlay:
+class Overlay(ABC):
     """What stands under a name of an object in place of its class's method.
 
     original: what the object itself, and not its class, had under that name; None for nothing.
@@ -26,9 +27,9 @@ class Overlay:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.instead(*args, **kwargs) if self.active else self.former(*args, **kwargs)
 
+    @abstractmethod
     def instead(self, *args: Any, **kwargs: Any) -> Any:
         """What is done while the acceleration is on."""
-        raise NotImplementedError
 
     def remove(self) -> None:
         """Puts back what was there. What somebody else has put over it since stays; this one then does nothing."""
