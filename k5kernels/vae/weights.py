@@ -50,21 +50,32 @@ def load_decoder(path: str | Path) -> HunyuanDecoder:
 def half_of_diffusers(vae: nn.Module, half: type[Half]) -> Half:
     """Encoder or decoder with a copy of the weights of diffusers' AutoencoderKLHunyuanVideo, in their dtype and on
     their device, in eval mode. Raises ValueError where it is another model."""
+    model, weights = empty_half_of_diffusers(vae, half), weights_of_diffusers(vae, half)
+    first = next(iter(weights.values()))
+    model = model.to(first.dtype).to_empty(device=first.device)
+    model.load_state_dict(weights)
+    return model
+
+
+def empty_half_of_diffusers(vae: nn.Module, half: type[Half]) -> Half:
+    """The same without weights: on the device "meta"."""
     settings = dict(getattr(vae, "config", {}))
     if "block_out_channels" not in settings:
         raise ValueError(f"vae: expected diffusers' {FIXED['_class_name']}, got {type(vae).__name__}")
     settings["_class_name"] = type(vae).__name__
     config = _from_json(settings, "vae")
+    with torch.device("meta"):
+        return half(config).eval()
+
+
+def weights_of_diffusers(vae: nn.Module, half: type[Half]) -> dict[str, torch.Tensor]:
+    """The weights of this half of diffusers' VAE, not copied, under the half's names."""
     prefix, conv = half.RELEASED_NAMES
-    weights = {
+    return {
         name.removeprefix(prefix): tensor
         for name, tensor in vae.state_dict().items()
         if name.startswith((prefix, conv))
     }
-    first = next(iter(weights.values()))
-    model = half(config).to(first.device, first.dtype)
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 def save_vae(

@@ -56,3 +56,17 @@ def pipeline(transformer: Kandinsky5Transformer3DModel, attention_type: str) -> 
     pipe = Kandinsky5T2VPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def generate(pipe: Kandinsky5T2VPipeline, height: int, width: int, output_type: str = "latent") -> Tensor:
+    """Two steps without guidance."""
+    _, _, text = inputs(1, GRID)
+    given = {
+        "prompt_embeds_qwen": text.tokens,
+        "prompt_embeds_clip": text.pooled,
+        "prompt_cu_seqlens": torch.tensor([0, text.tokens.shape[1]]),
+    }
+    return pipe(
+        height=height, width=width, num_frames=5, num_inference_steps=2, guidance_scale=1.0, output_type=output_type,
+        generator=torch.Generator().manual_seed(0), **given,
+    ).frames  # fmt: skip

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Kandinsky5T2VPipeline, Kandinsky5Transformer3DModel
+from diffusers import Kandinsky5Transformer3DModel
 from small_crossdit import inputs, random_model, relative_difference
-from small_kandinsky import GRID, ROPE_SCALE, call, leaves_no_trace_of, pipeline, run, snapshot
+from small_kandinsky import GRID, ROPE_SCALE, call, generate, leaves_no_trace_of, pipeline, run, snapshot
 from torch import Tensor, nn
 
 from k5kernels.attention import EngineUnavailableError
@@ -240,16 +240,3 @@ def test_nested_accelerations_of_a_pipeline_end_in_any_order(transformer, first)
     handles[1 - first].disable()
     assert dict(vars(pipe)) == before
     assert snapshot(transformer) == modules
-
-
-def generate(pipe: Kandinsky5T2VPipeline, height: int, width: int) -> Tensor:
-    _, _, text = inputs(1, GRID)
-    given = {
-        "prompt_embeds_qwen": text.tokens,
-        "prompt_embeds_clip": text.pooled,
-        "prompt_cu_seqlens": torch.tensor([0, text.tokens.shape[1]]),
-    }
-    return pipe(
-        height=height, width=width, num_frames=5, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
-        generator=torch.Generator().manual_seed(0), **given,
-    ).frames  # fmt: skip

@@ -1,4 +1,4 @@
-"""Puts our attention and our cache into a pipeline or a model of diffusers, and takes them out without a trace."""
+"""Puts our attention, cache and VAE into a pipeline or a model of diffusers, and takes them out without a trace."""
 
 import inspect
 from collections.abc import Sequence
@@ -16,7 +16,9 @@ from k5kernels.integrations.diffusers.choice import configs_for, configs_for_cli
 from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of
 from k5kernels.integrations.diffusers.overlays import NoSparseParams, Overlay
 from k5kernels.integrations.diffusers.report import Report
+from k5kernels.integrations.diffusers.vae import VAEModes, is_vae
 from k5kernels.token_layout import TokenLayout
+from k5kernels.vae.plan import Mode
 
 SPARSE_PARAMS = 7  # place among the arguments of Kandinsky 5's forward
 TRANSFORMERS = ("transformer", "transformer_2")  # of Wan 2.2 the second is for the last steps
@@ -28,7 +30,7 @@ class Acceleration:
     report: what the accelerated runs did. As a context manager it gives the report, and ends with the block.
     """
 
-    def __init__(self, report: Report, parts: "Sequence[_Attention | TransformerCache | Overlay]") -> None:
+    def __init__(self, report: Report, parts: "Sequence[_Attention | TransformerCache | VAEModes | Overlay]") -> None:
         self.report, self._parts = report, list(parts)
 
     def disable(self) -> None:
@@ -124,11 +126,15 @@ def accelerate(
     dense_steps: int = 0,
     densities: bool = False,
     cache: str | Policy | Sequence[Policy] | None = None,
+    vae: Mode | None = None,
+    vae_memory: int | None = None,
 ) -> Acceleration:
-    """Run the visual self-attention of a pipeline or transformer of diffusers by our engines, and cache its blocks.
+    """Run the visual self-attention of a pipeline or transformer of diffusers by our engines, cache its blocks, and
+    encode and decode by our halves of its VAE.
 
-    target: a pipeline of Kandinsky 5 or 6, Kandinsky 6's super-resolution or Wan 2.1 or 2.2, or its transformer,
-    compiled or not; any size of video that the model itself takes (Kandinsky 5: any at all), batches, CPU and GPU.
+    target: a pipeline of Kandinsky 5 or 6, Kandinsky 6's super-resolution or Wan 2.1 or 2.2, its transformer or VAE,
+    compiled or not; any size of video that the model itself takes (Kandinsky 5: any at all), batches, CPU and GPU. For
+    a VAE alone only `vae` and `vae_memory` count.
 
     attention: an engine of `k5kernels.attention.ENGINES`; "auto" for NABLA on long or large videos and dense attention
     on the others (§7.2), and in a layer whose mask is too dense to gain by it on this device; None to leave it alone.
@@ -141,6 +147,10 @@ def accelerate(
     `k5kernels.presets.RELEASED` for those of that model; or a policy, as `MagCache` or, to calibrate, `MagCalibration`
     (for a pipeline with two transformers, a list of two).
 
+    vae: the mode of `HunyuanEncoder.encode` and `HunyuanDecoder.decode` in which the VAE of HunyuanVideo, which is
+    Kandinsky's, encodes and decodes, on the weights it has and on the device it is moved to. None leaves it alone: then
+    it takes frames in tiles that fade into each other. vae_memory: bytes for its activations, as `memory_budget` there.
+
     The weights stay the model's, with its adapters; no class and no global state is changed. Raises
     UnsupportedModelError where the model is another, ValueError where a setting does not fit, and
     EngineUnavailableError where the engine cannot run on the model's device.
@@ -148,7 +158,9 @@ def accelerate(
     if dense_steps < 0:
         raise ValueError(f"dense_steps: expected at least 0, got {dense_steps}")
     pipeline = target if hasattr(target, "components") else None
-    models = _transformers(target, pipeline)
+    autoencoder = _vae(target, pipeline, vae, cache)
+    alone = autoencoder is target or (attention is None and cache is None and vae is not None)
+    models = [] if alone else _transformers(target, pipeline)
     families = [family_of(model) if attention is not None else None for model in models]
     report = Report()
     configs = [
@@ -156,7 +168,7 @@ def accelerate(
         for model, family in zip(models, families, strict=True)
     ]
     policies = choose_policy(cache, models, pipeline, report) if cache is not None else [None] * len(models)
-    parts: list[_Attention | TransformerCache | Overlay] = []
+    parts: list[_Attention | TransformerCache | VAEModes | Overlay] = []
     done = Acceleration(report, parts)
     try:
         for model, family, config, policy in zip(models, families, configs, policies, strict=True):
@@ -166,6 +178,8 @@ def accelerate(
                 done._parts.append(TransformerCache(model, policy, pipeline, report))
         if attention is not None and hasattr(pipeline, "get_sparse_params"):
             done._parts.append(NoSparseParams(pipeline, "get_sparse_params"))
+        if vae is not None:
+            done._parts.append(VAEModes(_uncompiled(autoencoder), vae, vae_memory, report))
     except BaseException:
         done.disable()
         raise
@@ -185,6 +199,18 @@ def _put_attention(
         report.notes.append(f"{family.zero_shot}: what sparse attention costs in quality is not known")
     shared = Pass(family, configs, dense_steps, densities, report, configs if engine == "auto" else None)
     return _Attention(model, shared)
+
+
+def _vae(target: Any, pipeline: Any | None, mode: Mode | None, cache: object) -> Any | None:
+    """That of a pipeline, or the target itself; None where it has none and none is asked for."""
+    if pipeline is None and is_vae(_uncompiled(target)):
+        if mode is None or cache is not None:
+            raise ValueError(f"target: a VAE alone takes vae and no cache, got vae={mode!r} and cache={cache!r}")
+        return target
+    found = getattr(pipeline, "vae", None)
+    if mode is not None and found is None:
+        raise ValueError(f"vae={mode!r}: expected a pipeline with a VAE or a VAE, got {type(target).__name__} without")
+    return found
 
 
 def _transformers(target: Any, pipeline: Any | None) -> list[Any]:

@@ -1,4 +1,5 @@
-"""What an accelerated run did: how dense its attention was, where and why it ran as before, what a cache skipped."""
+"""What an accelerated run did: how dense its attention was, what a cache skipped, how the VAE went through a clip, and
+where and why something ran as before."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ class Report:
     densities: layer -> step -> one value a head, [h], the mean over the samples, for each pass of the model; empty
     where densities were not asked for, and in compiled code. unchanged: reason -> number of calls that ran as they
     would have without us. engines: engine -> number of calls. notes: what a user should know before trusting the
-    result. caches: one for each model that has one.
+    result. caches: one for each model that has one. vae: what its encoder and decoder did -> number of calls.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class Report:
         self.engines: dict[str, int] = defaultdict(int)
         self.notes: list[str] = []
         self.caches: list[CacheReport] = []
+        self.vae: dict[str, int] = defaultdict(int)
 
     def add(self, layer: int, step: int, mask: BlockMask) -> None:
         """Notes the density of a mask."""
@@ -69,8 +71,9 @@ class Report:
             )
         lines += [f"as before: {count} calls, {reason}" for reason, count in self.unchanged.items()]
         lines += [str(cache) for cache in self.caches]
+        lines += [f"VAE, {count} calls: {done}" for done, count in self.vae.items()]
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines) if lines else "no call of self-attention yet"
+        return "\n".join(lines) if lines else "no call yet"
 
     def draw(self, path: Path | str) -> None:
         """A picture of the densities: layers by steps, and layers by heads. Raises ValueError where none are known."""
