@@ -35,10 +35,10 @@ from k5kernels.profiling import stage
 from k5kernels.text_condition import TextCondition
 from k5kernels.token_layout import TokenLayout
 from model.rope import frequencies, text_rope, visual_rope
+from model.sequence_piece import Attend, Exchange, sequence_piece
 
 Blocks = Callable[[Tensor], Tensor]
 Cache = Callable[[Blocks, Tensor], Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class VisualContext(NamedTuple):
@@ -49,6 +49,8 @@ class VisualContext(NamedTuple):
     layout: of the tokens. attention: how they attend to each other. rope: (cos, sin), each [S, D/2].
     text: [N, L, d]. text_mask: bool [N, 1, 1, L], True where a text token may be read; None where all may.
     modulation: SiLU of the time embedding, [N, time_dim] float32.
+    exchange, whole: where processes share the sequence, all of the above is of this process's piece, and `whole` is
+    the layout of the sequence that self-attention sees.
     """
 
     layout: TokenLayout
@@ -57,6 +59,8 @@ class VisualContext(NamedTuple):
     text: Tensor
     text_mask: Tensor | None
     modulation: Tensor
+    exchange: Exchange | None = None
+    whole: TokenLayout | None = None
 
 
 class CrossDiT(nn.Module):
@@ -64,6 +68,8 @@ class CrossDiT(nn.Module):
 
     gradient_checkpointing: recompute each visual block in the backward instead of keeping its activations.
     offload: keep the checkpointed blocks' inputs in host memory until the backward asks for them (§6.1).
+    exchange: for processes that share each sequence: each computes its piece of the tokens, and all get the velocity
+    of the whole.
     """
 
     def __init__(self, config: CrossDiTConfig):
@@ -71,6 +77,7 @@ class CrossDiT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.offload = False
+        self.exchange: Exchange | None = None
         self.time_embeddings = TimeEmbedding(config.model_dim, config.time_dim)
         self.text_embeddings = TextEmbedding(config.in_text_dim, config.model_dim)
         self.pooled_text_embeddings = TextEmbedding(config.in_text_dim2, config.time_dim)
@@ -101,15 +108,24 @@ class CrossDiT(nn.Module):
         Raises ValueError where a shape does not fit the config, the layout or the batch.
         """
         self._check(x, time, text, layout)
+        whole, rope = layout, visual_rope(layout, self.config.axes_dims, rope_scale, x.device)
+        if self.exchange is not None:
+            piece = sequence_piece(whole, self.exchange.rank, self.exchange.ranks)
+            x, time, layout = x[:, piece.tokens], piece.rows(time), piece.layout
+            mask = None if text.mask is None else piece.rows(text.mask)
+            text = TextCondition(piece.rows(text.tokens), mask, piece.rows(text.pooled))
+            rope = rope[0][piece.tokens], rope[1][piece.tokens]
         with stage("text and time"):
             modulation = self._modulation(time, text.pooled)
             context = VisualContext(
                 layout,
                 attention,
-                rope=visual_rope(layout, self.config.axes_dims, rope_scale, x.device),
+                rope,
                 text=self._refine_text(text, modulation),
                 text_mask=None if text.mask is None else text.mask[:, None, None],
                 modulation=modulation,
+                exchange=self.exchange,
+                whole=whole,
             )
 
         def blocks(tokens: Tensor) -> Tensor:
@@ -117,7 +133,8 @@ class CrossDiT(nn.Module):
 
         tokens = self.visual_embeddings(x)
         tokens = blocks(tokens) if cache is None else cache(blocks, tokens)
-        return self.out_layer(tokens, modulation, layout)
+        velocity = self.out_layer(tokens, modulation, layout)
+        return velocity if self.exchange is None else self.exchange.gather(velocity, whole.tokens)
 
     def _modulation(self, time: Tensor, pooled_text: Tensor) -> Tensor:
         """What all blocks are modulated by: [N, time_dim], float32."""
@@ -200,10 +217,12 @@ class VisualBlock(nn.Module):
     def forward(self, x: Tensor, context: VisualContext) -> Tensor:
         """x: [B, S, d] → [B, S, d]."""
         layout, attention = context.layout, context.attention
+        whole, exchange = context.whole or layout, context.exchange
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return run_attention(q, k, v, attention.engine, layout, attention.thr, attention.sta)
+        def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return run_attention(q, k, v, attention.engine, whole, attention.thr, attention.sta)
 
+        attend = attend_whole if exchange is None else exchange.around(attend_whole, whole.tokens)
         parts = self.visual_modulation(context.modulation)
         shift, scale, gate, text_shift, text_scale, text_gate, ff_shift, ff_scale, ff_gate = parts
         with stage("self-attention"):

@@ -16,6 +16,7 @@ from model.crossdit import CrossDiT
 from model.latent_tokens import latent_velocity
 
 TIME_UNITS = 1000.0
+EVERY = slice(None)
 
 
 def noisy_latent(latent: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -74,22 +75,24 @@ def flow_matching_loss(
     scheduler_scale: float | None = None,
     rope_scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
     attention: AttentionConfig = DENSE,
+    own: slice = EVERY,
 ) -> Tensor:
     """Mean squared error of the velocity, at one uniform time a sample: a float32 scalar, the mean over samples.
 
     model: CrossDiT. latents: [B, T, H, W, C], clean. text: in the dtype the model computes in; its input is cast to it.
     first_frame: [B] bool, the samples trained image to video: their first frame is given clean and does not count.
     scheduler_scale: shifts the times as it shifts the sampler's grid. generator: draws times and noise on its own
-    device, whatever the device of the latents.
+    device; all else is computed on the device of text. own: the samples that are computed, and those text is of; times
+    and noise are drawn for all B, so that processes that share a batch agree on them.
 
     Raises ValueError where first_frame does not fit, leaves a one-frame latent nothing to learn, or is asked of a model
     that takes no condition.
     """
     given = torch.zeros(latents.shape[0], dtype=torch.bool) if first_frame is None else first_frame
     _check_given(model, given, latents)
-    given = given.to(latents.device)
-    latents = latents.float()
-    time, noise = _draw(latents, generator)
+    latents, given, time, noise = (
+        tensor[own].to(text.tokens.device) for tensor in (latents.float(), given, *_draw(latents.shape, generator))
+    )
     time = shift_time(time, scheduler_scale)
     x = noisy_latent(latents, noise, time)
     if model.config.visual_cond:
@@ -102,10 +105,9 @@ def flow_matching_loss(
     return ((error * counted).sum(1) / counted.sum(1)).mean()
 
 
-def _draw(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    time = torch.rand(latents.shape[0], generator=generator, device=generator.device)
-    noise = torch.randn(latents.shape, generator=generator, device=generator.device)
-    return time.to(latents.device), noise.to(latents.device)
+def _draw(shape: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    time = torch.rand(shape[0], generator=generator, device=generator.device)
+    return time, torch.randn(shape, generator=generator, device=generator.device)
 
 
 def _check_given(model: CrossDiT, given: Tensor, latents: Tensor) -> None:

@@ -5,10 +5,12 @@ released ones.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.weight_files import TRANSFORMER, StoredWeights, WeightsError, open_weights, write_weights
@@ -26,16 +28,22 @@ __all__ = [
 _RENAMED = {"text_blocks": "num_text_blocks", "visual_blocks": "num_visual_blocks"}
 
 
-def save_crossdit(path: str | os.PathLike[str], model: CrossDiT, dtype: torch.dtype | None = None) -> None:
+def save_crossdit(
+    path: str | os.PathLike[str],
+    model: CrossDiT,
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the model's parameters to one safetensors file; the same model gives the same bytes.
 
-    dtype: of the stored parameters; None stores each as it is. The file appears under its name when whole; a
+    dtype: of the stored parameters; None stores each as it is. state: written in place of the model's own, for a model
+    whose parameters are shards. The file appears under its name when whole; a
     failed write leaves what was there before.
 
     Raises ValueError, by name, where a parameter is NaN or infinite in that dtype, OSError where the file cannot be
     written.
     """
-    write_weights(path, model.state_dict(), config_to_json(model.config), dtype)
+    write_weights(path, model.state_dict() if state is None else state, config_to_json(model.config), dtype)
 
 
 def load_crossdit(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> CrossDiT:

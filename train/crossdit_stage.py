@@ -14,6 +14,7 @@ from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
 from train.latents import LatentSet
+from train.parallel import ALONE, Parallel
 from train.stage import Loss, Stage
 
 EncodeText = Callable[[list[str]], TextCondition]
@@ -75,7 +76,8 @@ class CrossDiTStage(Stage):
     """Flow matching on batches of a LatentSet; all of the model's parameters learn.
 
     encode_text: gives its TextCondition on the device of the model. start: what the weights are at the first step, in
-    words; None where the seed says it.
+    words; None where the seed says it. parallel: the processes that share each batch, which is drawn whole on all of
+    them: a step is the same however many they are.
     """
 
     model: CrossDiT
@@ -87,9 +89,11 @@ class CrossDiTStage(Stage):
         encode_text: EncodeText,
         config: FlowMatching,
         start: str | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
         check_fits(data, model.config)
         self.data, self.encode_text, self.config = data, encode_text, config
+        self.own = parallel.own(config.batch)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.learning_rate,
@@ -112,11 +116,12 @@ class CrossDiTStage(Stage):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = flow_matching_loss(
                 self.model,
-                batch.latents.to(self.device),
-                self.encode_text(captions),
+                batch.latents,
+                self.encode_text(captions[self.own]),
                 generator,
                 first_frame=given,
                 scheduler_scale=config.scheduler_scale,
                 attention=config.attention,
+                own=self.own,
             )
         return Loss(loss, batch.samples)

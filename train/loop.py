@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from k5kernels.profiling import stage
 from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, refuse_others, save_checkpoint
 from train.log import Log
+from train.parallel import ALONE, Parallel, whole
 from train.schedule import Schedule
 from train.stage import Loss, Stage
 
@@ -31,10 +32,12 @@ class Loop:
 
     Every step draws from a generator seeded by (seed, step), so a resumed run sees the batches and the noise that an
     uninterrupted one would.
+
+    parallel: the processes that train together, each with its own loop; the model must be sharded over them.
     """
 
-    def __init__(self, stage: Stage, schedule: Schedule) -> None:
-        self.stage, self.schedule = stage, schedule
+    def __init__(self, stage: Stage, schedule: Schedule, parallel: Parallel = ALONE) -> None:
+        self.stage, self.schedule, self.parallel = stage, schedule, parallel
         self.done = self.saved = 0
         for group in self._groups():
             group.setdefault("peak_lr", group["lr"])
@@ -51,7 +54,10 @@ class Loop:
         return loss
 
     def backward(self) -> float:
-        """Loss and clipped gradients of the next step. Raises NonFiniteError where one of them is not finite."""
+        """Loss, its mean over all processes, and clipped gradients of the next step.
+
+        Raises NonFiniteError, on every process, where one of them is not finite.
+        """
         generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.done)
         with stage("loss"):
             loss = self.stage.loss(self.done, generator)
@@ -59,10 +65,9 @@ class Loop:
             optimizer.zero_grad()
         with stage("backward"):
             loss.value.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
-        value, size = torch.stack(
-            [loss.value.detach(), norm]
-        ).tolist()  # the only point of a step that waits for the device
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None]))
+        mean = self.parallel.mean(loss.value.detach())
+        value, size = torch.stack([mean, norm]).tolist()  # the only point of a step that waits for the device
         self._check_finite("loss", value, loss)
         self._check_finite("norm of the gradients", size, loss)
         if self.schedule.max_grad_norm is not None:
@@ -91,8 +96,9 @@ class Loop:
         """Train to the end of the schedule, from the folder's checkpoint where there is one.
 
         Every `every` steps and at the end, out/log.jsonl gets a row with the mean loss and time of the steps since the
-        row before and what `measure` returns, and out/checkpoint.pt is replaced, but only once the next step's loss
-        and gradients are finite: parameters that a step has ruined never take the place of good ones.
+        row before and what `measure`, called on every process, returns on the first. out/checkpoint.pt is replaced,
+        but only once the next step's loss and gradients are finite: parameters that a step has ruined never take the
+        place of good ones.
 
         set_on_resume: go on from a checkpoint of other settings with this run's. Raises CheckpointError where the
         checkpoint cannot be gone on from, NonFiniteError where training cannot go on; the checkpoint then stays.
@@ -100,10 +106,12 @@ class Loop:
         out.mkdir(parents=True, exist_ok=True)
         log, checkpoint = Log(out / LOG), out / CHECKPOINT
         self.resume(checkpoint, set_on_resume)
-        log.keep_until(self.done)
+        if self.parallel.first:
+            log.keep_until(self.done)
         losses: list[float] = []
         seconds = 0.0
-        for _ in track(range(self.done, self.schedule.steps), description="training"):
+        steps = range(self.done, self.schedule.steps)
+        for _ in track(steps, description="training", disable=not self.parallel.first):
             began = time.perf_counter()
             losses.append(self.backward())
             seconds += time.perf_counter() - began
@@ -115,7 +123,9 @@ class Loop:
             if self.done % every == 0 or self.done == self.schedule.steps:
                 row: dict[str, Any] = {"step": self.done, "loss": round(fmean(losses), 5)}
                 row["step_ms"] = round(seconds * 1e3 / len(losses), 1)
-                log.append({**row, **measure()})
+                measured = measure()
+                if self.parallel.first:
+                    log.append({**row, **measured})
                 losses, seconds = [], 0.0
         if self.done > self.saved:
             self.backward()

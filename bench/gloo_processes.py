@@ -1,0 +1,44 @@
+"""Work on several gloo processes of this machine, as torchrun's ranks would do it, started in a moment.
+
+The processes are forked from a server that has loaded PyTorch and this package once, and nothing else: they share no
+threads and no state with the process that asks.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+LOADED = ["bench.train_equality"]
+FORKSERVER = "forkserver"
+ANSWER = "answer.json"
+
+Work = Callable[..., Any]
+
+
+def on_processes(world: int, work: Work, *arguments: Any) -> Any:
+    """What work(folder, *arguments) returns on rank 0, as JSON has it; it runs on all ranks, with one thread each.
+
+    folder: an empty one that all ranks see. Raises torch.multiprocessing.ProcessRaisedException, with the traceback,
+    where work raises on a rank; the others are then ended.
+    """
+    multiprocessing.get_context(FORKSERVER).set_forkserver_preload(LOADED)
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _work, (world, Path(folder), work, arguments), nprocs=world, start_method=FORKSERVER
+        )
+        return json.loads((Path(folder) / ANSWER).read_text())
+
+
+def _work(rank: int, world: int, folder: Path, work: Work, arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    answer = work(folder, *arguments)
+    if rank == 0:
+        (folder / ANSWER).write_text(json.dumps(answer))
