@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention import attention as run_attention
-from k5kernels.offload import offload_saved_tensors
+from k5kernels.offload import ActivationOffload
 from k5kernels.ops.gated_residual import gated_residual
 from k5kernels.ops.layernorm_modulate import layernorm_modulate
 from k5kernels.ops.qk_norm_rope import EPS, qk_norm_rope
@@ -67,7 +67,8 @@ class CrossDiT(nn.Module):
     """The velocity of noisy tokens, given time and text.
 
     gradient_checkpointing: recompute each visual block in the backward instead of keeping its activations.
-    offload: keep the checkpointed blocks' inputs in host memory until the backward asks for them (§6.1).
+    offload: keeps the visual blocks' inputs (without gradient_checkpointing: all that they save) away until shortly
+    before the backward asks for them (§6.1); None keeps them here.
     exchange: for processes that share each sequence: each computes its piece of the tokens, and all get the velocity
     of the whole.
     """
@@ -76,7 +77,7 @@ class CrossDiT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.offload = False
+        self.offload: ActivationOffload | None = None
         self.exchange: Exchange | None = None
         self.time_embeddings = TimeEmbedding(config.model_dim, config.time_dim)
         self.text_embeddings = TextEmbedding(config.in_text_dim, config.model_dim)
@@ -155,7 +156,7 @@ class CrossDiT(nn.Module):
 
     def _visual_blocks(self, tokens: Tensor, context: VisualContext) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        with offload_saved_tensors() if recompute and self.offload else nullcontext():
+        with nullcontext() if self.offload is None else self.offload:
             for block in self.visual_transformer_blocks:
                 # The tokens alone are an argument of the recomputed function: a checkpoint saves its arguments, and
                 # the context, which all blocks share, would be saved and offloaded once a block.
@@ -180,8 +181,6 @@ class CrossDiT(nn.Module):
             raise ValueError(f"text tokens: expected [{rows}, L, {config.in_text_dim}], got {list(text.tokens.shape)}")
         if text.pooled.shape[1] != config.in_text_dim2:
             raise ValueError(f"pooled text: expected [{rows}, {config.in_text_dim2}], got {list(text.pooled.shape)}")
-        if self.offload and not self.gradient_checkpointing:
-            raise ValueError("offload moves the inputs of checkpointed blocks: set gradient_checkpointing = True too")
 
 
 class TextBlock(nn.Module):

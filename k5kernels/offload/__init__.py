@@ -1,5 +1,5 @@
-"""Activations in host memory between forward and backward."""
+"""Activations kept away from their device between forward and backward."""
 
-from k5kernels.offload.activations import offload_saved_tensors
+from k5kernels.offload.activations import ActivationOffload, offload_saved_tensors
 
-__all__ = ["offload_saved_tensors"]
+__all__ = ["ActivationOffload", "offload_saved_tensors"]

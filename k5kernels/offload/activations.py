@@ -1,84 +1,174 @@
-"""Saved tensors in host memory between forward and backward (§6.1, §6.6)."""
+"""What autograd saves in the forward, kept away from its device until shortly before the backward asks for it
+(§6.1, §6.6)."""
 
-from dataclasses import dataclass
+import math
+import weakref
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from k5kernels.offload.disk import DiskStore
+from k5kernels.offload.pinned import PinnedStore, SideStream
+from k5kernels.offload.slot import Slot, Store
 
 SMALLEST = 1 << 20
+BEING_SENT = 2  # with the tensor that is being computed, three are in memory
 
 
-def offload_saved_tensors(min_bytes: int = SMALLEST) -> saved_tensors_hooks:
-    """Context manager: what autograd saves inside goes to host memory, and comes back when the backward asks for it.
+class ActivationOffload:
+    """Context manager: what autograd saves inside leaves its device, and is back before the backward needs it.
 
-        with offload_saved_tensors():
-            for block in blocks:
-                x = checkpoint(block, x, use_reentrant=False)
+        offload = ActivationOffload(folder="/scratch")
+        for batch in batches:
+            with offload:
+                for block in blocks:
+                    x = checkpoint(block, x, use_reentrant=False)
+            loss(x).backward()
 
     Around checkpointed blocks only their positional arguments are saved, so only block inputs move: pass as arguments
-    what differs from block to block and close over what all blocks share. Gradients are bit-equal with and without.
+    what differs from block to block and close over what all blocks share. Without checkpointing all that the blocks
+    save moves. Gradients are bit-equal with and without.
 
-    Left where they are: tensors on the CPU, for which there is nothing to gain; parameters and other leaves that need
-    a gradient, and views of them, which their owner keeps alive anyway; tensors under min_bytes.
+    A CUDA tensor goes to pinned host memory, and back, on a stream beside the computation. A CPU tensor goes to a file
+    in `folder`, by a thread beside the computation; the file has no name and goes with the process. In the forward two
+    tensors are on their way at most: the next one waits. In the backward, whoever asks for a tensor starts the return
+    of the `prefetch` saved before it. So with one saved tensor a block and a prefetch of 1, at most three are in memory
+    at a time.
 
-    On CUDA the copy to pinned host memory runs on a side stream, beside the forward. The copy back runs on the stream
-    of the backward. As without the context, a tensor must not be changed in place once it is saved.
+    Left where they are: CPU tensors without a folder; parameters and other leaves that need a gradient, and views of
+    them, which their owner keeps alive anyway; tensors under min_bytes; what would go beyond budget_bytes, the most
+    that is away at a time. As without the context, a tensor must not be changed in place once it is saved.
+
+    The backward raises OSError, which names the folder, where a tensor could not be written. Raises ValueError where a
+    number is out of range, OSError where there can be no file in the folder.
     """
-    return saved_tensors_hooks(lambda tensor: _pack(tensor, min_bytes), _unpack)
 
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        budget_bytes: float = math.inf,
+        prefetch: int = 1,
+        min_bytes: int = SMALLEST,
+    ) -> None:
+        if not budget_bytes >= 0:
+            raise ValueError(f"budget_bytes: expected at least 0, got {budget_bytes}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
+        self._budget_bytes, self._prefetch, self._min_bytes = budget_bytes, prefetch, min_bytes
+        self._stores: dict[torch.device, Store] = {}
+        if folder is not None:
+            self._stores[torch.device("cpu")] = DiskStore(Path(folder), budget_bytes)
+        self._sending: deque[weakref.ref[_Away]] = deque()
+        self._last: weakref.ref[_Away] | None = None
+        self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
+        self._hooks: list[saved_tensors_hooks] = []
 
-@dataclass(frozen=True)
-class _InHostMemory:
-    """A tensor's copy; `copied` is the event of its copy on CUDA, None where the copy is complete."""
+    def __enter__(self) -> "ActivationOffload":
+        hooks = saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()
+        self._hooks.append(hooks)
+        return self
 
-    tensor: Tensor
-    device: torch.device
-    copied: torch.cuda.Event | None
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.pop().__exit__(kind, error, trace)
+        self._known.clear()
 
+    def close(self) -> None:
+        """Let thread, file and host memory go; nothing that is away can come back."""
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
 
-def _pack(tensor: Tensor, min_bytes: int) -> Tensor | _InHostMemory:
-    if not _is_offloadable(tensor, min_bytes):
+    def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+        if not _is_offloadable(tensor, self._min_bytes) or (store := self._store(tensor.device)) is None:
+            return tensor
+        # Several operators save the same tensor. A weak reference keeps the address of a storage from being used again.
+        storage = StorageWeakRef(tensor.untyped_storage())
+        place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        key = storage.cdata, *place
+        if key in self._known and (away := self._known[key][1]()) is not None and not self._known[key][0].expired():
+            return away
+        # An operator that saves its own output would own itself through the graph of that output.
+        tensor = tensor.detach()
+        slot = store.put(tensor)
+        if slot is None:
+            return tensor
+        away = _Away(store, slot, tensor, self._last)
+        self._last = weakref.ref(away)
+        self._known[key] = storage, self._last
+        self._sending.append(self._last)
+        while len(self._sending) > BEING_SENT:
+            oldest = self._sending.popleft()()
+            if oldest is not None:
+                oldest.leave()
+        return away
+
+    def _unpack(self, saved: "Tensor | _Away") -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        saved.store.check()
+        tensor = saved.take()
+        before: _Away | None = saved
+        for _ in range(self._prefetch):
+            before = None if before is None or before.before is None else before.before()
+            if before is not None:
+                before.bring_back()
         return tensor
-    if tensor.device.type != "cuda":
-        return _InHostMemory(_host_buffer(tensor, pinned=False).copy_(tensor), tensor.device, None)
-    buffer = _host_buffer(tensor, pinned=True)
-    side = _side_stream(tensor.device)
-    side.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(side):
-        buffer.copy_(tensor, non_blocking=True)
-        # The allocator must not give the device memory away before the side stream has read it.
-        tensor.record_stream(side)
-        copied = side.record_event()
-    return _InHostMemory(buffer, tensor.device, copied)
+
+    def _store(self, device: torch.device) -> Store | None:
+        if device not in self._stores and device.type == "cuda":
+            self._stores[device] = PinnedStore(device, self._budget_bytes, SideStream(device))
+        return self._stores.get(device)
 
 
-def _unpack(saved: Tensor | _InHostMemory) -> Tensor:
-    if isinstance(saved, Tensor):
-        return saved
-    if saved.copied is not None:
-        torch.cuda.current_stream(saved.device).wait_event(saved.copied)
-    return saved.tensor.to(saved.device, non_blocking=saved.copied is not None)
+def offload_saved_tensors(min_bytes: int = SMALLEST) -> ActivationOffload:
+    """An ActivationOffload to pinned host memory: CPU tensors stay where they are."""
+    return ActivationOffload(min_bytes=min_bytes)
+
+
+class _Away:
+    """A saved tensor that is kept away; the graph owns it.
+
+    near: the tensor as it was saved, as long as it is still here. before: the one that was saved before it.
+    """
+
+    def __init__(self, store: Store, slot: Slot, near: Tensor, before: "weakref.ref[_Away] | None") -> None:
+        self.store, self.before = store, before
+        self._slot, self._near = slot, near
+
+    def leave(self) -> None:
+        """Free the tensor, once it is sent."""
+        if self._near is not None:
+            self._slot.wait_sent()
+            self._near = None
+
+    def bring_back(self) -> None:
+        """Begin to, where it is not here."""
+        if self._near is None:
+            self._slot.bring_back()
+
+    def take(self) -> Tensor:
+        """The tensor, which from now on is its user's."""
+        near = self._near
+        if near is None:
+            return self._slot.take()
+        self.leave()
+        return near
+
+    def __del__(self) -> None:
+        self._slot.release()
 
 
 def _is_offloadable(tensor: Tensor, min_bytes: int) -> bool:
     owner = tensor if tensor._base is None else tensor._base
     owned_elsewhere = isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad)
-    return _on_accelerator(tensor) and not owned_elsewhere and tensor.nbytes >= min_bytes
-
-
-def _on_accelerator(tensor: Tensor) -> bool:
-    return tensor.device.type not in ("cpu", "meta")
-
-
-def _host_buffer(tensor: Tensor, pinned: bool) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", pin_memory=pinned, requires_grad=False)
-
-
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
-    return _side_streams[device]
+    return not owned_elsewhere and tensor.nbytes >= max(min_bytes, 1)

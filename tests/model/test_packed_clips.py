@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from k5kernels.attention import DENSE, AttentionConfig
+from k5kernels.offload import ActivationOffload
 from model import CrossDiT, TextCondition
 from model.latent_tokens import from_tokens, latent_velocity, layout_for, to_tokens
 
@@ -64,9 +65,10 @@ def test_each_clip_of_a_packed_sequence_is_as_it_is_alone(attention, batch):
 @each_attention
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_gradients_of_a_packed_sequence_are_the_sum_of_those_of_its_clips(attention, batch, offload):
+def test_the_gradients_of_a_packed_sequence_are_the_sum_of_those_of_its_clips(attention, batch, offload, tmp_path):
     model, clips = random_model().train(), clips_of(batch)
-    model.gradient_checkpointing = model.offload = offload
+    model.gradient_checkpointing = offload
+    model.offload = ActivationOffload(tmp_path, min_bytes=1) if offload else None
 
     def gradients(loss: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
