@@ -60,3 +60,6 @@ class Store(Protocol):
 
     def check(self) -> None:
         """Raise OSError where a copy has failed since the last check."""
+
+    def close(self) -> None:
+        """Let all memory, files and threads go."""
