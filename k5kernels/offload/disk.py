@@ -26,7 +26,7 @@ class DiskStore:
     def __init__(self, folder: Path, budget_bytes: float) -> None:
         self.folder, self.budget_bytes = folder, budget_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the store
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._failure: OSError | None = None
         self._used = self._end = 0

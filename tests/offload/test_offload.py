@@ -186,7 +186,9 @@ def events(monkeypatch, prefetch, folder):
     """What the backward does: asks for input i (i), after which input j was begun to be brought back (-j)."""
     said = []
     begin = disk.DiskStore.read
-    monkeypatch.setattr(disk.DiskStore, "read", lambda s, form, offset: said.append(("read", offset)) or begin(s, form, offset))
+    monkeypatch.setattr(
+        disk.DiskStore, "read", lambda s, form, offset: said.append(("read", offset)) or begin(s, form, offset)
+    )
     blocks, x = blocks_and_input(count=6)
     out = forward(blocks, x, to_disk(folder, prefetch=prefetch))
     for block in blocks:
