@@ -5,8 +5,9 @@ splits it over a fake group of 64; every block is checkpointed; attention is `k5
 optimizer and reduced gradients are float32, the computation bfloat16.
 """
 
+import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -22,6 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from k5kernels.attention import ENGINES, AttentionConfig, Call
 from k5kernels.attention.nabla import Nabla
 from k5kernels.block_mask import BlockMask
+from k5kernels.offload import ActivationOffload
+from k5kernels.offload.pinned import PinnedStore
 from k5kernels.ops.block_sparse_attention import block_sparse_attention
 from k5kernels.planner import MODELS, Memory, memory_terms
 from k5kernels.text_condition import TextCondition
@@ -58,9 +61,9 @@ class Tracked:
 def track(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | None = None) -> Tracked:
     """Memory of a training step of the preset on one clip of T·H·W tokens; blocks: as many instead of the preset's."""
     config = replace(PRESETS[preset], visual_blocks=blocks or PRESETS[preset].visual_blocks)
-    with fake_group() as mesh, FakeTensorMode(), _patches(offload):
+    with fake_group() as mesh, FakeTensorMode(), _patches():
         model = CrossDiT(config)
-        model.gradient_checkpointing, model.offload = True, offload
+        model.gradient_checkpointing = True
         for block in [*model.text_transformer_blocks, *model.visual_transformer_blocks]:
             fully_shard(block, mesh=mesh, mp_policy=PRECISION)
         fully_shard(model, mesh=mesh, mp_policy=PRECISION)
@@ -71,14 +74,19 @@ def track(preset: str, grid: tuple[int, int, int], offload: bool, blocks: int | 
         def backward() -> None:
             latent_velocity(model, *inputs, attention=attention).float().square().mean().backward()
 
+        def step() -> None:
+            # A pool of host memory of its own, so that what the tracked step needs of it is seen.
+            model.offload = _offload() if offload else None
+            backward()
+
         # The first step sets up the optimizer's moments and FSDP's buffers: not tracked.
-        backward()
+        step()
         optimizer.step()
         optimizer.zero_grad()
         tracker = FSDPMemTracker(model, optimizer)
         tracker.track_inputs(inputs)
         with tracker:
-            backward()
+            step()
             after = _named(tracker, "current", DEVICE)
         return _terms(after, _named(tracker, "peak", DEVICE), _named(tracker, "peak", HOST))
 
@@ -135,24 +143,34 @@ class KnownDensity(Nabla):
         return block_sparse_attention(q, k, v, BlockMask(offsets, indices, layout), layout)
 
 
-@contextmanager
-def _patches(offload: bool) -> Iterator[None]:
-    """What stands in for a GPU: the CPU is the device, "meta" the host that offload copies to.
+class _ToMeta:
+    """What stands in for copies to host memory: the CPU is the device, "meta" the host."""
 
-    The tracker's module hooks are off: a block has inputs that all blocks share (text, modulation), whose gradients
-    come last, and until then the hooks keep the gradient of each block's tokens alive, which no training does.
-    """
-    activations = "k5kernels.offload.activations"
-    with ExitStack() as stack:
-        stack.enter_context(patch.dict(ENGINES, {KnownDensity.name: KnownDensity()}))
-        stack.enter_context(
-            patch("torch.distributed._tools.mod_tracker.register_multi_grad_hook", lambda *args, **options: None)
-        )
-        if offload:
-            stack.enter_context(patch(f"{activations}._on_accelerator", lambda tensor: tensor.device == DEVICE))
-            stack.enter_context(
-                patch(f"{activations}._host_buffer", lambda tensor, pinned: torch.empty_like(tensor, device=HOST))
-            )
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """As `Copies`."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=HOST)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Nothing: there are no numbers."""
+
+    def wait(self, copied: None) -> None:
+        """As `Copies`."""
+
+
+def _offload() -> ActivationOffload:
+    offload = ActivationOffload()
+    offload.stores[DEVICE] = PinnedStore(DEVICE, math.inf, _ToMeta())
+    return offload
+
+
+@contextmanager
+def _patches() -> Iterator[None]:
+    """The tracker's module hooks are off: a block has inputs that all blocks share (text, modulation), whose gradients
+    come last, and until then the hooks keep the gradient of each block's tokens alive, which no training does."""
+    with (
+        patch.dict(ENGINES, {KnownDensity.name: KnownDensity()}),
+        patch("torch.distributed._tools.mod_tracker.register_multi_grad_hook", lambda *args, **options: None),
+    ):
         yield
 
 

@@ -45,6 +45,8 @@ class ActivationOffload:
     them, which their owner keeps alive anyway; tensors under min_bytes; what would go beyond budget_bytes, the most
     that is away at a time. As without the context, a tensor must not be changed in place once it is saved.
 
+    stores: where the tensors of each device go; a store of another kind can be put there.
+
     The backward raises OSError, which names the folder, where a tensor could not be written. Raises ValueError where a
     number is out of range, OSError where there can be no file in the folder.
     """
@@ -62,9 +64,9 @@ class ActivationOffload:
         if prefetch < 0:
             raise ValueError(f"prefetch: expected at least 0, got {prefetch}")
         self._budget_bytes, self._prefetch, self._min_bytes = budget_bytes, prefetch, min_bytes
-        self._stores: dict[torch.device, Store] = {}
+        self.stores: dict[torch.device, Store] = {}
         if folder is not None:
-            self._stores[torch.device("cpu")] = DiskStore(Path(folder), budget_bytes)
+            self.stores[torch.device("cpu")] = DiskStore(Path(folder), budget_bytes)
         self._sending: deque[weakref.ref[_Away]] = deque()
         self._last: weakref.ref[_Away] | None = None
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
@@ -84,9 +86,9 @@ class ActivationOffload:
 
     def close(self) -> None:
         """Let thread, file and host memory go; nothing that is away can come back."""
-        for store in self._stores.values():
+        for store in self.stores.values():
             store.close()
-        self._stores.clear()
+        self.stores.clear()
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
         if not _is_offloadable(tensor, self._min_bytes) or (store := self._store(tensor.device)) is None:
@@ -125,9 +127,9 @@ class ActivationOffload:
         return tensor
 
     def _store(self, device: torch.device) -> Store | None:
-        if device not in self._stores and device.type == "cuda":
-            self._stores[device] = PinnedStore(device, self._budget_bytes, SideStream(device))
-        return self._stores.get(device)
+        if device not in self.stores and device.type == "cuda":
+            self.stores[device] = PinnedStore(device, self._budget_bytes, SideStream(device))
+        return self.stores.get(device)
 
 
 def offload_saved_tensors(min_bytes: int = SMALLEST) -> ActivationOffload:
@@ -143,7 +145,8 @@ class _Away:
 
     def __init__(self, store: Store, slot: Slot, near: Tensor, before: "weakref.ref[_Away] | None") -> None:
         self.store, self.before = store, before
-        self._slot, self._near = slot, near
+        self._slot = slot
+        self._near: Tensor | None = near
 
     def leave(self) -> None:
         """Free the tensor, once it is sent."""

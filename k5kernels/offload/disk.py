@@ -71,7 +71,7 @@ class DiskStore:
         try:
             if tensor.stride() != form.strides:
                 tensor = tensor.contiguous()
-            left = memoryview(form.bytes_of(tensor).numpy())
+            left = form.bytes_of(tensor).numpy().data
             while left:
                 written = os.pwrite(self._file.fileno(), left, offset)
                 left, offset = left[written:], offset + written
@@ -82,7 +82,7 @@ class DiskStore:
 
     def _read(self, form: Form, offset: int) -> Tensor:
         tensor = form.empty(CPU)
-        left = memoryview(form.bytes_of(tensor).numpy())
+        left = form.bytes_of(tensor).numpy().data
         while left:
             count = os.preadv(self._file.fileno(), [left], offset)
             if count == 0:

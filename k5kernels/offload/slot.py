@@ -19,7 +19,7 @@ class Form:
     @classmethod
     def of(cls, tensor: Tensor) -> "Form":
         """The form of a copy of the tensor: its strides where it has no gaps and no overlaps, contiguous otherwise."""
-        strides = torch.empty_like(tensor, device="meta").stride()
+        strides = tensor.stride() if _is_dense(tensor) else _contiguous(tensor.shape)
         return cls(tensor.shape, strides, tensor.dtype, tensor.nbytes)
 
     def empty(self, device: torch.device) -> Tensor:
@@ -63,3 +63,21 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Let all memory, files and threads go."""
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill their part of its memory, each once."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+def _contiguous(shape: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))

@@ -67,7 +67,7 @@ def to_pinned(copies=None, **settings):
     """As on a GPU, but for the copies: CPU tensors pass for the GPU's."""
     offload = ActivationOffload(min_bytes=1, **settings)
     budget = settings.get("budget_bytes", float("inf"))
-    offload._stores[CPU] = PinnedStore(CPU, budget, copies or LateCopies())
+    offload.stores[CPU] = PinnedStore(CPU, budget, copies or LateCopies())
     return offload
 
 
@@ -261,7 +261,7 @@ def test_a_graph_that_is_dropped_gives_its_places_back(make):
     offload = make()
     blocks, x = blocks_and_input()
     out = forward(blocks, x, offload)
-    store = offload._stores[CPU]
+    store = offload.stores[CPU]
     assert store._used > 0
     del out
     gc.collect()
@@ -282,7 +282,7 @@ def test_no_more_than_the_budget_is_away_and_the_rest_stays(make):
     offload = make(budget_bytes=2 * nbytes)
     blocks, x = blocks_and_input()
     out = forward(blocks, x, offload)
-    assert offload._stores[CPU]._used == 2 * nbytes
+    assert offload.stores[CPU]._used == 2 * nbytes
     out.square().sum().backward()
     assert_bit_equal([p.grad for p in blocks.parameters()], gradients(None, steps=1))
 
