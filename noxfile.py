@@ -11,5 +11,4 @@ def dropin(session: nox.Session, diffusers: str) -> None:
     """The tests of the integration, with one release."""
     session.install("-r", "requirements.txt")
     session.install(f"diffusers=={diffusers}", "httpx")
-    session.install("--no-build-isolation", "-e", ".")
     session.run("pytest", "tests/integrations", "-m", "slow or not slow")

@@ -14,6 +14,7 @@ from k5kernels.attention import EngineUnavailableError
 from k5kernels.attention.break_even import BREAK_EVEN
 from k5kernels.integrations.diffusers import Report, UnsupportedModelError, accelerate
 from k5kernels.integrations.diffusers import models as ours
+from k5kernels.token_layout import TokenLayout
 from model.weights import config_to_json
 
 
@@ -39,6 +40,39 @@ def test_attention_that_keeps_everything_gives_the_stock_result(transformer, eng
     expected = run(transformer, batch)
     with accelerate(transformer, attention=engine, thr=1.0):
         assert relative_difference(run(transformer, batch), expected) < 1e-4
+
+
+@pytest.mark.usefixtures("stock_rounding")
+def test_tokens_that_fit_the_blocks_are_put_in_order_once_by_the_model(transformer, monkeypatch):
+    expected = run(transformer, 2, grid=(3, 16, 32))
+    asked = []
+    permutation = TokenLayout.permutation
+    monkeypatch.setattr(
+        TokenLayout, "permutation", lambda layout, *device: asked.append(1) or permutation(layout, *device)
+    )
+    with accelerate(transformer, thr=1.0) as report:
+        ours = run(transformer, 2, grid=(3, 16, 32))
+        assert asked == []
+        run(transformer, 2, grid=(3, 16, 34))
+    assert len(asked) == 2
+    assert report.engines == {"nabla": 4}
+    assert relative_difference(ours, expected) < 1e-4
+
+
+def test_in_that_order_dense_steps_are_the_stock_ones_too(transformer):
+    expected = run(transformer, grid=(3, 16, 32), time=900.0)
+    with accelerate(transformer, thr=0.1, dense_steps=1) as report:
+        assert relative_difference(run(transformer, grid=(3, 16, 32), time=900.0), expected) < 1e-5
+        run(transformer, grid=(3, 16, 32), time=500.0)
+    assert report.engines == {"nabla": 2}
+
+
+def test_the_order_of_tokens_changes_no_result(transformer, monkeypatch):
+    with accelerate(transformer, thr=0.3):
+        once = run(transformer, grid=(3, 16, 32))
+    monkeypatch.setattr(TokenLayout, "full_blocks", False)
+    with accelerate(transformer, thr=0.3):
+        assert relative_difference(run(transformer, grid=(3, 16, 32)), once) < 1e-5
 
 
 def test_without_the_stock_rounding_the_result_is_nearer_to_float32(transformer):
@@ -163,15 +197,15 @@ def test_what_somebody_put_over_ours_stays_and_ours_does_nothing(transformer):
 
 
 @pytest.mark.parametrize(
-    ("first", "whole"),
+    ("first", "whole", "grid"),
     [
-        ("compiled", False),
-        pytest.param("compiled", True, marks=pytest.mark.slow),
-        pytest.param("accelerated", False, marks=pytest.mark.slow),
-        pytest.param("accelerated", True, marks=pytest.mark.slow),
+        ("compiled", False, GRID),
+        pytest.param("compiled", True, (3, 16, 32), marks=pytest.mark.slow),
+        pytest.param("accelerated", False, (3, 16, 32), marks=pytest.mark.slow),
+        pytest.param("accelerated", True, GRID, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_before_or_after(transformer, first, whole):
+def test_compiled_before_or_after(transformer, first, whole, grid):
     torch._dynamo.reset()
     del transformer.visual_transformer_blocks[1:]
 
@@ -182,15 +216,15 @@ def test_compiled_before_or_after(transformer, first, whole):
         return transformer
 
     with accelerate(transformer, thr=0.3):
-        expected = run(transformer)
+        expected = run(transformer, grid=grid)
     model = transformer
     if first == "compiled":
         model = compile_it()
-        run(model)
+        run(model, grid=grid)
     with accelerate(model, thr=0.3):
         if first == "accelerated":
             model = compile_it()
-        assert relative_difference(run(model), expected) < 1e-5
+        assert relative_difference(run(model, grid=grid), expected) < 1e-5
 
 
 def test_arguments_by_place_are_taken_as_by_name(transformer):

@@ -130,3 +130,90 @@ def test_joint_attention_is_refused_by_name_and_its_blocks_can_be_cached():
         computed, cached = call(900.0), call(899.99)
     assert report.caches[0].skipped == 1
     assert relative_difference(cached, computed) < 1e-3
+
+
+@pytest.fixture
+def sr() -> Any:
+    if not hasattr(diffusers, "Kandinsky6SRTransformer3DModel"):
+        pytest.skip("this diffusers has no Kandinsky 6")
+    torch.manual_seed(0)
+    model = super_resolution().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def refine(model: Any, height: int, width: int, time: float = 500.0) -> Tensor:
+    x = torch.randn(2, 2, height, width, 9, generator=torch.Generator().manual_seed(0))
+    return model(x, torch.full((2,), time)).sample
+
+
+def refine_densely(model: Any, height: int, width: int) -> Tensor:
+    """By diffusers' own layers, with the tokens in rows and dense attention: what a mask of all blocks amounts to."""
+    from diffusers.models.transformers.transformer_kandinsky6_sr import apply_rotary
+
+    def attend(attn: Any, x: Tensor, rotations: Tensor, sparse_params: Any) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (attn.num_heads, -1)) for layer in (attn.to_query, attn.to_key, attn.to_value)
+        )
+        q, k = apply_rotary(attn.query_norm(q), rotations), apply_rotary(attn.key_norm(k), rotations)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return attn.out_layer(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 2, height, width, 9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        temb = model.time_embeddings(torch.full((2,), 500.0)) + model.pooled_bias
+        positions = [torch.arange(side) for side in x.shape[1:4]]
+        rotations = model.visual_rope_embeddings(positions, model.config.scale_factor).flatten(0, 2)
+        tokens = model.visual_embeddings(x).flatten(1, 3)
+        for block in model.visual_transformer_blocks:
+            stock = block.self_attention.processor
+            block.self_attention.set_processor(attend)
+            tokens = block(tokens, temb, rotations, None)
+            block.self_attention.set_processor(stock)
+        return model.out_layer(tokens.unflatten(1, x.shape[1:4]), temb)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (9, 20), (5, 3)])
+def test_super_resolution_runs_at_any_size(sr, size):
+    expected = refine_densely(sr, *size)
+    with leaves_no_trace_of(sr, run), accelerate(sr, attention="nabla", thr=1.0) as report:
+        assert relative_difference(refine(sr, *size), expected) < 1e-4
+    assert report.engines == {"nabla": 2}
+    if size != (8, 16):
+        with pytest.raises(ValueError, match="divisible by 8"):
+            refine(sr, *size)
+
+
+def test_super_resolution_is_dense_by_us_where_it_is_to_be_dense(sr):
+    expected = refine_densely(sr, 9, 20)
+    with accelerate(sr, attention="nabla", thr=0.1, dense_steps=1) as report:
+        assert relative_difference(refine(sr, 9, 20), expected) < 1e-4
+        assert relative_difference(refine(sr, 9, 20, time=300.0), expected) > 1e-3
+    assert report.engines == {"dense": 2, "nabla": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
+def test_super_resolution_at_any_size_is_compiled_as_it_is(sr, whole):
+    torch._dynamo.reset()
+    del sr.visual_transformer_blocks[1:]
+    with accelerate(sr, attention="nabla", thr=0.3):
+        expected = refine(sr, 9, 20)
+        if whole:
+            compiled = torch.compile(sr, backend="eager")
+        else:
+            sr.compile_repeated_blocks(backend="eager")
+            compiled = sr
+        assert relative_difference(refine(compiled, 9, 20), expected) < 1e-5
+
+
+def test_a_cache_skips_blocks_of_super_resolution_at_any_size(sr):
+    policy = MagCache({"cond": [1.0] * 9}, retention=0.0)
+    with leaves_no_trace_of(sr, run), accelerate(sr, thr=0.3, cache=policy) as report:
+        computed, cached = refine(sr, 9, 20), refine(sr, 9, 20, time=499.99)
+    assert report.caches[0].skipped == 1
+    assert relative_difference(cached, computed) < 1e-3

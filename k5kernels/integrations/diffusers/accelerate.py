@@ -16,11 +16,13 @@ from k5kernels.integrations.diffusers.choice import configs_for, configs_for_cli
 from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of
 from k5kernels.integrations.diffusers.overlays import NoSparseParams, Overlay
 from k5kernels.integrations.diffusers.report import Report
+from k5kernels.integrations.diffusers.super_resolution import AnySize
 from k5kernels.integrations.diffusers.vae import VAEModes, is_vae
 from k5kernels.token_layout import TokenLayout
 from k5kernels.vae.plan import Mode
 
 SPARSE_PARAMS = 7  # place among the arguments of Kandinsky 5's forward
+FRACTAL_ORDER = {"to_fractal": True}
 TRANSFORMERS = ("transformer", "transformer_2")  # of Wan 2.2 the second is for the last steps
 
 
@@ -73,22 +75,27 @@ class _Attention:
                 attention.set_processor(_still_active(ours))
 
     def _before_pass(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Notes the shape of the clip and the step, and in Kandinsky 5 leaves the order of tokens to us."""
+        """Notes the shape of the clip and the step, and tells Kandinsky 5 how to order its tokens: once for all blocks
+        where their sides are multiples of 8."""
         shared = self._shared
         hidden_states = args[0] if args else kwargs["hidden_states"]
         layout = TokenLayout((shared.family.grid(transformer, hidden_states),))
         if shared.auto is not None and layout != shared.layout:
-            shared.configs = configs_for_clip(shared.auto, layout, transformer, hidden_states.device)
+            shared.configs = configs_for_clip(
+                shared.auto, layout, transformer, shared.family.pixels, hidden_states.device
+            )
             shared.dense_layers.clear()
         shared.layout = layout
         if shared.dense_steps or shared.densities:
             given = dict(zip(self._names, args, strict=False)) | kwargs
             shared.step = self._steps.number(given["timestep"])
-        if type(transformer).__name__ != "Kandinsky5Transformer3DModel":
+        if not shared.family.orders_tokens:
             return args, kwargs
+        sparse = any(config.sparse for config in shared.configs)
+        order = FRACTAL_ORDER if sparse and layout.full_blocks else None
         if len(args) > SPARSE_PARAMS:
-            return (*args[:SPARSE_PARAMS], None, *args[SPARSE_PARAMS + 1 :]), kwargs
-        return args, {**kwargs, "sparse_params": None}
+            return (*args[:SPARSE_PARAMS], order, *args[SPARSE_PARAMS + 1 :]), kwargs
+        return args, {**kwargs, "sparse_params": order}
 
 
 def _still_active(ours: VisualSelfAttention) -> Any:
@@ -174,6 +181,8 @@ def accelerate(
         for model, family, config, policy in zip(models, families, configs, policies, strict=True):
             if family is not None and config is not None:
                 done._parts.append(_put_attention(model, family, config, attention, dense_steps, densities, report))
+            if family is not None and family.sparse_itself:
+                done._parts.append(AnySize(model, "forward"))
             if policy is not None:
                 done._parts.append(TransformerCache(model, policy, pipeline, report))
         if attention is not None and hasattr(pipeline, "get_sparse_params"):

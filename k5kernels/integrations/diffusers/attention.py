@@ -1,6 +1,6 @@
 """The processor that takes the place of diffusers' own in the self-attention over visual tokens."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from k5kernels.attention import AttentionConfig, attention, break_even, record_block_masks
 from k5kernels.block_mask import BlockMask
 from k5kernels.integrations.diffusers.models import Family
-from k5kernels.integrations.diffusers.report import DENSE_STEPS, Report
+from k5kernels.integrations.diffusers.report import DENSE, DENSE_MASK, DENSE_STEPS, Report
 from k5kernels.token_layout import TokenLayout
 
 
@@ -74,17 +74,26 @@ class VisualSelfAttention:
         """attn: the module of diffusers. hidden_states: [B, S, d], tokens frame by frame, row by row, or in fractal
         order where the model has put them so. The rest is as the model gives it. Returns [B, S, d].
         """
-        given = dict(zip(self.shared.family.arguments, args, strict=False)) | kwargs
-        if (reason := self._why_not(hidden_states, given)) is not None:
-            if self.shared.active and not torch.compiler.is_compiling():
-                self.shared.report.unchanged[reason] += 1
+        shared = self.shared
+        if not shared.active:
             return self.original(attn, hidden_states, *args, **kwargs)
-        return self._attend(attn, hidden_states, given[self.shared.family.rotations])
+        family, config = shared.family, shared.configs[self.layer]
+        given = dict(zip(family.arguments, args, strict=False)) | kwargs
+        ordered = family.sparse_itself or (family.orders_tokens and given.get("sparse_params") is not None)
+        reason = self._why_not(hidden_states, given)
+        if reason is not None and not torch.compiler.is_compiling():
+            shared.report.unchanged[reason] += 1
+        if reason in DENSE and family.sparse_itself:  # as before would not be dense
+            reason, config = None, replace(config, engine="auto")
+        if reason is None:
+            return self._attend(attn, hidden_states, given[family.rotations], config, ordered)
+        if family.orders_tokens and not isinstance(self.original, VisualSelfAttention):
+            # Ours, which says nothing but the order. Without it attention is dense, the same in any order.
+            return self.original(attn, hidden_states, **given | {"sparse_params": None})
+        return self.original(attn, hidden_states, *args, **kwargs)
 
     def _why_not(self, hidden_states: Tensor, given: dict[str, Any]) -> str | None:
         shared = self.shared
-        if not shared.active:
-            return "ended"
         if (reason := shared.family.why_not(given)) is not None:
             return reason
         if shared.layout is None or shared.layout.tokens != hidden_states.shape[1]:
@@ -93,14 +102,13 @@ class VisualSelfAttention:
             return "context parallelism is on"
         if 0 <= shared.step < shared.dense_steps:
             return DENSE_STEPS
-        if self.layer in shared.dense_layers:
-            return "its mask was too dense to gain by it"
-        return None
+        return DENSE_MASK if self.layer in shared.dense_layers else None
 
-    def _attend(self, attn: Any, x: Tensor, rotations: Any) -> Tensor:
-        family, layout, config = self.shared.family, self.shared.layout, self.shared.configs[self.layer]
+    def _attend(self, attn: Any, x: Tensor, rotations: Any, config: AttentionConfig, ordered: bool) -> Tensor:
+        """ordered: whether the tokens are in fractal order."""
+        family, layout = self.shared.family, self.shared.layout
         assert layout is not None
-        order = layout.permutation(x.device) if config.sparse and not family.in_fractal_order else None
+        order = layout.permutation(x.device) if config.sparse and not ordered else None
         cos, sin = family.rope(rotations)
         if order is not None:
             x, cos, sin = x[:, order], cos[order], sin[order]
@@ -117,7 +125,7 @@ class VisualSelfAttention:
 
         if torch.compiler.is_compiling():
             return run()
-        shared.report.engines[config.engine] += 1
+        shared.report.engines["dense" if config.engine == "auto" else config.engine] += 1
         if not config.sparse or not (shared.densities or shared.auto is not None):
             return run()
         with record_block_masks(lambda mask: self._note(mask, q.device)):

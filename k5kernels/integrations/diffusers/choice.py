@@ -9,7 +9,7 @@ from k5kernels.attention import ENGINES, AttentionConfig, Call, EngineUnavailabl
 from k5kernels.token_layout import TokenLayout
 
 DEFAULT_THR = 0.9
-PIXELS_SIDE, PIXELS_TIME, FRAMES_A_SECOND = 8, 4, 24  # of a cell of the latent
+FRAMES, FRAMES_A_SECOND = 4, 24  # of a cell of the latent; of a video
 
 
 def configs_for(
@@ -57,12 +57,12 @@ def _head_dim(model: Any) -> int:
 
 
 def configs_for_clip(
-    configs: Sequence[AttentionConfig], layout: TokenLayout, model: Any, device: torch.device
+    configs: Sequence[AttentionConfig], layout: TokenLayout, model: Any, pixels: int, device: torch.device
 ) -> list[AttentionConfig]:
-    """The same with the engine that §7.2 names for a clip of these tokens."""
+    """The same with the engine that §7.2 names for a clip of these tokens. pixels: of the side of a cell."""
     ((T, H, W),) = layout.clips
     patch = model.config.patch_size
-    frames = PIXELS_TIME * (T * patch[0] - 1) + 1
+    frames = FRAMES * (T * patch[0] - 1) + 1
     seconds = frames / FRAMES_A_SECOND if frames > 1 else 0.0
-    height, width = H * patch[1] * PIXELS_SIDE, W * patch[2] * PIXELS_SIDE
+    height, width = H * patch[1] * pixels, W * patch[2] * pixels
     return [config.for_clip(height, width, seconds, device, model.dtype) for config in configs]

@@ -24,9 +24,10 @@ class Family:
     attentions: the modules that attend over visual tokens, layer by layer. arguments: of their processors, after the
     module and the tokens. rotations: the name of the one that has the positions. grid: the tokens (T, H, W) of a pass,
     from the model and its input. rope: cos and sin of the positions, each [S, D/2]. heads: q, k and v, each
-    [B, S, h, D], of the tokens. project: what stands after attention. in_fractal_order: whether the model itself puts
-    the tokens in that order. zero_shot: why nobody promises that sparse attention keeps the quality; empty where the
-    model was trained with it. blocks: the lists that a cache goes around.
+    [B, S, h, D], of the tokens. project: what stands after attention. blocks: the lists that a cache goes around.
+    sparse_itself: whether the model's own attention is NABLA, over tokens in fractal order. orders_tokens: whether it
+    can put them in that order, told by its argument `sparse_params`. pixels: of the side of a cell of its latents.
+    zero_shot: why nobody promises that sparse attention keeps the quality; empty where the model was trained with it.
     """
 
     attentions: Callable[[Any], list[Any]]
@@ -37,7 +38,9 @@ class Family:
     heads: Callable[[Any, Tensor, Tensor, Tensor], Heads]
     project: Callable[[Any, Tensor], Tensor]
     blocks: tuple[str, ...]
-    in_fractal_order: bool = False
+    sparse_itself: bool = False
+    orders_tokens: bool = False
+    pixels: int = 8
     zero_shot: str = ""
 
     def why_not(self, given: Mapping[str, Any]) -> str | None:
@@ -118,13 +121,15 @@ def _kandinsky(**differences: Any) -> Family:
 
 
 FAMILIES = {
-    "Kandinsky5Transformer3DModel": _kandinsky(),
+    "Kandinsky5Transformer3DModel": _kandinsky(orders_tokens=True),
     "Kandinsky6Transformer3DModel": _kandinsky(
         attentions=lambda model: [block.video_dec_block.self_attention for block in model.visual_transformer_blocks],
         arguments=("encoder_hidden_states", "rotary_emb", "rotary_emb_kv", "attn_mask"),
         zero_shot="Kandinsky 6 was trained with dense attention",
     ),
-    "Kandinsky6SRTransformer3DModel": _kandinsky(arguments=("rotary_emb", "sparse_params"), in_fractal_order=True),
+    "Kandinsky6SRTransformer3DModel": _kandinsky(
+        arguments=("rotary_emb", "sparse_params"), sparse_itself=True, pixels=16
+    ),
     "WanTransformer3DModel": Family(
         attentions=lambda model: [block.attn1 for block in model.blocks],
         arguments=("encoder_hidden_states", "attention_mask", "rotary_emb"),

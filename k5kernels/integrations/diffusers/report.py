@@ -13,6 +13,8 @@ from k5kernels.block_mask import BlockMask
 from k5kernels.cache import CacheReport
 
 DENSE_STEPS = "one of the first steps, which were asked to be dense"
+DENSE_MASK = "its mask was too dense to gain by it"
+DENSE = (DENSE_STEPS, DENSE_MASK)
 
 
 class Report:
@@ -20,8 +22,9 @@ class Report:
 
     densities: layer -> step -> one value a head, [h], the mean over the samples, for each pass of the model; empty
     where densities were not asked for, and in compiled code. unchanged: reason -> number of calls that ran as they
-    would have without us. engines: engine -> number of calls. notes: what a user should know before trusting the
-    result. caches: one for each model that has one. vae: what its encoder and decoder did -> number of calls.
+    would have without us (densely, where the model itself never does). engines: engine -> number of calls. notes: what
+    a user should know before trusting the result. caches: one for each model that has one. vae: what its encoder and
+    decoder did -> number of calls.
     """
 
     def __init__(self) -> None:
