@@ -19,3 +19,15 @@ def fill_disk_under(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             touch(path, *arguments, **settings)
 
     monkeypatch.setattr(Path, "touch", link_or_touch)
+
+
+def fill_disk_in(folder: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of this name is made with a file in it that is such a link."""
+    mkdir = Path.mkdir
+
+    def make_with_link(path: Path, *arguments, **settings) -> None:
+        mkdir(path, *arguments, **settings)
+        if path.name == folder:
+            (path / name).symlink_to(FULL_DISK)
+
+    monkeypatch.setattr(Path, "mkdir", make_with_link)

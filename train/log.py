@@ -2,9 +2,13 @@
 
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from k5kernels.atomic import replacing
@@ -47,6 +51,44 @@ class Log:
         """Time of all steps, without checkpoints and what was measured between them."""
         steps = [{"step": 0}, *self.rows()]
         return sum((row["step"] - before["step"]) * row["step_ms"] / 1e3 for before, row in pairwise(steps))
+
+
+@dataclass
+class Interval:
+    """The steps since the last row. losses: of those that were taken. left_out: the samples of each that was not."""
+
+    losses: list[float] = field(default_factory=list)
+    left_out: list[Sequence[str]] = field(default_factory=list)
+    step_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time in the block is that of steps."""
+        began = time.perf_counter()
+        yield
+        self.step_seconds += time.perf_counter() - began
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[None]:
+        """Time in the block is that for which a checkpoint holds training up."""
+        began = time.perf_counter()
+        yield
+        self.checkpoint_seconds += time.perf_counter() - began
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The row after this step; `left_out` and the samples are in it where a step was."""
+        steps = len(self.losses) + len(self.left_out)
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": round(fmean(self.losses), 5) if self.losses else None,
+            "step_ms": round(self.step_seconds * 1e3 / steps, 1),
+            "checkpoint_ms": round(self.checkpoint_seconds * 1e3, 1),
+        }
+        if self.left_out:
+            samples = sorted({sample for samples in self.left_out for sample in samples})
+            row |= {"left_out": len(self.left_out), "left_out_samples": samples}
+        return row
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -2,10 +2,9 @@
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,18 +12,26 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from k5kernels.profiling import stage
-from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, refuse_others, save_checkpoint
-from train.log import Log
+from k5kernels.terminal import Stopped, complain
+from train.checkpoint import KEEP, CheckpointError, Checkpoints, Saved, refuse_others
+from train.log import Interval, Log
 from train.parallel import ALONE, Parallel, whole
+from train.ranks import everywhere
 from train.schedule import Schedule
 from train.stage import Loss, Stage
+from train.stopping import StopRequest, noting_stops
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+NONFINITE_LIMIT = 3
 
 
 class NonFiniteError(ValueError):
-    """A loss or a gradient that is infinite or NaN: no step was taken with it."""
+    """A loss or a gradient that is infinite or NaN: no step was taken with it. samples: what it was computed from."""
+
+    def __init__(self, message: str, samples: Sequence[str]) -> None:
+        super().__init__(message)
+        self.samples = samples
 
 
 class Loop:
@@ -38,7 +45,10 @@ class Loop:
 
     def __init__(self, stage: Stage, schedule: Schedule, parallel: Parallel = ALONE) -> None:
         self.stage, self.schedule, self.parallel = stage, schedule, parallel
-        self.done = self.saved = 0
+        self.done = 0
+        self.checkpoints: Checkpoints | None = None
+        self._begun = self._resumed = 0  # steps behind the checkpoint that was begun last, and the one resumed from
+        self._stop, self._stopping = StopRequest(), False
         for group in self._groups():
             group.setdefault("peak_lr", group["lr"])
 
@@ -47,29 +57,40 @@ class Loop:
         """The schedule's and the stage's, as JSON has them; a checkpoint keeps them."""
         return json.loads(json.dumps({**self.schedule.settings, **self.stage.settings}))
 
+    @property
+    def saved(self) -> int:
+        """Steps behind the newest checkpoint that is whole, 0 where there is none."""
+        return max(self._resumed, self.checkpoints.saved if self.checkpoints is not None else 0)
+
     def step(self) -> float:
         """One update of the parameters; the loss before it."""
         loss = self.backward()
         self.update()
         return loss
 
-    def backward(self) -> float:
-        """Loss, its mean over all processes, and clipped gradients of the next step.
+    def backward(self, ahead: int = 0) -> float:
+        """Loss, its mean over all processes, and clipped gradients of the next step, or of the one `ahead` steps later.
 
-        Raises NonFiniteError, on every process, where one of them is not finite.
+        Raises, on every process, NonFiniteError where one of them is not finite, OSError where a save has failed.
         """
-        generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.done)
+        step = self.done + ahead
+        generator = torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + step)
         with stage("loss"):
-            loss = self.stage.loss(self.done, generator)
+            loss = self.stage.loss(step, generator)
         for optimizer in self.stage.optimizers.values():
             optimizer.zero_grad()
         with stage("backward"):
             loss.value.backward()
         norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None]))
-        mean = self.parallel.mean(loss.value.detach())
-        value, size = torch.stack([mean, norm]).tolist()  # the only point of a step that waits for the device
-        self._check_finite("loss", value, loss)
-        self._check_finite("norm of the gradients", size, loss)
+        told = loss.value.new_tensor([self._stop.number != 0, self.checkpoints is not None and self.checkpoints.failed])
+        agreed = self.parallel.mean(torch.stack([loss.value.detach(), *told]))
+        # The only point of a step that waits for the device.
+        value, stopping, failed, size = torch.stack([*agreed, norm]).tolist()
+        self._stopping = stopping > 0
+        if failed and self.checkpoints is not None:
+            self.checkpoints.wait()
+        _check_finite(step, "loss", value, loss)
+        _check_finite(step, "norm of the gradients", size, loss)
         if self.schedule.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters(), self.schedule.max_grad_norm, norm)
         return value
@@ -92,76 +113,144 @@ class Loop:
         measure: Callable[[], Mapping[str, Any]] = dict,
         *,
         set_on_resume: bool = False,
+        keep: int = KEEP,
+        nonfinite_limit: int = NONFINITE_LIMIT,
     ) -> None:
-        """Train to the end of the schedule, from the folder's checkpoint where there is one.
+        """Train to the end of the schedule, from the folder's newest whole checkpoint where there is one.
 
         Every `every` steps and at the end, out/log.jsonl gets a row with the mean loss and time of the steps since the
-        row before and what `measure`, called on every process, returns on the first. out/checkpoint.pt is replaced,
-        but only once the next step's loss and gradients are finite: parameters that a step has ruined never take the
-        place of good ones.
+        row before and what `measure`, called on every process, returns on the first. out/checkpoints gets a
+        checkpoint, which is written while training goes on; the newest `keep` stay. It is begun only once the next step's loss and gradients are finite: parameters that
+        a step has ruined never take the place of good ones. A step whose loss or gradients are not finite is left out,
+        and the log names its samples; `nonfinite_limit` of them in a row end the training.
+
+        SIGTERM and Ctrl-C end it between two steps, by Stopped, when the steps that are done are saved.
 
         set_on_resume: go on from a checkpoint of other settings with this run's. Raises CheckpointError where the
-        checkpoint cannot be gone on from, NonFiniteError where training cannot go on; the checkpoint then stays.
+        checkpoint cannot be gone on from, NonFiniteError where training cannot go on, OSError where nothing can be
+        written; the checkpoints then stay.
         """
         out.mkdir(parents=True, exist_ok=True)
-        log, checkpoint = Log(out / LOG), out / CHECKPOINT
-        self.resume(checkpoint, set_on_resume)
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, keep)
+        self.checkpoints.remove_partial()
+        self._resume(self.checkpoints, set_on_resume)
+        with noting_stops() as self._stop:
+            try:
+                self._train(Log(out / LOG), every, measure, nonfinite_limit)
+                self._prove(nonfinite_limit)
+                self._begin_save()
+            except NonFiniteError as error:
+                self.checkpoints.wait()
+                kept = f"the checkpoint of step {self.saved} stays" if self.saved else "there is no checkpoint yet"
+                raise NonFiniteError(
+                    f"{error}; {kept}: look at these samples, or lower the learning rate", error.samples
+                ) from error
+            finally:
+                self.checkpoints.wait()
+
+    def save(self, folder: Path) -> None:
+        """Add a checkpoint with everything a resumed run needs to the folder."""
+        self.checkpoints = Checkpoints(folder)
+        self._begin_save()
+        self.checkpoints.wait()
+
+    def resume(self, folder: Path, set_on_resume: bool = False) -> bool:
+        """Go on from the newest whole checkpoint in a folder; False where there is none.
+
+        Says in a line which newer ones are damaged, and sets them aside. Raises CheckpointError as `run` does.
+        """
+        return self._resume(Checkpoints(folder), set_on_resume)
+
+    def _train(self, log: Log, every: int, measure: Callable[[], Mapping[str, Any]], nonfinite_limit: int) -> None:
+        """The steps that are left."""
         if self.parallel.first:
             log.keep_until(self.done)
-        losses: list[float] = []
-        seconds = 0.0
+        interval, in_a_row = Interval(), 0
         steps = range(self.done, self.schedule.steps)
         for _ in track(steps, description="training", disable=not self.parallel.first):
-            began = time.perf_counter()
-            losses.append(self.backward())
-            seconds += time.perf_counter() - began
-            if self.done % every == 0 and self.done > self.saved:
-                self.save(checkpoint)
-            began = time.perf_counter()
-            self.update()
-            seconds += time.perf_counter() - began
+            with interval.step():
+                try:
+                    interval.losses.append(self.backward())
+                    in_a_row = 0
+                except NonFiniteError as error:
+                    interval.left_out.append(error.samples)
+                    in_a_row += 1
+                    if in_a_row == nonfinite_limit:
+                        raise
+            if in_a_row:
+                self.done += 1
+            else:
+                with interval.checkpoint():
+                    self._save_if_due(every)
+                with interval.step():
+                    self.update()
             if self.done % every == 0 or self.done == self.schedule.steps:
-                row: dict[str, Any] = {"step": self.done, "loss": round(fmean(losses), 5)}
-                row["step_ms"] = round(seconds * 1e3 / len(losses), 1)
                 measured = measure()
                 if self.parallel.first:
-                    log.append({**row, **measured})
-                losses, seconds = [], 0.0
-        if self.done > self.saved:
-            self.backward()
-            self.save(checkpoint)
+                    log.append({**interval.row(self.done), **measured})
+                interval = Interval()
 
-    def save(self, path: Path) -> None:
-        """Write everything a resumed run needs; the former file stays until the new one is whole."""
-        save_checkpoint(Checkpoint(self.done, self.settings, self.stage.state_dict()), path)
-        self.saved = self.done
+    def _save_if_due(self, every: int) -> None:
+        """The parameters are good: they have just given a finite loss and finite gradients."""
+        if self._stopping or self.done // every * every > self._begun:
+            self._begin_save()
+        if self._stopping:
+            raise Stopped(self._stop.number or signal.SIGTERM)
 
-    def resume(self, path: Path, set_on_resume: bool = False) -> bool:
-        """Go on from a checkpoint; False where there is none. Raises CheckpointError as `run` does."""
-        checkpoint = load_checkpoint(path)
-        if checkpoint is None:
+    def _prove(self, nonfinite_limit: int) -> None:
+        """Show that the last parameters are good; a batch that is not is passed over, as in training."""
+        if self.done == self._begun:
+            return
+        for ahead in range(nonfinite_limit):
+            try:
+                self.backward(ahead)
+                return
+            except NonFiniteError:
+                if ahead == nonfinite_limit - 1:
+                    raise
+
+    def _begin_save(self) -> None:
+        assert self.checkpoints is not None
+        if self.done > self._begun:
+            with stage("checkpoint"):
+                self.checkpoints.save(self.done, self.settings, self.stage.state_dict())
+            self._begun = self.done
+
+    def _resume(self, checkpoints: Checkpoints, set_on_resume: bool) -> bool:
+        saved, refused = checkpoints.newest()
+        if saved is None:
             return False
-        refuse_others(path, checkpoint.settings, self.settings, set_on_resume)
-        if checkpoint.done > self.schedule.steps:
-            raise CheckpointError(f"{path}: {checkpoint.done} steps are done, expected at most {self.schedule.steps}")
-        try:
-            self.stage.load_state_dict(checkpoint.stage)
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path}: its state does not fit this stage ({reason})") from error
-        self.done = self.saved = checkpoint.done
+        refuse_others(saved.path, saved.settings, self.settings, set_on_resume)
+        if saved.done > self.schedule.steps:
+            raise CheckpointError(f"{saved.path}: {saved.done} steps are done, expected at most {self.schedule.steps}")
+        self._load(saved, checkpoints)
+        if refused:
+            checkpoints.set_aside_after(saved.done)
+        if self.parallel.first:
+            for error in refused:
+                complain(f"{error}; set aside, training goes on from step {saved.done}", "train")
+        self.done = self._begun = self._resumed = saved.done
         return True
 
-    def _check_finite(self, what: str, value: float, loss: Loss) -> None:
-        if not math.isfinite(value):
-            kept = f"the checkpoint of step {self.saved} stays" if self.saved else "there is no checkpoint yet"
-            raise NonFiniteError(
-                f"step {self.done + 1}: expected a finite {what}, got {value}, on {', '.join(loss.samples)}; {kept}: "
-                "look at these samples, or lower the learning rate"
-            )
+    def _load(self, saved: Saved, checkpoints: Checkpoints) -> None:
+        try:
+            tensors = self.stage.room(saved.tensors())
+            saved.read_into(tensors, checkpoints.group)
+            everywhere(lambda: self.stage.take(tensors), checkpoints.group)
+        except CheckpointError:
+            raise
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{saved.path}: its state does not fit this stage ({reason})") from error
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.stage.optimizers.values() for group in optimizer.param_groups]
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self._groups() for parameter in group["params"]]
+
+
+def _check_finite(step: int, what: str, value: float, loss: Loss) -> None:
+    if not math.isfinite(value):
+        words = f"step {step + 1}: expected a finite {what}, got {value}, on {', '.join(loss.samples)}"
+        raise NonFiniteError(words, loss.samples)

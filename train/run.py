@@ -2,7 +2,7 @@
 
     torchrun -m train.run --latents runs/latents --init model/nano/crossdit.safetensors --out runs/first --steps 200
 
-Writes `log.jsonl`, `checkpoint.pt` (the same command goes on from it) and, when done, `crossdit.safetensors`
+Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest) and, when done, `crossdit.safetensors`
 with the averaged weights. Every row of the log has the planner's prediction beside what was measured; `--dry-run`
 prints the prediction and trains nothing, `--profile` says for which machine.
 """
@@ -35,7 +35,7 @@ from model.weights import load_crossdit, read_crossdit_config, save_crossdit
 from train.checkpoint import check_settings
 from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossdit_settings
 from train.latents import LatentSet, read_shards
-from train.loop import CHECKPOINT, Loop
+from train.loop import CHECKPOINTS, Loop
 from train.only_training import only_training
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
@@ -193,7 +193,7 @@ def main(
     def left() -> str:
         if loop is None or not loop.saved:
             return "nothing is saved yet"
-        return f"{out / CHECKPOINT} holds step {loop.saved} of {steps}, and the same command goes on from there"
+        return f"{out / CHECKPOINTS} holds step {loop.saved} of {steps}, and the same command goes on from there"
 
     with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left), ExitStack() as held:
         # What is wrong with the settings is said before anything is loaded.
@@ -216,7 +216,7 @@ def main(
             held.enter_context(only_training(out))
             start = None if init is None else weights_digest(init)
             known = schedule.settings | crossdit_settings(config, sizes, start)
-            check_settings(out / CHECKPOINT, known, set_on_resume)
+            check_settings(out / CHECKPOINTS, known, set_on_resume)
         data = LatentSet(read_shards(latents), None if no_captions else texts)
         planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
         if dry_run_only:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from k5kernels.device import device_of
@@ -68,40 +69,60 @@ class Stage(ABC):
         """The loss of a step, counted from 0, on data drawn for it. generator: of the CPU; every draw comes from it,
         so that a step depends on the seed and its number alone, and not on the device or on an interruption."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the stage. The optimizers' hyperparameters are not in it: settings say them."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.tensors,
-            "optimizers": {name: optimizer.state_dict()["state"] for name, optimizer in self.optimizers.items()},
-        }
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors themselves, by name, that a checkpoint keeps of the stage.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy a `state_dict`, from whatever device, into this stage's tensors.
-
-        Raises KeyError, RuntimeError or ValueError where it is another stage's, or holds infinities or NaN.
+        The optimizers' hyperparameters are not among them: settings say them. Raises TypeError where an optimizer keeps
+        other things than tensors.
         """
-        self.model.load_state_dict(state["model"])
-        for name, average in self.average.tensors.items():
-            average.copy_(state["average"][name])
+        state = self._own()
         for name, optimizer in self.optimizers.items():
-            # An optimizer keeps the tensors it is given; these may be a file's.
-            own = {
-                index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entries.items()}
-                for index, entries in state["optimizers"][name].items()
-            }
-            optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-            _check_state(name, optimizer)
-        for name, tensor in (*self.model.state_dict().items(), *self.average.tensors.items()):
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name}: expected finite numbers, got inf or nan")
+            for index, kept in optimizer.state_dict()["state"].items():
+                state |= {f"optimizers.{name}.{index}.{key}": value for key, value in kept.items()}
+        for name, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        return state
 
+    def room(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to read a `state_dict` into, this stage's own but for the optimizers': `take` gives them those.
 
-def _check_state(name: str, optimizer: Optimizer) -> None:
-    """What an optimizer keeps of a parameter: finite, and of its shape or a scalar."""
-    for parameter, kept in optimizer.state.items():
-        for key, value in kept.items():
-            if not isinstance(value, Tensor) or value.shape not in (parameter.shape, ()):
-                raise ValueError(f"{name}: expected {key} as a tensor {list(parameter.shape)} or a scalar")
-            if not value.isfinite().all() or (key == "step" and value < 0):
-                raise ValueError(f"{name}: expected {key} of finite numbers and steps from 0, got others")
+        stored: names, shapes and dtypes of what will be read. Raises ValueError where it is another stage's.
+        """
+        room = self._own()
+        if missing := room.keys() - stored.keys():
+            raise ValueError(f"expected {min(missing)}, which it does not have")
+        for name in stored.keys() - room.keys():
+            room[name] = self._room_of_optimizer(name, stored[name])
+        for name, tensor in room.items():
+            if tensor.shape != stored[name].shape:
+                raise ValueError(f"{name}: expected {list(tensor.shape)}, got {list(stored[name].shape)}")
+        return room
+
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with what was read into `room`. Raises ValueError where it holds infinities, NaN or negative steps."""
+        states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self.optimizers}
+        for name in state.keys() - self._own().keys():
+            _, optimizer_name, index, key = name.split(".")
+            states[optimizer_name].setdefault(int(index), {})[key] = state[name]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict({"state": states[name], "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, tensor in state.items():
+            here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if not here.isfinite().all() or (name.endswith(".step") and (here < 0).any()):
+                raise ValueError(f"{name}: expected finite numbers and steps from 0, got others")
+
+    def _own(self) -> dict[str, Tensor]:
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        return model | {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+
+    def _room_of_optimizer(self, name: str, stored: Tensor) -> Tensor:
+        match name.split("."):
+            case ["optimizers", optimizer, index, _] if optimizer in self.optimizers and index.isdecimal():
+                groups = self.optimizers[optimizer].param_groups
+                parameters = [parameter for group in groups for parameter in group["params"]]
+                if int(index) < len(parameters):
+                    parameter = parameters[int(index)].detach()
+                    scalar = stored.ndim == 0 and parameter.ndim > 0
+                    return torch.zeros((), dtype=stored.dtype) if scalar else torch.zeros_like(parameter)
+        raise ValueError(f"{name}: expected no such tensor")

@@ -6,7 +6,6 @@ import math
 import random
 import struct
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,20 +104,6 @@ def mutate_tar_members(data: bytes, draw: random.Random) -> bytes:
         for info, content in members:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return made.getvalue()
-
-
-def mutate_zip_member(data: bytes, draw: random.Random) -> bytes:
-    """A whole zip, its checksums right, one of whose members was changed."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
-        names = old.namelist()
-        # Half of the time the member that describes the others.
-        pickles = [name for name in names if name.endswith(".pkl")]
-        changed = draw.choice(pickles if draw.random() < 0.5 else names)
-        for name in names:
-            content = old.read(name)
-            new.writestr(name, mutate_bytes(content, draw) if name == changed else content)
     return made.getvalue()
 
 

@@ -1,6 +1,7 @@
 """A training goes on from a damaged checkpoint as from the good one, or is refused in a line that names it."""
 
 import random
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from many_cases import refusal, tally
-from mutations import mutate_bytes, mutate_zip_member
+from mutations import mutate_bytes
 
-from train.checkpoint import check_settings
+from train.checkpoint import INDEX, _mark, _read_manifest, _write_manifest, check_settings, step_name
 from train.loop import Loop
 from train.schedule import Schedule
 from train.stage import Loss, Stage
+
+SHARD = "__0_0.distcp"
 
 
 class Line(Stage):
@@ -48,26 +51,37 @@ def state() -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class DamagedCheckpoint:
-    checkpoint: bytes
+    """files: of the one checkpoint in a folder, by name."""
+
+    files: dict[str, bytes]
 
     def __call__(self, case: int, folder: Path) -> str:
         draw = random.Random(case)
+        path = folder / step_name(3)
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        for name, content in self.files.items():
+            (path / name).write_bytes(content)
         # Checksums that are right again: no disk does this, but a program that writes such files may.
-        in_members = draw.random() < 0.5
-        path = folder / "checkpoint.pt"
-        path.write_bytes((mutate_zip_member if in_members else mutate_bytes)(self.checkpoint, draw))
+        checksums_right = draw.random() < 0.5
+        name = draw.choice([INDEX, INDEX, SHARD] if checksums_right else sorted(self.files))
+        (path / name).write_bytes(mutate_bytes(self.files[name], draw))
+        if checksums_right:
+            saved = _read_manifest(path)
+            marks = {name: _mark(path / name) for name in saved.files}
+            _write_manifest(path, saved.done, saved.settings, marks)
 
         def resume() -> None:
-            check_settings(path, loop().settings, allow_others=False)
-            loop().resume(path)
+            check_settings(folder, loop().settings, allow_others=False)
+            loop().resume(folder)
 
         if refusal(resume, str(path)) is not None:
             return "refused in one line"
-        if in_members:
+        if checksums_right:
             assert all(tensor.isfinite().all() for tensor in state()), "infinities or NaN were taken without a word"
             return "taken, with checksums of its own"
         taken = state()
-        path.write_bytes(self.checkpoint)
+        (path / name).write_bytes(self.files[name])
         resume()
         same = zip(taken, state(), strict=True)
         assert all(torch.equal(one, other) for one, other in same), "another state was taken without a word"
@@ -79,8 +93,8 @@ def test_damaged_checkpoints(tmp_path: Path, count: int) -> None:
     trained = Loop(Line(), Schedule(8))
     for _ in range(3):
         trained.step()
-    trained.save(tmp_path / "good.pt")
-    check = DamagedCheckpoint((tmp_path / "good.pt").read_bytes())
+    trained.save(tmp_path)
+    check = DamagedCheckpoint({file.name: file.read_bytes() for file in (tmp_path / step_name(3)).iterdir()})
     counts = tally("checkpoints", check, range(count))
     assert counts["refused in one line"] > count // 2
-    assert counts["taken as it was"] > 0
+    assert counts["taken, with checksums of its own"] > 0

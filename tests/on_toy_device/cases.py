@@ -80,14 +80,14 @@ def test_a_checkpoint_goes_from_a_device_to_the_cpu_and_back(tmp_path):
         first = tiny_loop(device=toy)
         for _ in range(2):
             first.step()
-        first.save(tmp_path / "there.pt")
+        first.save(tmp_path / "there")
     second = tiny_loop()
-    second.resume(tmp_path / "there.pt")
+    second.resume(tmp_path / "there")
     assert [second.step() for _ in range(2)] == pytest.approx(losses[2:4], rel=1e-6)
-    second.save(tmp_path / "back.pt")
+    second.save(tmp_path / "back")
     with toy_device() as toy:
         third = tiny_loop(device=toy)
-        third.resume(tmp_path / "back.pt")
+        third.resume(tmp_path / "back")
         assert [third.step() for _ in range(2)] == pytest.approx(losses[4:], rel=1e-6)
         torch.testing.assert_close(parameters(third).cpu(), parameters(whole), **ROUNDING)
 

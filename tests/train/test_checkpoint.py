@@ -1,120 +1,233 @@
-"""A checkpoint is written whole or not at all, and one that is not whole, or another run's, is refused in one line."""
+"""A checkpoint is whole or not there, and one that is damaged, or another run's, is refused in one line."""
 
+import json
 import os
+import pickle
 import random
 import resource
+import shutil
 import signal
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from full_disk import fill_disk_under, needs_full_disk
-from tiny_stage import parameters, tiny_loop
+from full_disk import fill_disk_in, needs_full_disk
 
-from train.checkpoint import Checkpoint, CheckpointError, load_checkpoint, refuse_others, save_checkpoint
-from train.log import Log
+from train.checkpoint import CheckpointError, Checkpoints, Saved, refuse_others, step_name
 
-CHECKPOINT = Checkpoint(3, {"seed": 0, "model": {"blocks": 2}}, {"weights": torch.arange(5000.0)})
+SETTINGS = {"seed": 0, "model": {"blocks": 2}}
+WEIGHTS = {"weights": torch.arange(5000.0), "step": torch.tensor(3.0)}
+SHARD = "__0_0.distcp"
+
+
+def save(folder: Path, done: int, keep: int = 2) -> Path:
+    checkpoints = Checkpoints(folder, keep)
+    checkpoints.save(done, SETTINGS, WEIGHTS)
+    checkpoints.wait()
+    assert checkpoints.saved == done
+    return folder / step_name(done)
 
 
 @pytest.fixture
 def path(tmp_path):
-    save_checkpoint(CHECKPOINT, tmp_path / "checkpoint.pt")
-    return tmp_path / "checkpoint.pt"
+    return save(tmp_path, 3)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def read(saved: Saved) -> dict[str, torch.Tensor]:
+    room = {name: torch.full(stored.shape, torch.nan, dtype=stored.dtype) for name, stored in saved.tensors().items()}
+    saved.read_into(room)
+    return room
+
+
+def assert_is_the_one(saved: Saved | None) -> None:
+    assert saved is not None
+    assert (saved.done, saved.settings) == (3, SETTINGS)
+    tensors = read(saved)
+    assert tensors.keys() == WEIGHTS.keys()
+    assert all(torch.equal(tensors[name], WEIGHTS[name]) for name in WEIGHTS)
+
+
+def read_newest(folder: Path) -> dict[str, torch.Tensor]:
+    saved, _ = Checkpoints(folder).newest()
+    assert saved is not None
+    return read(saved)
+
+
+def refusal(path: Path) -> str:
+    """The one line that refuses the checkpoint; empty where it is taken."""
+    try:
+        read_newest(path.parent)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def assert_refused(path: Path, *words: str) -> None:
-    with pytest.raises(CheckpointError) as refused:
-        load_checkpoint(path)
-    message = str(refused.value)
+    message = refusal(path)
     assert message.startswith(f"{path}: expected")
     assert "\n" not in message
     assert all(word in message for word in words), message
 
 
+def write_again(path: Path, **change) -> None:
+    """Change the description of a checkpoint and make its checksum right again, as another program might."""
+    from train.checkpoint import _digest, _mark
+
+    content = json.loads((path / "checkpoint.json").read_text()) | change
+    del content["sha256"]
+    for name in content["files"]:
+        content["files"][name] = vars(_mark(path / name))
+    (path / "checkpoint.json").write_text(json.dumps({"sha256": _digest(content), **content}))
+
+
 def test_a_checkpoint_comes_back(path):
-    loaded = load_checkpoint(path)
-    assert (loaded.done, loaded.settings) == (3, CHECKPOINT.settings)
-    assert torch.equal(loaded.stage["weights"], CHECKPOINT.stage["weights"])
+    saved, refused = Checkpoints(path.parent).newest()
+    assert_is_the_one(saved)
+    assert refused == []
+
+
+def test_it_comes_back_from_where_it_was_moved_to(path, tmp_path):
+    shutil.copytree(path.parent, tmp_path / "elsewhere" / "checkpoints")
+    shutil.rmtree(path)
+    assert_is_the_one(Checkpoints(tmp_path / "elsewhere" / "checkpoints").newest()[0])
 
 
 def test_where_there_is_none_nothing_comes(tmp_path):
-    assert load_checkpoint(tmp_path / "checkpoint.pt") is None
+    assert Checkpoints(tmp_path / "checkpoints").newest() == (None, [])
+    (tmp_path / "checkpoints" / "step-000001.partial").mkdir(parents=True)
+    assert Checkpoints(tmp_path / "checkpoints").newest() == (None, [])
 
 
-def test_a_folder_is_refused(tmp_path):
-    (tmp_path / "checkpoint.pt").mkdir()
-    assert_refused(tmp_path / "checkpoint.pt", "found a folder")
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoints: expected a folder of checkpoints, found a file"):
+        Checkpoints(tmp_path / "checkpoints").newest()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"no checkpoint\n" * 100, os.urandom(3000)])
-def test_another_file_is_refused(tmp_path, content):
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    assert_refused(tmp_path / "checkpoint.pt", "damaged or foreign")
+def test_a_copy_is_saved_of_what_the_tensors_are_now(tmp_path):
+    weight = torch.zeros(1000)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {}, {"weight": weight})
+    weight.fill_(1.0)
+    checkpoints.wait()
+    saved, _ = checkpoints.newest()
+    assert not read(saved)["weight"].any()
 
 
-def test_another_programs_checkpoint_is_refused(tmp_path):
-    torch.save({"model": {}, "done": 3}, tmp_path / "checkpoint.pt")
-    assert_refused(tmp_path / "checkpoint.pt", "another program's or version's")
+def test_the_newest_stay(tmp_path):
+    for done in (2, 4, 1_000_000, 1_000_002):
+        save(tmp_path, done)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-1000002"]
+    save(tmp_path, 1_000_004, keep=3)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert Checkpoints(tmp_path).newest()[0].done == 1_000_004
+    with pytest.raises(ValueError, match="keep: expected at least 1 checkpoint, got 0"):
+        Checkpoints(tmp_path, keep=0)
 
 
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
+def test_a_checkpoint_that_is_there_is_not_replaced(path):
+    before = contents(path)
+    with pytest.raises(FileExistsError, match="step-000003"):
+        save(path.parent, 3)
+    assert contents(path) == before
 
-    torch.save({"format": 1, "done": 3, "settings": {}, "stage": Code()}, tmp_path / "checkpoint.pt")
-    assert_refused(tmp_path / "checkpoint.pt", "damaged or foreign", "its pickle holds other things")
+
+def test_an_older_whole_one_is_found_behind_a_damaged_one(path):
+    newer = save(path.parent, 5)
+    (newer / SHARD).write_bytes(b"")
+    saved, (refused,) = Checkpoints(path.parent).newest()
+    assert_is_the_one(saved)
+    assert str(refused).startswith(f"{newer}: expected a whole checkpoint, found a damaged or foreign one ({SHARD}")
+
+
+def test_where_all_are_damaged_training_does_not_start_anew(path):
+    newer = save(path.parent, 5)
+    for folder in (path, newer):
+        (folder / SHARD).unlink()
+    assert_refused(newer, "No such file", "no older one to go on from")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"[" * 100_000, b"[1]", b"{}", b"\xff\x00", os.urandom(3000)])
+def test_another_description_is_refused(path, content):
+    (path / "checkpoint.json").write_bytes(content)
+    assert_refused(path, "damaged or foreign")
+
+
+def test_another_programs_checkpoint_is_refused(path):
+    (path / "checkpoint.json").write_text('{"format": 1, "done": 3}')
+    assert_refused(path, "format 2", "another program's or version's")
+
+
+class Code:
+    """Its pickle says: touch a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_code_in_the_index_is_not_run(path, tmp_path):
+    (path / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    write_again(path)
+    assert_refused(path, "damaged or foreign", "its index holds pathlib")
     assert not (tmp_path / "ran").exists()
 
 
-def test_another_pickle_protocol_is_refused_without_a_warning_beside_the_line(path, recwarn):
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data.replace(b"\x80\x02", b"\x80\x06\xff", 1) if name.endswith(".pkl") else data)
+def test_code_in_a_shard_is_not_run(path, tmp_path):
+    torch.save({"weights": Code(tmp_path / "ran")}, path / SHARD)
+    write_again(path)
     assert_refused(path, "damaged or foreign")
-    assert not recwarn.list
+    assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.99, 0.9999])
-def test_a_truncated_one_is_refused(path, share):
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
+def test_an_index_that_points_elsewhere_is_refused(path):
+    index = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(index.replace(SHARD.encode(), b"../0_0.distc"))
+    write_again(path)
+    assert_refused(path, "points to '../0_0.distc'")
+
+
+@pytest.mark.parametrize("name", [SHARD, ".metadata", "checkpoint.json"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_refused(path, name, share):
+    whole = (path / name).read_bytes()
+    (path / name).write_bytes(whole[: int(len(whole) * share)])
     assert_refused(path, "damaged")
 
 
 def test_a_flipped_bit_of_a_weight_is_found(path):
-    """torch.load alone reads it without a word."""
-    whole = bytearray(path.read_bytes())
-    at = whole.find(CHECKPOINT.stage["weights"].numpy().tobytes())
+    """torch reads it without a word."""
+    whole = bytearray((path / SHARD).read_bytes())
+    at = whole.find(WEIGHTS["weights"].numpy().tobytes())
     whole[at + 1000] ^= 16
-    path.write_bytes(whole)
-    assert torch.load(path, weights_only=True)["stage"]["weights"].isfinite().all()
-    assert_refused(path, "does not match its checksum")
+    (path / SHARD).write_bytes(whole)
+    assert_refused(path, f"{SHARD} does not match its checksum")
+    write_again(path)
+    assert not torch.equal(read_newest(path.parent)["weights"], WEIGHTS["weights"])
 
 
 def test_whatever_bytes_change_is_refused_or_changes_nothing(path):
-    whole, chosen = path.read_bytes(), random.Random(0)
-    refused = []
+    before, chosen = contents(path), random.Random(0)
+    refused = 0
     for _ in range(200):
-        damaged = bytearray(whole)
+        name = chosen.choice(list(before))
+        damaged = bytearray(before[name])
         for _ in range(chosen.choice((1, 3, 30))):
             damaged[chosen.randrange(len(damaged))] = chosen.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            loaded = load_checkpoint(path)
-        except CheckpointError as error:
-            refused.append(str(error))
+        (path / name).write_bytes(damaged)
+        if refusal(path):
+            refused += 1
+            assert_refused(path)
         else:
-            assert (loaded.done, loaded.settings) == (3, CHECKPOINT.settings)
-            assert torch.equal(loaded.stage["weights"], CHECKPOINT.stage["weights"])
-    assert len(refused) > 150
-    assert all(message.startswith(f"{path}: expected") and "\n" not in message for message in refused)
+            assert_is_the_one(Checkpoints(path.parent).newest()[0])
+        (path / name).write_bytes(before[name])
+    assert refused > 180
 
 
 def test_other_settings_are_named_each(tmp_path):
@@ -139,129 +252,30 @@ def test_another_model_is_refused_even_so(tmp_path, change):
 
 
 @needs_full_disk
-def test_a_disk_that_is_full_from_the_start_is_an_oserror_that_names_the_file(path, monkeypatch):
-    before = path.read_bytes()
-    fill_disk_under(path.name, monkeypatch)
-    with pytest.raises(OSError, match="No space left on device") as full:
-        save_checkpoint(CHECKPOINT, path)
-    assert str(path) in str(full.value)
-    assert path.read_bytes() == before
+@pytest.mark.parametrize("name", [SHARD, ".metadata.tmp"])
+def test_a_full_disk_is_an_oserror_that_names_the_checkpoint_and_the_former_one_stays(path, monkeypatch, name):
+    before = contents(path)
+    with monkeypatch.context() as full:
+        fill_disk_in("step-000005.partial", name, full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            save(path.parent, 5)
+    assert str(error.value).endswith("step-000005'")
+    assert contents(path) == before
+    assert [folder.name for folder in path.parent.iterdir()] == [path.name]
+    save(path.parent, 5)
 
 
 def test_a_disk_that_fills_half_way_keeps_the_former_checkpoint(path):
-    before = path.read_bytes()
+    before = contents(path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[SHARD]) // 2, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as full:
-            save_checkpoint(CHECKPOINT, path)
+            save(path.parent, 5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert str(path) in str(full.value)
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
-
-
-# Trains the tiny stage, and kills itself at the n-th call of a function of `os` or of a file, or at a random moment.
-TRAINING = """
-import os, signal, sys, threading, time
-from pathlib import Path
-sys.path.insert(0, "tests")
-from full_disk import fill_disk_under, needs_full_disk
-from tiny_stage import tiny_loop
-import train.checkpoint as checkpoint
-out, moment, number = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def after(count, call):
-    calls = iter(range(int(count)))
-    def counted(*arguments):
-        if next(calls, None) is None:
-            die()
-        return call(*arguments)
-    return counted
-
-class Dying:
-    def __init__(self, file): self.file = file
-    def write(self, data):
-        if len(data) > 1000:
-            self.file.write(bytes(data)[: len(data) // 2])
-            self.file.flush()
-            die()
-        return self.file.write(data)
-    def flush(self): self.file.flush()
-
-save = checkpoint.torch.save
-if moment == "inside a write":
-    saves = iter(range(int(number)))
-    checkpoint.torch.save = lambda state, file: save(state, file if next(saves, None) is not None else Dying(file))
-elif moment == "before the rename":
-    os.replace = after(number, os.replace)
-elif moment == "before a log row":
-    import train.loop
-    train.loop.Log.append = after(number, train.loop.Log.append)
-elif moment == "after seconds":
-    threading.Thread(target=lambda: (time.sleep(number), die()), daemon=True).start()
-tiny_loop(steps=12).run(out, every=2)
-"""
-
-
-def train(out: Path, moment: str = "never", number: float = 0) -> int:
-    command = [sys.executable, "-c", TRAINING, str(out), moment, str(number)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert ran.returncode in (0, -signal.SIGKILL), ran.stderr
-    return ran.returncode
-
-
-def assert_ends_as_undisturbed(out: Path, undisturbed: Path) -> None:
-    """Parameters, averages and log, but for the times in it, are those of a run that nothing stopped."""
-    one, other = (tiny_loop(steps=12) for _ in range(2))
-    assert one.resume(out / "checkpoint.pt")
-    assert other.resume(undisturbed / "checkpoint.pt")
-    assert torch.equal(parameters(one), parameters(other))
-    for name, average in one.stage.average.tensors.items():
-        assert torch.equal(average, other.stage.average.tensors[name])
-    steps = [[row["step"] for row in Log(folder / "log.jsonl").rows()] for folder in (out, undisturbed)]
-    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
-
-
-def kill_and_resume(out: Path, moment: str, number: float) -> bool:
-    """Whether the run was killed; what it left is a whole checkpoint or none, and it goes on from there."""
-    killed = train(out, moment, number) != 0
-    before = load_checkpoint(out / "checkpoint.pt")
-    loop = tiny_loop(steps=12)
-    assert loop.resume(out / "checkpoint.pt") == (before is not None)
-    return killed
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed")
-    tiny_loop(steps=12).run(out, every=2)
-    return out
-
-
-@pytest.mark.parametrize(("moment", "number"), [("inside a write", 2), ("before the rename", 3)])
-def test_a_run_killed_while_it_saves_goes_on_to_the_same_end(tmp_path, undisturbed, moment, number):
-    assert kill_and_resume(tmp_path, moment, number)
-    assert load_checkpoint(tmp_path / "checkpoint.pt").done == 2 * number
-    tiny_loop(steps=12).run(tmp_path, every=2)
-    assert_ends_as_undisturbed(tmp_path, undisturbed)
-
-
-@pytest.mark.slow
-def test_runs_killed_at_any_moment_go_on_to_the_same_end(tmp_path, undisturbed):
-    chosen, killed = random.Random(0), 0
-    for number in range(5):
-        out = tmp_path / str(number)
-        for _ in range(chosen.choice((1, 2, 3))):
-            moments = ("inside a write", "before the rename", "before a log row")
-            killed += kill_and_resume(out, chosen.choice(moments), chosen.randrange(5))
-            killed += kill_and_resume(out, "after seconds", chosen.uniform(0, 0.2))
-        assert train(out) == 0
-        assert_ends_as_undisturbed(out, undisturbed)
-    assert killed >= 5
+    assert "step-000005" in str(full.value)
+    assert contents(path) == before
+    assert [folder.name for folder in path.parent.iterdir()] == [path.name]

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,8 +232,12 @@ def trained(latents, tmp_path):
     return tmp_path / "run"
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def test_going_on_from_what_does_not_fit_is_refused_before_anything_is_loaded(latents, trained, monkeypatch):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    before = contents(trained)
     monkeypatch.setattr(run, "read_shards", lambda folder: pytest.fail("the data were read"))
     for options, words in (
         (("--seed", "3", "--batch", "2"), "seed 0 (now 3), batch 1 (now 2); give those"),
@@ -242,48 +247,87 @@ def test_going_on_from_what_does_not_fit_is_refused_before_anything_is_loaded(la
         (("--blocks", "2", "--set-on-resume"), "another model's checkpoint: model.visual_blocks 8 (now 2)"),
         (("--init", str(trained / "crossdit.safetensors")), "another model's checkpoint: init null (now \"sha256 "),
     ):
-        assert_one_line(invoke(latents, trained, 4, *options), "checkpoint.pt: ", words)
-    for content, words in ((b"", "damaged or foreign"), (before["checkpoint.pt"][:5000], "damaged or foreign")):
-        broken(trained / "checkpoint.pt", content)
-        assert_one_line(invoke(latents, trained, 4), "checkpoint.pt: ", words)
-    (trained / "checkpoint.pt").unlink()
-    (trained / "checkpoint.pt").mkdir()
-    assert_one_line(invoke(latents, trained, 4), "checkpoint.pt: ", "found a folder")
-    (trained / "checkpoint.pt").rmdir()
-    broken(trained / "checkpoint.pt", before["checkpoint.pt"])
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+        assert_one_line(invoke(latents, trained, 4, *options), "checkpoints/step-000002: ", words)
+    checkpoints = trained / "checkpoints"
+    description = checkpoints / "step-000002" / "checkpoint.json"
+    for content in (b"", description.read_bytes()[:50]):
+        broken(description, content)
+        assert_one_line(invoke(latents, trained, 4), "checkpoints/step-000002: ", "damaged or foreign")
+    checkpoints.rename(trained / "away")
+    checkpoints.touch()
+    assert_one_line(invoke(latents, trained, 4), "checkpoints: expected a folder of checkpoints, found a file")
+    checkpoints.unlink()
+    (trained / "away").rename(checkpoints)
+    broken(description, before["checkpoints/step-000002/checkpoint.json"])
+    assert contents(trained) == before
 
 
 def test_a_learning_rate_that_ruins_the_model_stops_with_the_last_good_checkpoint(latents, trained):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    before = contents(trained)
     result = invoke(latents, trained, 40, "--learning-rate", "1e30", "--set-on-resume")
     assert_one_line(result, "step ", "expected a finite", "a-0 of a.mp4", "the checkpoint of step 2 stays")
-    for name in ("checkpoint.pt", "crossdit.safetensors"):
-        assert (trained / name).read_bytes() == before[name]
+    after = contents(trained)
+    assert {name: after[name] for name in before if name != "log.jsonl"} == {
+        name: before[name] for name in before if name != "log.jsonl"
+    }
     for line in (trained / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
     assert invoke(latents, trained, 4).exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_run_in_one_line_with_its_checkpoint(latents, trained, monkeypatch, name):
+@pytest.mark.parametrize(("name", "saved"), [("SIGTERM", 3), ("SIGINT", 2)])
+def test_a_signal_ends_the_run_in_one_line_when_its_steps_are_saved(latents, trained, monkeypatch, name, saved):
     number = signal.Signals[name]
-    monkeypatch.setattr(run.CrossDiTStage, "loss", lambda *arguments: os.kill(os.getpid(), number) or time.sleep(9))
-    result = invoke(latents, trained, 4)
+    loss = run.CrossDiTStage.loss
+
+    def signalled(stage, step, generator):
+        if step == saved:
+            os.kill(os.getpid(), number)
+        return loss(stage, step, generator)
+
+    monkeypatch.setattr(run.CrossDiTStage, "loss", signalled)
+    result = invoke(latents, trained, 9)
     assert result.exit_code == 128 + number
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("train.run:"))
-    assert f"stopped by {name}; {trained}/checkpoint.pt holds step 2 of 4" in line
+    assert f"stopped by {name}; {trained}/checkpoints holds step {saved} of 9" in line
     assert signal.getsignal(number) is not None
-    monkeypatch.undo()
-    assert invoke(latents, trained, 4).exit_code == 0
+
+
+def test_who_does_not_wait_for_the_end_of_the_step_sends_the_signal_again(latents, trained, monkeypatch):
+    monkeypatch.setattr("train.stopping.SAME_REQUEST_SECONDS", 0.1)
+
+    def never_ends(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setattr(run.CrossDiTStage, "loss", never_ends)
+    result = invoke(latents, trained, 4)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert "holds step 2 of 4" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_a_line_and_set_aside(latents, trained):
+    assert invoke(latents, trained, 6).exit_code == 0
+    whole = contents(trained)
+    (trained / "checkpoints" / "step-000006" / "__0_0.distcp").write_bytes(b"")
+    result = invoke(latents, trained, 6)
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("train:"))
+    assert "step-000006: expected a whole checkpoint" in line
+    assert line.endswith("set aside, training goes on from step 4")
+    assert contents(trained)["crossdit.safetensors"] == whole["crossdit.safetensors"]
+    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert names == ["step-000004", "step-000006", "step-000006.damaged"]
 
 
 def test_a_second_run_into_the_folder_is_refused_and_changes_nothing(latents, trained):
-    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    before = contents(trained)
     with only_training(trained):
         assert_one_line(invoke(latents, trained, 4), f"{trained}: is being written by process {os.getpid()} on", "wait")
         assert invoke(latents, trained, 4, "--dry-run").exit_code == 0
-    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert contents(trained) == before
 
 
 def test_weights_that_float16_cannot_hold_are_not_written(tmp_path):

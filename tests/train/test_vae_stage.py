@@ -42,9 +42,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole, first = make_loop(), make_loop()
     losses = [whole.step() for _ in range(STEPS)]
     resumed_losses = [first.step() for _ in range(3)]
-    first.save(tmp_path / "checkpoint.pt")
+    first.save(tmp_path / "checkpoints")
     second = make_loop()
-    assert second.resume(tmp_path / "checkpoint.pt")
+    assert second.resume(tmp_path / "checkpoints")
     resumed_losses += [second.step() for _ in range(STEPS - 3)]
     assert resumed_losses == losses
     for one, other in zip(second.stage.model.parameters(), whole.stage.model.parameters(), strict=True):
