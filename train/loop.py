@@ -119,10 +119,11 @@ class Loop:
         """Train to the end of the schedule, from the folder's newest whole checkpoint where there is one.
 
         Every `every` steps and at the end, out/log.jsonl gets a row with the mean loss and time of the steps since the
-        row before and what `measure`, called on every process, returns on the first. out/checkpoints gets a
-        checkpoint, which is written while training goes on; the newest `keep` stay. It is begun only once the next step's loss and gradients are finite: parameters that
-        a step has ruined never take the place of good ones. A step whose loss or gradients are not finite is left out,
-        and the log names its samples; `nonfinite_limit` of them in a row end the training.
+        row before and what `measure`, called on every process, returns on the first. out/checkpoints gets a checkpoint,
+        which is written while training goes on; the newest `keep` stay. It is begun only once the next step's loss and
+        gradients are finite: parameters that a step has ruined never take the place of good ones. A step whose loss or
+        gradients are not finite is left out, and the log names its samples; `nonfinite_limit` of them in a row end the
+        training.
 
         SIGTERM and Ctrl-C end it between two steps, by Stopped, when the steps that are done are saved.
 

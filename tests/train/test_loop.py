@@ -390,3 +390,20 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (partial / "__0_0.distcp").write_bytes(b"half")
     tiny_loop(steps=2).run(tmp_path, every=2)
     assert [path.name for path in partial.parent.iterdir()] == ["step-000002"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_a_line_and_set_aside(tmp_path, capsys):
+    for steps in (3, 6):
+        tiny_loop(steps=steps).run(tmp_path, every=3)
+    (tmp_path / "checkpoints" / "step-000006" / "__0_0.distcp").write_bytes(b"")
+    capsys.readouterr()
+    loop, whole = tiny_loop(steps=6), tiny_loop(steps=6)
+    loop.run(tmp_path, every=3)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("train:"))
+    assert f"{tmp_path}/checkpoints/step-000006: expected a whole checkpoint" in line
+    assert line.endswith("set aside, training goes on from step 3")
+    for _ in range(6):
+        whole.step()
+    assert torch.equal(parameters(loop), parameters(whole))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000006", "step-000006.damaged"]

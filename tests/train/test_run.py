@@ -308,20 +308,6 @@ def test_who_does_not_wait_for_the_end_of_the_step_sends_the_signal_again(latent
     assert "holds step 2 of 4" in result.stderr
 
 
-def test_a_damaged_checkpoint_is_passed_over_in_a_line_and_set_aside(latents, trained):
-    assert invoke(latents, trained, 6).exit_code == 0
-    whole = contents(trained)
-    (trained / "checkpoints" / "step-000006" / "__0_0.distcp").write_bytes(b"")
-    result = invoke(latents, trained, 6)
-    assert result.exit_code == 0, result.output
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("train:"))
-    assert "step-000006: expected a whole checkpoint" in line
-    assert line.endswith("set aside, training goes on from step 4")
-    assert contents(trained)["crossdit.safetensors"] == whole["crossdit.safetensors"]
-    names = sorted(path.name for path in (trained / "checkpoints").iterdir())
-    assert names == ["step-000004", "step-000006", "step-000006.damaged"]
-
-
 def test_a_second_run_into_the_folder_is_refused_and_changes_nothing(latents, trained):
     before = contents(trained)
     with only_training(trained):
