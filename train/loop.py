@@ -82,10 +82,10 @@ class Loop:
         with stage("backward"):
             loss.value.backward()
         norm = whole(nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None]))
-        told = loss.value.new_tensor([self._stop.number != 0, self.checkpoints is not None and self.checkpoints.failed])
-        agreed = self.parallel.mean(torch.stack([loss.value.detach(), *told]))
+        told = [self._stop.number != 0, self.checkpoints is not None and self.checkpoints.failed]
+        mine = torch.stack([loss.value.detach(), *(torch.tensor(float(one), device=norm.device) for one in told)])
         # The only point of a step that waits for the device.
-        value, stopping, failed, size = torch.stack([*agreed, norm]).tolist()
+        value, stopping, failed, size = torch.stack([*self.parallel.mean(mine), norm]).tolist()
         self._stopping = stopping > 0
         if failed and self.checkpoints is not None:
             self.checkpoints.wait()
