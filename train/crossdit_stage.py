@@ -13,7 +13,9 @@ from k5kernels.presets import CrossDiTConfig
 from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
-from train.latents import LatentSet
+from k5kernels.vae.config import SPATIAL_STRIDE
+from train.latents import LatentSet, Resolution
+from train.optimizer import adamw
 from train.parallel import ALONE, Parallel
 from train.stage import Loss, Stage
 
@@ -25,13 +27,20 @@ class FlowMatching:
     """Settings of the stage; the defaults that have a value in the report are the report's.
 
     latent_frames: keep the first so many of each sample (None: all); 1 trains on images.
+    image_share: share of steps on images alone, image_batch of them (None: batch). Images are samples of one frame, or
+    first frames where there are none; with a share above 0 the other steps are on clips of more than one frame.
+    resolutions: (height, width) of a latent -> weight; others are not drawn. None: all, by their samples.
+    weight_decay: of matrices; norms, biases and embeddings are left alone.
     unconditional: share of captions replaced by the empty prompt.
-    image_to_video: share of samples whose first latent frame is given.
+    image_to_video: share of the samples of a step on clips whose first latent frame is given.
     bf16: autocast to bfloat16; the result then depends on the processor's bf16 kernels in the last bits.
     """
 
     batch: int = 1
     latent_frames: int | None = None
+    image_share: float = 0.0
+    image_batch: int | None = None
+    resolutions: tuple[tuple[Resolution, float], ...] | None = None
     learning_rate: float = 1e-4
     weight_decay: float = 0.0
     ema_decay: float = 0.9999
@@ -42,17 +51,22 @@ class FlowMatching:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("unconditional", "image_to_video", "ema_decay"):
+        for name in ("unconditional", "image_to_video", "image_share", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
-        if self.batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        for name in ("batch", "image_batch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.latent_frames is not None and self.latent_frames < 1:
             raise ValueError(f"latent_frames: expected at least 1, or None for all, got {self.latent_frames}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+
+    def batch_of(self, images: bool) -> int:
+        """Samples of a step on images or on clips."""
+        return self.image_batch or self.batch if images else self.batch
 
 
 def crossdit_settings(config: FlowMatching, model: CrossDiTConfig, start: str | None) -> dict[str, Any]:
@@ -70,6 +84,22 @@ def check_fits(data: LatentSet, model: CrossDiTConfig) -> None:
                 f"latents: expected frames, height and width that are multiples of the patch {model.patch_size}, "
                 f"got {grid} in {samples} samples; encode them at sides that are multiples of 16 pixels"
             )
+
+
+def check_resolutions(data: LatentSet, config: FlowMatching) -> None:
+    """Raises ValueError where the data lack a resolution that the stage trains on, or clips, where it asks for some."""
+    for (height, width), _ in config.resolutions or ():
+        if not any(grid[1:] == (height, width) for grid in data.grids):
+            found = ", ".join(sorted({f"{H * SPATIAL_STRIDE}x{W * SPATIAL_STRIDE}" for _, H, W in data.grids}))
+            raise ValueError(
+                f"resolutions: expected latents of {height * SPATIAL_STRIDE}x{width * SPATIAL_STRIDE} pixels, found "
+                f"{found}; encode some, or leave this one out of the stage"
+            )
+    if 0 < config.image_share < 1 and all(grid[0] == 1 for grid in data.grids):
+        raise ValueError(
+            f"image_share: expected latents of more than one frame for the other {1 - config.image_share:.0%} of the "
+            "steps, found images alone; encode clips, or train on images alone (image_share 1)"
+        )
 
 
 class CrossDiTStage(Stage):
@@ -92,36 +122,44 @@ class CrossDiTStage(Stage):
         parallel: Parallel = ALONE,
     ) -> None:
         check_fits(data, model.config)
+        check_resolutions(data, config)
         self.data, self.encode_text, self.config = data, encode_text, config
-        self.own = parallel.own(config.batch)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=config.weight_decay,
-        )
+        self.own = {images: parallel.own(config.batch_of(images)) for images in (False, True)}
+        optimizer = adamw(model, config.learning_rate, config.weight_decay)
         settings = crossdit_settings(config, model.config, start) | {"data": data.description}
         super().__init__(settings, model, {"adamw": optimizer}, config.ema_decay)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:
         """The loss of a batch, some samples without their caption, some with their first frame given."""
         config = self.config
-        batch = self.data.draw(generator, config.batch, config.latent_frames)
-        dropped = torch.rand(config.batch, generator=generator) < config.unconditional
+        images = self._on_images(generator)
+        size, own = config.batch_of(images), self.own[images]
+        batch = self.data.draw(
+            generator,
+            size,
+            1 if images else config.latent_frames,
+            images=images if config.image_share else None,
+            resolutions=config.resolutions,
+        )
+        dropped = torch.rand(size, generator=generator) < config.unconditional
         captions = ["" if drop else text for drop, text in zip(dropped, batch.captions, strict=True)]
-        given = torch.rand(config.batch, generator=generator) < config.image_to_video
+        given = torch.rand(size, generator=generator) < config.image_to_video
         if batch.latents.shape[1] == 1:
             given = torch.zeros_like(given)  # a single frame that is given leaves nothing to learn
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = flow_matching_loss(
                 self.model,
                 batch.latents,
-                self.encode_text(captions[self.own]),
+                self.encode_text(captions[own]),
                 generator,
                 first_frame=given,
                 scheduler_scale=config.scheduler_scale,
                 attention=config.attention,
-                own=self.own,
+                own=own,
             )
         return Loss(loss, batch.samples)
+
+    def _on_images(self, generator: torch.Generator) -> bool:
+        """Whether a step is on images alone."""
+        share = self.config.image_share
+        return share == 1 or (share > 0 and bool(torch.rand(1, generator=generator) < share))

@@ -13,6 +13,7 @@ from k5kernels.latents.captions import match_captions
 from k5kernels.latents.shards import Sample, read_shard
 
 Grid = tuple[int, int, int]  # T, H, W of a latent
+Resolution = tuple[int, int]  # H, W of a latent
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,37 @@ class LatentSet:
         """Latent [T, H, W] -> how many samples have it."""
         return {grid: len(samples) for grid, samples in self._grids.items()}
 
-    def draw(self, generator: torch.Generator, size: int, frames: int | None = None) -> LatentBatch:
-        """A batch of one grid, grids weighted by their samples; `frames` keeps the first latent frames only."""
-        grids = list(self._grids)
-        weights = torch.tensor([float(len(self._grids[grid])) for grid in grids])
+    def weights(
+        self, images: bool | None = None, resolutions: Iterable[tuple[Resolution, float]] | None = None
+    ) -> dict[Grid, float]:
+        """Latent [T, H, W] -> how often it is drawn, as `draw` says; the weights need not sum to 1."""
+        drawn = dict(self.grids)
+        if images is not None and any((grid[0] == 1) == images for grid in drawn):
+            drawn = {grid: count for grid, count in drawn.items() if (grid[0] == 1) == images}
+        if resolutions is None:
+            return {grid: float(count) for grid, count in drawn.items()}
+        counts: dict[Resolution, int] = defaultdict(int)
+        for (_, H, W), count in drawn.items():
+            counts[H, W] += count
+        shares = {size: weight / counts[size] for size, weight in resolutions if counts[size]}
+        return {grid: count * shares[grid[1:]] for grid, count in drawn.items() if grid[1:] in shares}
+
+    def draw(
+        self,
+        generator: torch.Generator,
+        size: int,
+        frames: int | None = None,
+        *,
+        images: bool | None = None,
+        resolutions: Iterable[tuple[Resolution, float]] | None = None,
+    ) -> LatentBatch:
+        """A batch of one grid; `frames` keeps the first latent frames only.
+
+        images: draw samples of one frame (True) or of more (False) where there are some; None: all. resolutions: how
+        often each is drawn, and no other; None: all. Within a resolution grids are weighted by their samples.
+        """
+        found = self.weights(images, resolutions)
+        grids, weights = list(found), torch.tensor(list(found.values()))
         samples = self._grids[grids[int(torch.multinomial(weights, 1, generator=generator))]]
         chosen = [samples[int(i)] for i in torch.randint(len(samples), (size,), generator=generator)]
         latents = torch.stack([clip.latent[:frames] for clip in chosen])

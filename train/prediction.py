@@ -1,7 +1,7 @@
 """What the planner says of a run of this trainer, before it runs and beside what is measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,14 +31,17 @@ Grid = tuple[int, int, int]
 class Run:
     """What decides the time and the memory of a step.
 
-    grids: latent [T, H, W] -> how many samples have it. density: of NABLA's masks, 1 with dense attention.
+    grids: latent [T, H, W] -> how often it is drawn. density: of NABLA's masks, 1 with dense attention. offload: of the
+    blocks' inputs. image_grids: as grids, of the steps on images alone.
     """
 
     model: CrossDiTConfig
     training: FlowMatching
-    grids: Mapping[Grid, int]
+    grids: Mapping[Grid, float]
     checkpointing: bool
     density: float = 1.0
+    offload: bool = False
+    image_grids: Mapping[Grid, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> ModelShape:
@@ -53,13 +56,22 @@ def tokens(run: Run, grid: Grid) -> int:
 
 
 def predicted_ms(run: Run, profile: HardwareProfile) -> float:
-    """Time of a step in ms, mean over the grids by their samples; the density scales attention."""
+    """Time of a step in ms, mean over the grids as they are drawn; the density scales attention."""
+    share = run.training.image_share if run.image_grids else 0.0
+    clips = _mean_ms(run, run.grids, run.training.batch, profile) if share < 1 else 0.0
+    images = {(1, H, W): weight for (_, H, W), weight in run.image_grids.items()}
+    return (1 - share) * clips + share * (
+        _mean_ms(run, images, run.training.batch_of(images=True), profile) if share else 0.0
+    )
+
+
+def _mean_ms(run: Run, grids: Mapping[Grid, float], batch: int, profile: HardwareProfile) -> float:
     total = 0.0
-    for grid, samples in run.grids.items():
+    for grid, weight in grids.items():
         pixels = tokens(run, grid) * TOKEN_PIXELS
-        terms = step_time_terms(run.shape.model_dim, pixels, run.shape.blocks, run.training.batch, profile)
-        total += samples * (terms.total_ms - (1 - run.density) * terms.attention_ms)
-    return total / sum(run.grids.values())
+        terms = step_time_terms(run.shape.model_dim, pixels, run.shape.blocks, batch, profile)
+        total += weight * (terms.total_ms - (1 - run.density) * terms.attention_ms)
+    return total / sum(grids.values())
 
 
 def predicted_memory(run: Run) -> Memory[float]:
@@ -74,7 +86,7 @@ def predicted_memory(run: Run) -> Memory[float]:
     terms = training_memory(
         run.shape,
         largest,
-        ClusterLayout(checkpointing=run.checkpointing),
+        ClusterLayout(checkpointing=run.checkpointing, offload=run.offload and run.checkpointing),
         Extensions(ema=True, buffers=True),
         weights=_parameters(run.model),
         value_bytes=2 if run.training.bf16 else 4,

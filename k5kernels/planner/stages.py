@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from k5kernels.planner.checks import one_of, positive_integer
 from k5kernels.planner.density import nabla_density
@@ -15,10 +16,19 @@ MS_PER_HOUR = 3.6e6
 
 
 @cache
+def table_4() -> dict[str, dict[str, Any]]:
+    """Table 4 and what the text beside it says of each stage (§5.4, §6.2), by the stage's name.
+
+    A row has model, frames (of the longest clip), nabla_thr (None: full attention), steps, batch, learning_rate,
+    weight_decay, tasks ("t2i", "t2v", "i2v", "editing" -> share) and resolutions ("height x width" -> weight).
+    """
+    return json.loads(files("k5kernels.planner").joinpath("table4.json").read_text())
+
+
+@cache
 def stages() -> dict[str, tuple[str, Workload]]:
     """Table 4: name of the stage -> (name of the model, workload). Every clip of a stage has its largest length."""
-    table = json.loads(files("k5kernels.planner").joinpath("table4.json").read_text())
-    return {name: (row["model"], _workload(row)) for name, row in table.items()}
+    return {name: (row["model"], _workload(row)) for name, row in table_4().items()}
 
 
 def stage(name: str) -> Workload:
