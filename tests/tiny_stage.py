@@ -29,10 +29,10 @@ def encode_text(captions: list[str]) -> TextCondition:
     return TextCondition(tokens, None, tokens.mean(1))
 
 
-def tiny_stage(device: torch.device = CPU, **settings) -> CrossDiTStage:
-    """settings: of FlowMatching."""
+def tiny_stage(device: torch.device = CPU, samples=None, **settings) -> CrossDiTStage:
+    """samples: the data, three clips where None. settings: of FlowMatching."""
     torch.manual_seed(0)
-    data = LatentSet([sample("a.mp4", (2, 4, 4), i) for i in range(3)], {"a": "words"})
+    data = LatentSet(samples or [sample("a.mp4", (2, 4, 4), i) for i in range(3)], {"a": "words"})
 
     def encode(captions: list[str]) -> TextCondition:
         text = encode_text(captions)

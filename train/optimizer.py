@@ -19,18 +19,16 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.
         lr=learning_rate,
         betas=(0.9, 0.95),
         eps=1e-8,
-        weight_decay=weight_decay,
         fused=device_of(model).type == "cuda" or None,
     )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """What decays, and what does not; one group, in the model's order, where nothing does."""
-    if not weight_decay:
-        return [{"params": list(model.parameters())}]
+    """What decays, and what does not. The groups are the same at every weight decay, so that a run can go on with
+    another one."""
     named = list(model.named_parameters())
     decays = [p.ndim > 1 and name.partition(".")[0] not in EMBEDDINGS for name, p in named]
     return [
-        {"params": [p for (_, p), decay in zip(named, decays, strict=True) if decay]},
+        {"params": [p for (_, p), decay in zip(named, decays, strict=True) if decay], "weight_decay": weight_decay},
         {"params": [p for (_, p), decay in zip(named, decays, strict=True) if not decay], "weight_decay": 0.0},
     ]
