@@ -11,9 +11,9 @@ from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.latents.shards import LATENT_CHANNELS
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.text_condition import TextCondition
+from k5kernels.vae.config import SPATIAL_STRIDE
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
-from k5kernels.vae.config import SPATIAL_STRIDE
 from train.latents import LatentSet, Resolution
 from train.optimizer import adamw
 from train.parallel import ALONE, Parallel

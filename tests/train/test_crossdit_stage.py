@@ -60,7 +60,11 @@ def batches(steps: int = 60, samples=None, **settings) -> list[LatentBatch]:
     return drawn
 
 
-CLIPS_AND_IMAGES = [sample("clip.mp4", (3, 4, 4), 0), sample("image.png", (1, 4, 4), 1), sample("wide.mp4", (2, 4, 8), 2)]
+CLIPS_AND_IMAGES = [
+    sample("clip.mp4", (3, 4, 4), 0),
+    sample("image.png", (1, 4, 4), 1),
+    sample("wide.mp4", (2, 4, 8), 2),
+]
 
 
 def test_a_share_of_the_steps_is_on_images_alone():

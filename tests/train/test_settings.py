@@ -79,7 +79,7 @@ def test_a_file_of_toml_says_the_same_as_one_of_json(tmp_path):
         ({"frames": 24}, "frames: expected 1 + a multiple of 4, got 24"),
         ({"frames": 0}, "frames: expected at least 1, got 0"),
         ({"resolutions": {}}, "resolutions: expected at least one size"),
-        ({"resolutions": {"512": 1}}, "resolutions: expected \"height x width\" as in \"512x768\", got '512'"),
+        ({"resolutions": {"512": 1}}, 'resolutions: expected "height x width" as in "512x768", got \'512\''),
         ({"resolutions": {"512x100": 1}}, "resolutions: expected multiples of 16 pixels, got '512x100'"),
         ({"resolutions": {"512x512": 0}}, "resolutions.512x512: expected a weight above 0, got 0"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
@@ -92,7 +92,7 @@ def test_a_file_of_toml_says_the_same_as_one_of_json(tmp_path):
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_the_key(values, words):
-    with pytest.raises(ValueError, match="stage.json: ") as caught:
+    with pytest.raises(ValueError, match=r"^stage\.json: ") as caught:
         make_settings({"steps": 1, **values} if values else {}, "stage.json")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
