@@ -1,4 +1,7 @@
-"""The drop-in under the releases of diffusers it is for: `nox`, each in an environment of its own."""
+"""The drop-in under the releases of diffusers it is for: `nox`, each in an environment of its own.
+
+The package is that of the working tree, as pytest finds it there; kernels are those that are built in it.
+"""
 
 import nox
 
@@ -8,7 +11,7 @@ DIFFUSERS = ("0.36.0", "0.40.0", "0.42.1")
 @nox.session
 @nox.parametrize("diffusers", DIFFUSERS)
 def dropin(session: nox.Session, diffusers: str) -> None:
-    """The tests of the integration, with one release."""
+    """The tests of the integration, with one release, and with torchao, which the other tests do without."""
     session.install("-r", "requirements.txt")
-    session.install(f"diffusers=={diffusers}", "httpx")
+    session.install(f"diffusers=={diffusers}", "httpx", "torchao==0.18.0")
     session.run("pytest", "tests/integrations", "-m", "slow or not slow")

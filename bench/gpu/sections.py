@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.gpu import correctness
 from bench.gpu.block import block
 from bench.gpu.compare import BACKWARD_PRODUCTS, assert_near, gradients
+from bench.gpu.dropin import dropin
 from bench.gpu.fused import fused
 from bench.gpu.graph import graph
 from bench.gpu.hopper import gather, hopper
@@ -181,6 +182,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "nabla": (nabla, 40),
     "fused": (fused, 90),
     "block": (block, 90),
+    "dropin": (dropin, 120),
     "graph": (graph, 40),
     "waits": (waits, 40),
     "vae": (vae, 120),

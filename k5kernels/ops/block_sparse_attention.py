@@ -41,6 +41,18 @@ def block_sparse_attention(
     outside the indices or the blocks (the GPU kernels do not check this: the host would have to wait for the answer).
     Bit-reproducible, forward and backward, except for the gradients of k and v where the reference runs on a GPU.
     """
+    return block_sparse_attention_lse(q, k, v, mask, layout, scale)[0]
+
+
+def block_sparse_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    layout: TokenLayout | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, and lse [B, h, S], float32, or float64 for float64, by which attention to other keys is weighed."""
     if layout is None:
         layout = mask.layout
     elif layout is not mask.layout and layout != mask.layout:  # torch.compile can compare the identity of any layout
@@ -49,7 +61,7 @@ def block_sparse_attention(
     _check_mask(mask, q)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     blocks = (layout.block_starts(q.device), layout.max_block_tokens)
-    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)[0]
+    return torch.ops.k5.block_sparse_attention(q, k, v, mask.offsets, mask.indices, *blocks, scale)
 
 
 def checked_tokens(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,6 +53,13 @@ def test_cache_in_diffusers_calibrates_and_then_skips(tmp_path: Path) -> None:
     assert (tmp_path / "ratios.json").is_file()
 
 
+@pytest.mark.slow
+def test_vae_in_diffusers_encodes_and_decodes_in_two_modes(tmp_path: Path) -> None:
+    printed = run_example("vae_in_diffusers.py", tmp_path)
+    assert "VAE, 1 calls: exact, encoder: 1 x 21 frames of 64 x 96, 1 at once" in printed
+    assert "tile: mean error" in printed
+
+
 def test_cache_in_your_dit_skips_passes_of_both_branches(tmp_path: Path) -> None:
     printed = run_example("cache_in_your_dit.py", tmp_path)
     assert "20 of 40 passes skipped" in printed

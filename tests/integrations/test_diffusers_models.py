@@ -1,5 +1,6 @@
 """Other models of diffusers: stock results where everything is kept, and exactly as before afterwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -34,7 +35,15 @@ def super_resolution() -> Any:
     )  # fmt: skip
 
 
+def hunyuan(**settings: Any) -> Any:
+    return diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=12, rope_axes_dim=(4, 6, 6), **settings,
+    )  # fmt: skip
+
+
 MODELS = {
+    "HunyuanVideoTransformer3DModel": hunyuan,
     "WanTransformer3DModel": wan,
     "Kandinsky6Transformer3DModel": kandinsky6,
     "Kandinsky6SRTransformer3DModel": super_resolution,
@@ -45,8 +54,13 @@ MODELS = {
 def model(request: pytest.FixtureRequest) -> Any:
     if not hasattr(diffusers, request.param):
         pytest.skip(f"this diffusers has no {request.param}")
+    return random(MODELS[request.param])
+
+
+def random(make: Callable[[], Any]) -> Any:
+    """The model with random weights: as they are made, gates let nothing through."""
     torch.manual_seed(0)
-    made = MODELS[request.param]().eval()
+    made = make().eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim > 1:
@@ -63,6 +77,9 @@ def run(model: Any, time: float = 500.0, seed: int = 0) -> Tensor:
     text = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
     if type(model).__name__ == "WanTransformer3DModel":
         return model(torch.randn(1, 4, 3, 12, 20, generator=generator), timestep, text).sample
+    if type(model).__name__ == "HunyuanVideoTransformer3DModel":
+        x = torch.randn(1, 4, 3, 18, 22, generator=generator)
+        return model(x, timestep, text, torch.ones(1, 5), text[:, 0, :12], guidance=torch.tensor([6e3])).sample
     return model(
         torch.randn(1, 3, 12, 20, 4, generator=generator), text, text[:, 0, :12], timestep,
         audio_hidden_states=torch.randn(1, 6, 20, generator=generator),
@@ -108,41 +125,69 @@ def test_a_cached_pass_adds_the_residual_of_every_stream(model):
     assert relative_difference(cached, computed) < 1e-3
 
 
-def test_joint_attention_is_refused_by_name_and_its_blocks_can_be_cached():
-    model = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
-        num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=12, rope_axes_dim=(4, 6, 6),
-    ).eval()  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="HunyuanVideoTransformer3DModel: its attention is over visual and"):
-        accelerate(model)
+@torch.no_grad()
+def speak(model: Any, words: tuple[int, ...]) -> Tensor:
+    """HunyuanVideo's pass of prompts of so many words, at most 7."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(words), model.config.in_channels, 3, 18, 22, generator=generator)
+    said = (torch.arange(7) < torch.tensor(words)[:, None]).long()
+    text = torch.randn(len(words), 7, 16, generator=generator)
+    pooled = torch.randn(len(words), 12, generator=generator)
+    return model(
+        x, torch.full((len(words),), 500.0), text, said, pooled, guidance=torch.full((len(words),), 6e3)
+    ).sample
 
-    @torch.no_grad()
-    def call(time: float) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return model(
-            torch.randn(1, 4, 2, 8, 8, generator=generator), torch.tensor([time]),
-            torch.randn(1, 5, 16, generator=generator), torch.ones(1, 5), torch.randn(1, 12, generator=generator),
-            guidance=torch.tensor([6000.0]),
-        ).sample  # fmt: skip
 
-    policy = MagCache({"cond": [1.0] * 9}, retention=0.0)
-    with accelerate(model, attention=None, cache=policy) as report:
-        computed, cached = call(900.0), call(899.99)
-    assert report.caches[0].skipped == 1
-    assert relative_difference(cached, computed) < 1e-3
+@pytest.mark.parametrize("engine", ["nabla", "sdpa"])
+@pytest.mark.parametrize("words", [(7, 7), (5, 5), (3, 6), (1,)])
+def test_prompts_of_any_length_are_read_as_the_stock_model_reads_them(engine, words):
+    model = random(hunyuan)
+    expected = speak(model, words)
+    with accelerate(model, attention=engine, thr=1.0) as report:
+        assert relative_difference(speak(model, words), expected) < 1e-4
+    assert report.engines == {engine: 2}
+    assert report.unchanged == {}
+
+
+def test_all_of_the_text_is_read_however_sparse_the_rest():
+    model = random(hunyuan)
+    with accelerate(model, thr=0.2, densities=True) as report:
+        sparse = speak(model, (5,))
+        assert torch.equal(speak(model, (5,)), sparse)
+        assert relative_difference(speak(model, (6,)), sparse) > 1e-3
+    assert 0.05 < report.density < 0.9
+
+
+def test_of_hunyuanvideo_the_image_to_video_model_is_taken_too():
+    model = random(lambda: hunyuan(image_condition_type="token_replace"))
+    expected = speak(model, (4, 6))
+    with accelerate(model, thr=1.0):
+        assert relative_difference(speak(model, (4, 6)), expected) < 1e-4
+
+
+def test_joint_attention_by_another_sparse_engine_is_refused(monkeypatch):
+    from k5kernels.attention.flex import Flex
+
+    monkeypatch.setattr(Flex, "why_not", lambda *_: None)
+    with pytest.raises(ValueError, match="attention='flex': attention over text too is sparse by 'nabla' alone"):
+        accelerate(random(hunyuan), attention="flex")
+
+
+def test_a_model_whose_order_of_tokens_is_not_known_is_refused_by_name():
+    class HunyuanVideo15Transformer3DModel(torch.nn.Module):
+        pass
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"HunyuanVideo15Transformer3DModel: its attention .* attention=None"
+    ):
+        accelerate(HunyuanVideo15Transformer3DModel())
 
 
 @pytest.fixture
 def sr() -> Any:
     if not hasattr(diffusers, "Kandinsky6SRTransformer3DModel"):
         pytest.skip("this diffusers has no Kandinsky 6")
-    torch.manual_seed(0)
-    model = super_resolution().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-    return model
+    return random(super_resolution)
 
 
 @torch.no_grad()

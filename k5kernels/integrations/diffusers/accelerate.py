@@ -13,6 +13,7 @@ from k5kernels.cache import Policy
 from k5kernels.integrations.diffusers.attention import Pass, VisualSelfAttention
 from k5kernels.integrations.diffusers.caching import TransformerCache, choose_policy
 from k5kernels.integrations.diffusers.choice import configs_for, configs_for_clip
+from k5kernels.integrations.diffusers.joint import JointAttention
 from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of
 from k5kernels.integrations.diffusers.overlays import NoSparseParams, Overlay
 from k5kernels.integrations.diffusers.report import Report
@@ -61,7 +62,7 @@ class _Attention:
         self._names = list(inspect.signature(type(transformer).forward).parameters)[1:]
         self._replaced: list[tuple[Any, VisualSelfAttention]] = []
         for layer, attention in enumerate(shared.family.attentions(transformer)):
-            ours = VisualSelfAttention(attention.processor, layer, shared)
+            ours = (JointAttention if shared.family.joint else VisualSelfAttention)(attention.processor, layer, shared)
             attention.set_processor(ours)
             self._replaced.append((attention, ours))
         # First of the hooks: the others see what the model will be given.
@@ -81,13 +82,14 @@ class _Attention:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         layout = TokenLayout((shared.family.grid(transformer, hidden_states),))
         if shared.auto is not None and layout != shared.layout:
-            shared.configs = configs_for_clip(
-                shared.auto, layout, transformer, shared.family.pixels, hidden_states.device
-            )
+            latents, device = shared.family.latents(hidden_states), hidden_states.device
+            shared.configs = configs_for_clip(shared.auto, latents, shared.family.pixels, device, transformer.dtype)
             shared.dense_layers.clear()
         shared.layout = layout
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        if shared.family.joint:
+            shared.text_lengths = given["encoder_attention_mask"].sum(dim=1, dtype=torch.int).tolist()
         if shared.dense_steps or shared.densities:
-            given = dict(zip(self._names, args, strict=False)) | kwargs
             shared.step = self._steps.number(given["timestep"])
         if not shared.family.orders_tokens:
             return args, kwargs
@@ -139,9 +141,9 @@ def accelerate(
     """Run the visual self-attention of a pipeline or transformer of diffusers by our engines, cache its blocks, and
     encode and decode by our halves of its VAE.
 
-    target: a pipeline of Kandinsky 5 or 6, Kandinsky 6's super-resolution or Wan 2.1 or 2.2, its transformer or VAE,
-    compiled or not; any size of video that the model itself takes (Kandinsky 5: any at all), batches, CPU and GPU. For
-    a VAE alone only `vae` and `vae_memory` count.
+    target: a pipeline of Kandinsky 5 or 6, Kandinsky 6's super-resolution, Wan 2.1 or 2.2 or HunyuanVideo, its
+    transformer or VAE, compiled or not; any size of video that the model itself takes (Kandinsky 5 and the
+    super-resolution: any at all), batches, CPU and GPU. For a VAE alone only `vae` and `vae_memory` count.
 
     attention: an engine of `k5kernels.attention.ENGINES`; "auto" for NABLA on long or large videos and dense attention
     on the others (§7.2), and in a layer whose mask is too dense to gain by it on this device; None to leave it alone.
@@ -204,6 +206,8 @@ def _put_attention(
     densities: bool,
     report: Report,
 ) -> _Attention:
+    if family.joint and any(config.sparse and config.engine != "nabla" for config in configs):
+        raise ValueError(f"attention={engine!r}: attention over text too is sparse by 'nabla' alone")
     if family.zero_shot and any(config.sparse for config in configs):
         report.notes.append(f"{family.zero_shot}: what sparse attention costs in quality is not known")
     shared = Pass(family, configs, dense_steps, densities, report, configs if engine == "auto" else None)

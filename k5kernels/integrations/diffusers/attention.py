@@ -24,7 +24,8 @@ class Processor(Protocol):
 
 @dataclass
 class Pass:
-    """What the processors of a model share. layout, step: of the pass that runs; None before the first.
+    """What the processors of a model share. layout, step, text_lengths: of the pass that runs;
+    None before the first. text_lengths: of joint attention, the words of each sample.
 
     configs: how attention runs, layer by layer. dense_steps: steps at the start of a run that run as before.
     densities: whether the report collects them. auto: the configs of layers whose engine is chosen for each clip; such
@@ -39,6 +40,7 @@ class Pass:
     auto: list[AttentionConfig] | None = None
     dense_layers: set[int] = field(default_factory=set)
     layout: TokenLayout | None = None
+    text_lengths: list[int] | None = None
     step: int = -1
     active: bool = True
 

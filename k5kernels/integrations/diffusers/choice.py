@@ -57,12 +57,14 @@ def _head_dim(model: Any) -> int:
 
 
 def configs_for_clip(
-    configs: Sequence[AttentionConfig], layout: TokenLayout, model: Any, pixels: int, device: torch.device
+    configs: Sequence[AttentionConfig],
+    latents: tuple[int, int, int],
+    pixels: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[AttentionConfig]:
-    """The same with the engine that §7.2 names for a clip of these tokens. pixels: of the side of a cell."""
-    ((T, H, W),) = layout.clips
-    patch = model.config.patch_size
-    frames = FRAMES * (T * patch[0] - 1) + 1
+    """The same with the engine that §7.2 names for a clip of these latents. pixels: of the side of one."""
+    T, H, W = latents
+    frames = FRAMES * (T - 1) + 1
     seconds = frames / FRAMES_A_SECOND if frames > 1 else 0.0
-    height, width = H * patch[1] * pixels, W * patch[2] * pixels
-    return [config.for_clip(height, width, seconds, device, model.dtype) for config in configs]
+    return [config.for_clip(H * pixels, W * pixels, seconds, device, dtype) for config in configs]

@@ -22,31 +22,45 @@ class Family:
     """How a class of models calls its self-attention.
 
     attentions: the modules that attend over visual tokens, layer by layer. arguments: of their processors, after the
-    module and the tokens. rotations: the name of the one that has the positions. grid: the tokens (T, H, W) of a pass,
-    from the model and its input. rope: cos and sin of the positions, each [S, D/2]. heads: q, k and v, each
-    [B, S, h, D], of the tokens. project: what stands after attention. blocks: the lists that a cache goes around.
-    sparse_itself: whether the model's own attention is NABLA, over tokens in fractal order. orders_tokens: whether it
-    can put them in that order, told by its argument `sparse_params`. pixels: of the side of a cell of its latents.
-    zero_shot: why nobody promises that sparse attention keeps the quality; empty where the model was trained with it.
+    module and the tokens. rotations: the name of the one that has the positions. time_axis: of the model's input; then
+    come height and width. rope: cos and sin of the positions, each [S, D/2]. heads: q, k and v, each [B, S, h, D], of
+    the tokens. project: what stands after attention. blocks: the lists that a cache goes around. sparse_itself: whether
+    the model's own attention is NABLA, over tokens in fractal order. orders_tokens: whether it can put them in that
+    order, told by its argument `sparse_params`. joint: whether its attention is over the text too. pixels: of the side
+    of a cell of its latents. zero_shot: why nobody promises that sparse attention keeps the quality; empty where the
+    model was trained with it.
     """
 
     attentions: Callable[[Any], list[Any]]
     arguments: tuple[str, ...]
     rotations: str
-    grid: Callable[[Any, Tensor], Grid]
+    time_axis: int
     rope: Callable[[Any], tuple[Tensor, Tensor]]
     heads: Callable[[Any, Tensor, Tensor, Tensor], Heads]
     project: Callable[[Any, Tensor], Tensor]
     blocks: tuple[str, ...]
     sparse_itself: bool = False
     orders_tokens: bool = False
+    joint: bool = False
     pixels: int = 8
     zero_shot: str = ""
+
+    def latents(self, hidden_states: Tensor) -> Grid:
+        """(T, H, W) of the model's input."""
+        T, H, W = hidden_states.shape[self.time_axis : self.time_axis + 3]
+        return T, H, W
+
+    def grid(self, model: Any, hidden_states: Tensor) -> Grid:
+        """The tokens (T, H, W) of a pass."""
+        T, H, W = (side // patch for side, patch in zip(self.latents(hidden_states), _patch(model.config), strict=True))
+        return T, H, W
 
     def why_not(self, given: Mapping[str, Any]) -> str | None:
         """Why a call with these arguments is not one of ours; None where it is."""
         if given.get(self.rotations) is None:
             return "not self-attention with positions"
+        if self.joint:
+            return "not joint attention" if given.get("encoder_hidden_states") is None else None
         others = {name for name in self.arguments if name not in (self.rotations, "rotary_emb_kv", "sparse_params")}
         given_too = sorted(name for name in others if given.get(name) is not None)
         return f"not plain self-attention: it has {', '.join(given_too)}" if given_too else None
@@ -61,9 +75,11 @@ def family_of(model: Any) -> Family:
     raise UnsupportedModelError(f"target: expected a pipeline with one of {', '.join(FAMILIES)}, got {name}: {reason}")
 
 
-def _patches(hidden_states: Tensor, patch: Any, first: int) -> Grid:
-    T, H, W = hidden_states.shape[first : first + 3]
-    return T // patch[0], H // patch[1], W // patch[2]
+def _patch(config: Any) -> Grid:
+    """The latent cells (T, H, W) of a token."""
+    if hasattr(config, "patch_size_t"):
+        return config.patch_size_t, config.patch_size, config.patch_size
+    return tuple(config.patch_size)
 
 
 def _rotation_matrices(rotations: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +118,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
+def _hunyuan_heads(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+    q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    q, k = (part if norm is None else norm(part) for part, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+
+
+def _hunyuan_project(attn: Any, x: Tensor) -> Tensor:
+    """Blocks with one stream for both project later."""
+    return x if getattr(attn, "to_out", None) is None else _wan_project(attn, x)
+
+
 def _wan_project(attn: Any, x: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](x))
 
@@ -111,7 +138,7 @@ def _kandinsky(**differences: Any) -> Family:
         "attentions": lambda model: [block.self_attention for block in model.visual_transformer_blocks],
         "arguments": ("encoder_hidden_states", "rotary_emb", "sparse_params"),
         "rotations": "rotary_emb",
-        "grid": lambda model, hidden_states: _patches(hidden_states, model.config.patch_size, 1),
+        "time_axis": 1,
         "rope": _rotation_matrices,
         "heads": _kandinsky_heads,
         "project": lambda attn, x: attn.out_layer(x),
@@ -134,16 +161,30 @@ FAMILIES = {
         attentions=lambda model: [block.attn1 for block in model.blocks],
         arguments=("encoder_hidden_states", "attention_mask", "rotary_emb"),
         rotations="rotary_emb",
-        grid=lambda model, hidden_states: _patches(hidden_states, model.config.patch_size, 2),
+        time_axis=2,
         rope=_interleaved,
         heads=_wan_heads,
         project=_wan_project,
         blocks=("blocks",),
         zero_shot="Wan was trained with dense attention; there are NABLA finetunes of Wan 2.1 14B",
     ),
+    "HunyuanVideoTransformer3DModel": Family(
+        attentions=lambda model: [
+            block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)
+        ],
+        arguments=("encoder_hidden_states", "attention_mask", "image_rotary_emb"),
+        rotations="image_rotary_emb",
+        time_axis=2,
+        rope=lambda rotations: (rotations[0][:, 0::2], rotations[1][:, 0::2]),
+        heads=_hunyuan_heads,
+        project=_hunyuan_project,
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        joint=True,
+        zero_shot="HunyuanVideo was trained with dense attention",
+    ),
 }
 JOINT = (
-    "its attention is over visual and text tokens together, under a mask, and block masks are of visual tokens alone; "
-    "its blocks can be cached: attention=None"
+    "its attention is over visual and text tokens together, in an order that is not known here; its blocks can be "
+    "cached: attention=None"
 )
-REFUSED = {"HunyuanVideoTransformer3DModel": JOINT, "HunyuanVideo15Transformer3DModel": JOINT}
+REFUSED = {"HunyuanVideo15Transformer3DModel": JOINT, "HunyuanVideoFramepackTransformer3DModel": JOINT}
