@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -56,6 +57,8 @@ class MagCache:
     error of a run of skipped steps. max_skips: longest such run. retention: share of the steps, from the first, that
     always run, as the last one does. The defaults are the released models'. extrapolate: 0 reuses the last residual as
     it is; w above 0 also goes w times as far as the change between the last two computed ones leads, 1 in full.
+    together: whether all branches run on the same steps, by the mean of their ratios; they then err alike, and their
+    difference, which guidance takes, errs less.
 
     As a policy (`decide`, `record`, `reuse`) it is told what runs and asks for no model. As a cache of a sampler of
     one's own it is `reset(steps)`, then every `branch` called once a step. A branch that finished its steps starts
@@ -77,6 +80,7 @@ class MagCache:
         max_skips: int = 2,
         retention: float = 0.2,
         extrapolate: float = 0.0,
+        together: bool = False,
     ) -> None:
         _check_ratios(ratios)
         if not 0 <= extrapolate <= 1:
@@ -90,6 +94,7 @@ class MagCache:
         self.max_skips = max_skips
         self.retention = retention
         self.extrapolate = extrapolate
+        self.together = together
         self.steps = len(next(iter(ratios.values()))) + 1
         self._calibrated = {name: [float(ratio) for ratio in values] for name, values in ratios.items()}
         self._target: dict[str, float] | None = None
@@ -104,6 +109,7 @@ class MagCache:
         max_skips: int = 2,
         retention: float = 0.2,
         extrapolate: float = 0.0,
+        together: bool = False,
     ) -> "MagCache":
         """From the released flat list: conditional and unconditional ratios in turn, 2 * (calibrated steps - 1).
 
@@ -114,7 +120,7 @@ class MagCache:
         ratios = {"cond": mag_ratios[0::2]}
         if any(mag_ratios[1::2]):
             ratios["uncond"] = mag_ratios[1::2]
-        cache = cls(ratios, threshold, max_skips, retention, extrapolate)
+        cache = cls(ratios, threshold, max_skips, retention, extrapolate, together)
         cache.reset(steps)
         return cache
 
@@ -128,13 +134,14 @@ class MagCache:
         max_skips: int = 2,
         retention: float = 0.2,
         extrapolate: float = 0.0,
+        together: bool = False,
     ) -> "MagCache":
         """With the threshold that reaches a target, chosen from the ratios anew for each number of steps.
 
         error: the largest mean, over all passes, of what `reuse_errors` expects. speedup: passes for each computed
         one, at least. Raises ValueError where both or neither are given, or the target is out of reach.
         """
-        cache = cls(ratios, 0.0, max_skips, retention, extrapolate)
+        cache = cls(ratios, 0.0, max_skips, retention, extrapolate, together)
         target = {"error": error, "speedup": speedup}
         cache._target = {name: value for name, value in target.items() if value is not None}
         cache.reset()
@@ -144,11 +151,12 @@ class MagCache:
         """Forget the run in progress; a new run begins, of `steps` steps (default: as many as before)."""
         self.steps = self.steps if steps is None else steps
         ratios = {name: resample_ratios(values, self.steps) for name, values in self._calibrated.items()}
+        planned = _mean_for_all(ratios) if self.together else ratios
         if self._target is not None:
-            self.threshold = threshold_for(ratios, self.max_skips, self.retention, **self._target)
+            self.threshold = threshold_for(planned, self.max_skips, self.retention, **self._target)
         self.schedule = {
             name: compute_schedule(values, self.threshold, self.max_skips, self.retention)
-            for name, values in ratios.items()
+            for name, values in planned.items()
         }
         self.errors = {name: reuse_errors(values, self.schedule[name]) for name, values in ratios.items()}
         self._step = dict.fromkeys(self._calibrated, 0)
@@ -257,6 +265,12 @@ class MagCache:
 
     def _forget(self, name: str) -> None:
         self._kept[name].clear()
+
+
+def _mean_for_all(ratios: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The mean of the branches, step by step, for every branch."""
+    mean = [fmean(step) for step in zip(*ratios.values(), strict=True)]
+    return dict.fromkeys(ratios, mean)
 
 
 class _Kept(NamedTuple):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k5kernels.cache import MagCache, MagCalibration
-from k5kernels.cache.schedule import compute_schedule, resample_ratios, speedup_of
+from k5kernels.cache.schedule import compute_schedule, resample_ratios, reuse_errors, speedup_of
 from k5kernels.presets import RELEASED
 
 THRESHOLD, MAX_SKIPS, RETENTION = 0.12, 2, 0.2
@@ -392,6 +392,24 @@ def test_what_is_kept_is_what_a_coming_step_uses(ratios, max_skips, retention):
             (residual,) = cache.reuse("cond", step)
             assert float(residual) == pytest.approx(step if len(recorded) > 1 else recorded[-1], rel=1e-5)
     assert cache._kept["cond"] == []
+
+
+def test_together_all_branches_run_on_the_steps_that_the_mean_of_their_ratios_gives():
+    ratios = {"cond": [1.0, 0.9, 1.1, 0.8, 1.0, 0.9, 1.0], "uncond": [1.0, 1.0, 0.9, 1.1, 0.9, 1.0, 0.7]}
+    mean = [(a + b) / 2 for a, b in zip(*ratios.values(), strict=True)]
+    apart = MagCache(ratios, threshold=0.12, retention=0.0)
+    cache = MagCache(ratios, threshold=0.12, retention=0.0, together=True)
+    assert apart.schedule["cond"] != apart.schedule["uncond"]
+    assert cache.schedule == dict.fromkeys(ratios, compute_schedule(mean, 0.12, 2, 0.0))
+    for name, values in ratios.items():
+        assert cache.errors[name] == reuse_errors(values, cache.schedule[name])
+
+
+def test_together_a_target_is_reached_too():
+    ratios = {"cond": [0.9 + 0.01 * step for step in range(19)], "uncond": [1.1 - 0.01 * step for step in range(19)]}
+    cache = MagCache.for_target(ratios, speedup=2.0, together=True)
+    assert cache.schedule["cond"] == cache.schedule["uncond"]
+    assert speedup_of(cache.schedule) >= 2
 
 
 def test_a_target_chooses_the_threshold():
