@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-LOADED = ["bench.train_equality"]
+# With the modules that PyTorch would else load in each process, when the first of them is used.
+LOADED = ["bench.train_equality", "torch._dynamo", "torch.distributed.tensor"]
 FORKSERVER = "forkserver"
 ANSWER = "answer.json"
 

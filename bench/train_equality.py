@@ -1,19 +1,19 @@
 """Training steps on many processes against the same steps in one: losses, gradients, and NABLA blocks that flip.
 
-    python -m bench.train_equality                               1 step, 2 and 4 processes
+    python -m bench.train_equality                               2 and 4 processes
     python -m bench.train_equality --steps 20 --most 8 --out runs/equality.json
 
 The processes are gloo's, in float32, on one thread each. A mesh is replicate × shard × sequence; the batch is the same
-for all of them. Of several steps the largest difference counts. The gradient, of the first step and before clipping,
-differs by the L2 norm of the difference over that of the one-process gradient; the averaged weights, after the last
-step, by their L2 norm over how far the steps have moved them.
+for all of them. The loss's difference is the largest of all steps, over the loss. The gradient, of the first step and
+before clipping, differs by the L2 norm of the difference over that of the one-process gradient; the averaged weights,
+after the last step, by the L2 norm over how far the steps have moved them.
 
 A NABLA mask is a choice by scores, and rounding can make it the other way. Blocks that two runs chose differently are
 counted, over all steps, layers and heads; from the first of them on the runs are of different masks.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -39,7 +39,7 @@ from model.crossdit import CrossDiT, Modulation
 from train.crossdit_stage import CrossDiTStage, FlowMatching
 from train.latents import LatentSet
 from train.loop import Loop
-from train.parallel import Parallel, processes, shard_model, whole
+from train.parallel import Parallel, own_shard, processes, shard_model
 from train.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -65,12 +65,15 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """Steps of training on a mesh, (replicate, shard, sequence), of latents of one grid."""
+    """Training on a mesh, (replicate, shard, sequence), of latents of one grid.
+
+    steps: with clipping, AdamW and averages, after a loss and a gradient that are compared by themselves.
+    """
 
     mesh: tuple[int, int, int]
     attention: AttentionConfig
     grid: Grid
-    steps: int = 1
+    steps: int = 0
 
     @property
     def world(self) -> int:
@@ -87,20 +90,19 @@ class Row:
     tokens: int
     loss: float
     gradient: float
-    average: float
+    average: float | None
     flips: int
     blocks: int
 
 
 @dataclass(frozen=True)
 class Trained:
-    """losses: of each step. gradient: of the first, before clipping. average, start: averaged and first weights.
-    masks: of each step and layer, bool [B, h, N_b, N_b]."""
+    """losses: of each step. gradient: of the first, before clipping. moved: from the first weights to the averaged ones
+    after the last step. masks: of each step and layer, bool [B, h, N_b, N_b]."""
 
     losses: list[float]
     gradient: Tensor
-    average: Tensor
-    start: Tensor
+    moved: Tensor | None
     masks: list[Tensor]
 
 
@@ -144,23 +146,30 @@ def latents(grid: Grid) -> LatentSet:
 def train(case: Case, parallel: Parallel) -> Trained:
     """The steps of a case, on each process of the mesh."""
     sharded = shard_model(model(), parallel)
-    start = _flat(sharded.parameters())
+    start = _whole(sharded.parameters(), parallel) if case.steps else None
     config = FlowMatching(batch=BATCH, attention=case.attention, ema_decay=0.9)
     stage = CrossDiTStage(sharded, latents(case.grid), encode_text, config, parallel=parallel)
-    schedule = Schedule(case.steps, warmup_steps=0, max_grad_norm=None)
-    Loop(stage, schedule, parallel).backward()
-    gradient = _flat([parameter.grad for parameter in sharded.parameters() if parameter.grad is not None])
-
+    schedule = Schedule(max(1, case.steps), warmup_steps=0, max_grad_norm=None)
+    loss, masks = _backward(Loop(stage, schedule, parallel))
+    gradient = _whole([parameter.grad for parameter in sharded.parameters() if parameter.grad is not None], parallel)
+    losses = [loss]
     loop = Loop(stage, replace(schedule, max_grad_norm=CLIP), parallel)
-    losses, masks = [], []
     for _ in range(case.steps):
-        built: list[BlockMask] = []
-        with record_block_masks(built.append):
-            losses.append(loop.backward())
-        # The backward builds them again, in recomputing the blocks.
-        masks += [_whole_mask(mask, parallel) for mask in built[: MODEL.visual_blocks]]
+        loss, built = _backward(loop)
+        losses.append(loss)
+        masks += built
         loop.update()
-    return Trained(losses, gradient, _flat(stage.average.tensors.values()), start, masks)
+    moved = None if start is None else _whole(stage.average.tensors.values(), parallel) - start
+    return Trained(losses, gradient, moved, masks)
+
+
+def _backward(loop: Loop) -> tuple[float, list[Tensor]]:
+    """The loss of the loop's next step, and the masks of its layers."""
+    built: list[BlockMask] = []
+    with record_block_masks(built.append):
+        loss = loop.backward()
+    # The backward builds them again, in recomputing the blocks.
+    return loss, [_whole_mask(mask, loop.parallel) for mask in built[: MODEL.visual_blocks]]
 
 
 def compare(case: Case, parallel: Parallel) -> Row:
@@ -174,8 +183,8 @@ def compare(case: Case, parallel: Parallel) -> Row:
         attention=case.attention.engine if case.attention.sparse else "dense",
         tokens=T * H * W // MODEL.patch_cells,
         loss=max(abs(a - b) / abs(b) for a, b in zip(many.losses, one.losses, strict=True)),
-        gradient=_relative(many.gradient - one.gradient, one.gradient),
-        average=_relative(many.average - one.average, one.average - one.start),
+        gradient=_relative(many.gradient, one.gradient),
+        average=_relative(many.moved, one.moved) if many.moved is not None and one.moved is not None else None,
         flips=sum(int((a != b).sum()) for a, b in pairs),
         blocks=sum(mask.numel() for mask in one.masks),
     )
@@ -204,12 +213,20 @@ def _alone(case: Case) -> Trained:
     return train(case, Parallel())
 
 
-def _flat(tensors: Any) -> Tensor:
-    return torch.cat([whole(tensor.detach()).flatten() for tensor in tensors])
+def _whole(tensors: Iterable[Tensor], parallel: Parallel) -> Tensor:
+    """All of them in one row, from the shards of the first copy."""
+    own = [own_shard(tensor.detach()) for tensor in tensors]
+    of_ranks = [own]
+    if parallel.world > 1:
+        gathered: list[Any] = [None] * parallel.world
+        dist.all_gather_object(gathered, own)
+        of_ranks = gathered[: parallel.shard * parallel.sequence]
+    return torch.cat([torch.cat(shards).flatten() for shards in zip(*of_ranks, strict=True)])
 
 
-def _relative(difference: Tensor, to: Tensor) -> float:
-    return (difference.double().norm() / to.double().norm()).item()
+def _relative(x: Tensor, to: Tensor) -> float:
+    """The norm of the difference over that of `to`."""
+    return ((x.double() - to.double()).norm() / to.double().norm()).item()
 
 
 def _whole_mask(mask: BlockMask, parallel: Parallel) -> Tensor:
@@ -227,13 +244,13 @@ def _whole_mask(mask: BlockMask, parallel: Parallel) -> Tensor:
 
 
 def _cells(row: Row) -> list[str]:
-    differences = [f"{value:.1e}" for value in (row.loss, row.gradient, row.average)]
+    differences = ["-" if value is None else f"{value:.1e}" for value in (row.loss, row.gradient, row.average)]
     flipped = f"{row.flips} of {row.blocks}" if row.blocks else "-"
     return [row.mesh, row.attention, str(row.tokens), *differences, flipped]
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="of each case")] = 1,
+    steps: Annotated[int, typer.Option(min=0, help="of training, after the gradient that is compared")] = 1,
     most: Annotated[int, typer.Option(min=2, help="processes of the largest mesh")] = 4,
     out: Annotated[Path | None, typer.Option(help="JSON file of the rows")] = None,
 ) -> None:

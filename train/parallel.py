@@ -48,7 +48,8 @@ class Parallel:
     """This process among all. Its methods are collectives: every rank has to call them, in the same order.
 
     replicate, shard, sequence: sides of the mesh. device: this process's. weights: the mesh [replicate, shard ·
-    sequence] that weights are sharded over; exchange: this rank's with those that share its sequences.
+    sequence] that weights are sharded over, without its first side where that is 1. exchange: this rank's with those
+    that share its sequences.
     """
 
     replicate: int = 1
@@ -162,6 +163,8 @@ def processes(
             device_id=device if device.type == "cuda" else None,
         )
         weights = init_device_mesh(device.type, (replicate, shard * sequence), mesh_dim_names=("replicate", "shard"))
+        # A mesh of one dimension where that is enough: every operation on a DTensor is planned over all of them.
+        weights = weights["shard"] if replicate == 1 else weights
         exchange = None
         if sequence > 1:
             tokens = init_device_mesh(device.type, (replicate * shard, sequence), mesh_dim_names=("data", "sequence"))
@@ -216,6 +219,11 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor that a DTensor is a shard of, gathered on every rank; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, of the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class SequenceExchange:

@@ -31,8 +31,9 @@ Grid = tuple[int, int, int]
 class Run:
     """What decides the time and the memory of a step.
 
-    grids: latent [T, H, W] -> how often it is drawn. density: of NABLA's masks, 1 with dense attention. offload: of the
-    blocks' inputs. image_grids: as grids, of the steps on images alone.
+    grids: latent [T, H, W] -> how often it is drawn. density: of NABLA's masks, 1 with dense attention. layout: of the
+    processes; its micro-batch is the samples of one. offload: of the blocks' inputs. image_grids: as grids, of the
+    steps on images alone.
     """
 
     model: CrossDiTConfig
@@ -40,8 +41,15 @@ class Run:
     grids: Mapping[Grid, float]
     checkpointing: bool
     density: float = 1.0
+    layout: ClusterLayout | None = None
     offload: bool = False
     image_grids: Mapping[Grid, float] = field(default_factory=dict)
+
+    @property
+    def processes(self) -> ClusterLayout:
+        """The layout, of one process where none is given."""
+        layout = self.layout or ClusterLayout(micro_batch=self.training.batch)
+        return replace(layout, checkpointing=self.checkpointing, offload=self.offload and self.checkpointing)
 
     @property
     def shape(self) -> ModelShape:
@@ -56,20 +64,26 @@ def tokens(run: Run, grid: Grid) -> int:
 
 
 def predicted_ms(run: Run, profile: HardwareProfile) -> float:
-    """Time of a step in ms, mean over the grids as they are drawn; the density scales attention."""
-    share = run.training.image_share if run.image_grids else 0.0
-    clips = _mean_ms(run, run.grids, run.training.batch, profile) if share < 1 else 0.0
-    images = {(1, H, W): weight for (_, H, W), weight in run.image_grids.items()}
-    return (1 - share) * clips + share * (
-        _mean_ms(run, images, run.training.batch_of(images=True), profile) if share else 0.0
-    )
+    """Time of a step in ms, mean over the grids as they are drawn; the density scales attention.
+
+    The processes that share a sequence share its time; collectives are taken as hidden behind the computation.
+    """
+    training, layout = run.training, run.processes
+    share = training.image_share if run.image_grids else 0.0
+    total = (1 - share) * _mean_ms(run, run.grids, layout.micro_batch, profile) if share < 1 else 0.0
+    if share:
+        images = {(1, H, W): weight for (_, H, W), weight in run.image_grids.items()}
+        samples = layout.micro_batch * training.batch_of(images=True) // training.batch
+        total += share * _mean_ms(run, images, samples, profile)
+    return total / layout.sequence_parallel
 
 
-def _mean_ms(run: Run, grids: Mapping[Grid, float], batch: int, profile: HardwareProfile) -> float:
+def _mean_ms(run: Run, grids: Mapping[Grid, float], samples: int, profile: HardwareProfile) -> float:
+    """Of one process that computes so many whole samples."""
     total = 0.0
     for grid, weight in grids.items():
         pixels = tokens(run, grid) * TOKEN_PIXELS
-        terms = step_time_terms(run.shape.model_dim, pixels, run.shape.blocks, batch, profile)
+        terms = step_time_terms(run.shape.model_dim, pixels, run.shape.blocks, samples, profile)
         total += weight * (terms.total_ms - (1 - run.density) * terms.attention_ms)
     return total / sum(grids.values())
 
@@ -82,11 +96,12 @@ def predicted_memory(run: Run) -> Memory[float]:
     the first step, and what glibc keeps between tensors of different sizes instead of giving it back, by a rule fitted
     to measured runs. (Giving all back would make a step take half as long again.)
     """
-    largest = run.training.batch * max(tokens(run, grid) for grid in run.grids)
+    layout = run.processes
+    largest = layout.micro_batch * max(tokens(run, grid) for grid in run.grids) / layout.sequence_parallel
     terms = training_memory(
         run.shape,
         largest,
-        ClusterLayout(checkpointing=run.checkpointing, offload=run.offload and run.checkpointing),
+        layout,
         Extensions(ema=True, buffers=True),
         weights=_parameters(run.model),
         value_bytes=2 if run.training.bf16 else 4,

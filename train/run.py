@@ -1,6 +1,7 @@
-"""Train CrossDiT on latent shards in one process.
+"""Train CrossDiT on latent shards, in one process or in many.
 
     torchrun -m train.run --latents runs/latents --init model/nano/crossdit.safetensors --out runs/first --steps 200
+    torchrun --nproc-per-node 8 -m train.run --replicate 2 --sequence 2 --batch 4 …
 
 Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest) and, when done, `crossdit.safetensors`
 with the averaged weights. Every row of the log has the planner's prediction beside what was measured; `--dry-run`
@@ -8,7 +9,6 @@ prints the prediction and trains nothing, `--profile` says for which machine.
 """
 
 import hashlib
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from k5kernels.attention.nabla import record_block_masks
 from k5kernels.device import choose_device
 from k5kernels.latents.captions import read_captions
 from k5kernels.planner import H100, HardwareProfile, load_profile
+from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.planner.density import nabla_density
 from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
@@ -37,6 +38,7 @@ from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossd
 from train.latents import LatentSet, read_shards
 from train.loop import CHECKPOINTS, Loop
 from train.only_training import only_training
+from train.parallel import Parallel, processes, shard_model, whole_state
 from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
 from train.schedule import Schedule
@@ -81,9 +83,18 @@ def build_model(
     return model.to(device)
 
 
+def layout_of(parallel: Parallel, batch: int) -> ClusterLayout:
+    """The processes as the planner counts them: its shards are those of the weights, over which sequences run too."""
+    return ClusterLayout(
+        parallel.shard * parallel.sequence, parallel.replicate, parallel.sequence, batch // parallel.data_ranks
+    )
+
+
 def dry_run(planned: Run, profile: HardwareProfile) -> None:
     """Print what the planner says of the run. Raises typer.Exit(1), after one line on stderr, where it cannot fit."""
     memory = predicted_memory(planned)
+    if planned.layout.gpus > 1:
+        typer.echo(f"layout: {planned.layout}")
     typer.echo(f"on {profile.name}: a step takes {predicted_ms(planned, profile):,.1f} ms")
     terms = ", ".join(f"{term_words(name)} {size / GIB:,.2f}" for name, size in asdict(memory).items() if size)
     typer.echo(f"memory {memory.total_bytes / GIB:,.2f} of {profile.memory_bytes / GIB:,.2f} GiB: {terms}")
@@ -97,12 +108,14 @@ def dry_run(planned: Run, profile: HardwareProfile) -> None:
 
 
 def save_averaged(stage: CrossDiTStage, out: Path) -> None:
-    """Let the model take the averaged weights, and write them to the folder in float16."""
+    """Let the model take the averaged weights; the first process writes them to the folder in float16."""
     stage.average.copy_to(stage.model)
-    for name, parameter in stage.model.named_parameters():
-        if not parameter.to(torch.float16).isfinite().all():
+    weights = whole_state(stage.model)
+    for name, tensor in weights.items():
+        if not tensor.to(torch.float16).isfinite().all():
             raise ValueError(f"{out / WEIGHTS}: expected weights that float16 can hold, {name} has larger ones or nan")
-    save_crossdit(out / WEIGHTS, stage.model, torch.float16)
+    if weights:
+        save_crossdit(out / WEIGHTS, stage.model, torch.float16, weights)
 
 
 def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_resume: bool) -> None:
@@ -113,23 +126,23 @@ def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_
     densities: list[float] = []
 
     def measure() -> dict[str, Any]:
-        density = round(fmean(densities or [1.0]), 4)
+        density = loop.parallel.mean(torch.tensor(fmean(densities or [1.0]))).item()
         densities.clear()
-        return {"peak_bytes": peak_bytes(loop.stage.device), "density": density, **prediction}
+        return {"peak_bytes": peak_bytes(loop.stage.device), "density": round(density, 4), **prediction}
 
     with record_block_masks(lambda mask: densities.append(mask.density)):
         loop.run(out, every, measure, set_on_resume=set_on_resume)
 
 
-def check_captioned(data: LatentSet, wanted: bool) -> None:
-    """Say how many clips have a caption. Raises ValueError where none has one, though captions are wanted."""
+def captioned(data: LatentSet, wanted: bool) -> str:
+    """How many clips have a caption, in words. Raises ValueError where none has one, though captions are wanted."""
     count = sum(data.grids.values())
     if wanted and not data.captioned:
         raise ValueError(
             f"0 of {count} clips have a caption: expected some in the shards or in --captions, by a video's path, name "
             "or stem; give --no-captions to train on the empty prompt"
         )
-    typer.echo(f"{data.captioned} of {count} clips have a caption")
+    return f"{data.captioned} of {count} clips have a caption"
 
 
 def weights_digest(path: Path) -> str:
@@ -158,7 +171,7 @@ def main(
         Path | None, typer.Option(help="JSON, JSONL or CSV, by video; before those in the shards")
     ] = None,
     no_captions: Annotated[bool, typer.Option("--no-captions", help="train on the empty prompt")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="samples in a step")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="samples in a step, of all processes together")] = 1,
     latent_frames: Annotated[int | None, typer.Option(min=1, help="keep the first so many latent frames")] = None,
     learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate after the warm-up")] = 1e-4,
     warmup_steps: Annotated[int, typer.Option(min=0, help="steps over which the learning rate rises")] = 100,
@@ -175,6 +188,11 @@ def main(
     set_on_resume: Annotated[
         bool, typer.Option("--set-on-resume", help="go on from a checkpoint of other settings with these")
     ] = False,
+    replicate: Annotated[int, typer.Option(min=1, help="copies of the sharded weights among the processes")] = 1,
+    shard: Annotated[
+        int | None, typer.Option(min=1, help="data ranks of a copy; without it what the other two leave")
+    ] = None,
+    sequence: Annotated[int, typer.Option(min=1, help="processes that share the tokens of each sample")] = 1,
     profile: Annotated[
         Path | None, typer.Option(help="hardware profile of the predictions, by k5 plan calibrate; H100 without")
     ] = None,
@@ -184,8 +202,6 @@ def main(
     device: DeviceName = None,
 ) -> None:
     """Train, or go on from the checkpoint in the folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
-        raise typer.BadParameter("this trainer runs in one process: use --nproc-per-node 1")
     if captions is not None and no_captions:
         raise typer.BadParameter("give --captions or --no-captions, not both")
     loop: Loop | None = None
@@ -197,6 +213,7 @@ def main(
 
     with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left), ExitStack() as held:
         # What is wrong with the settings is said before anything is loaded.
+        parallel = held.enter_context(processes(choose_device(device), replicate, shard, sequence))
         window = RELEASED_WINDOW if nabla_window else None
         attention = DENSE if nabla_thr is None else AttentionConfig("nabla", nabla_thr, window)
         schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
@@ -208,21 +225,27 @@ def main(
             attention=attention,
             bf16=bf16,
         )
-        chosen = choose_device(device)
+        chosen = parallel.device
+        parallel.check_batch(batch)
         hardware = H100 if profile is None else load_profile(profile)
         sizes = model_config(preset, init, model_dim, blocks)
+        parallel.check_heads(sizes.heads)
         texts = read_captions(captions) if captions is not None else {}
         if not dry_run_only:
-            held.enter_context(only_training(out))
+            if parallel.first:
+                held.enter_context(only_training(out))
             start = None if init is None else weights_digest(init)
             known = schedule.settings | crossdit_settings(config, sizes, start)
             check_settings(out / CHECKPOINTS, known, set_on_resume)
         data = LatentSet(read_shards(latents), None if no_captions else texts)
-        planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr))
+        planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr), layout_of(parallel, batch))
         if dry_run_only:
-            dry_run(planned, hardware)
+            if parallel.first:
+                dry_run(planned, hardware)
             return
-        check_captioned(data, wanted=not no_captions)
+        words = captioned(data, wanted=not no_captions)
+        if parallel.first:
+            typer.echo(words)
         check_fits(data, sizes)
         disable_progress_bar()  # of the text encoder's weights
         encode_text = MiniLMTextEncoder(chosen).encode
@@ -233,9 +256,9 @@ def main(
             "base_bytes": base,
             "profile": hardware.name,
         }
-        model = build_model(sizes, init, checkpointing, seed, chosen)
-        stage = CrossDiTStage(model, data, encode_text, config, start)
-        loop = Loop(stage, schedule)
+        model = shard_model(build_model(sizes, init, checkpointing, seed, chosen), parallel, bf16)
+        stage = CrossDiTStage(model, data, encode_text, config, start, parallel)
+        loop = Loop(stage, schedule, parallel)
         train(loop, out, every, prediction, set_on_resume)
         save_averaged(stage, out)
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from k5kernels.device import device_of
+from train.parallel import own_shard
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Loss:
 
 
 class Average:
-    """Running average (EMA) of a model's parameters, on their devices."""
+    """Running average (EMA) of a model's parameters, on their devices: of shards, where the model is sharded."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
@@ -40,7 +41,7 @@ class Average:
         """
         decay = min(self.decay, (done + 1) / (done + 10))
         for name, parameter in self.model.named_parameters():
-            self.tensors[name].lerp_(parameter, 1 - decay)
+            own_shard(self.tensors[name]).lerp_(own_shard(parameter), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
