@@ -1,16 +1,17 @@
 """Train CrossDiT on latent shards, in one process or in many.
 
-    torchrun -m train.run --latents runs/latents --init model/nano/crossdit.safetensors --out runs/first --steps 200
+    torchrun -m train.run --stage nano_t2i --latents runs/latents --out runs/t2i
+    torchrun -m train.run --stage nano_t2v --latents runs/latents --out runs/t2v --init runs/t2i
     torchrun --nproc-per-node 8 -m train.run --replicate 2 --sequence 2 --batch 4 …
 
-Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest) and, when done, `crossdit.safetensors`
-with the averaged weights. Every row of the log has the planner's prediction beside what was measured; `--dry-run`
-prints the prediction and trains nothing, `--profile` says for which machine.
+A stage is a name (`train.stages`) or a file; `--print-stage` prints it as a file to edit and give back, and options on
+the command line go before what it says. Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest)
+and, when done, `crossdit.safetensors` with the averaged weights. Every row of the log has the planner's prediction
+beside what was measured; `--dry-run` prints the prediction and trains nothing, `--hardware` says for which machine.
 """
 
-import hashlib
+import math
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -19,68 +20,50 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from k5kernels.attention import DENSE, RELEASED_WINDOW, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.device import choose_device
 from k5kernels.latents.captions import read_captions
-from k5kernels.planner import H100, HardwareProfile, load_profile
+from k5kernels.planner import H100, load_profile
 from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.planner.density import nabla_density
-from k5kernels.planner.values import term_words
 from k5kernels.presets import CrossDiTConfig
-from k5kernels.terminal import DeviceName, complain, one_line_errors, one_line_stop
+from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
 from k5kernels.text_encoders import MiniLMTextEncoder
-from model.crossdit import CrossDiT
-from model.presets import PRESETS
-from model.weights import load_crossdit, read_crossdit_config, save_crossdit
+from k5kernels.vae.config import TEMPORAL_STRIDE
+from model.weights import save_crossdit
+from train.building import (
+    WEIGHTS,
+    build_model,
+    check_text_width,
+    model_config,
+    offload_to,
+    weights_digest,
+    weights_to_start_from,
+)
 from train.checkpoint import check_settings
-from train.crossdit_stage import CrossDiTStage, FlowMatching, check_fits, crossdit_settings
+from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, crossdit_settings
+from train.dry_run import MOST_GPUS, print_run, print_stage_layout
 from train.latents import LatentSet, read_shards
 from train.loop import CHECKPOINTS, Loop
 from train.only_training import only_training
 from train.parallel import Parallel, processes, shard_model, whole_state
-from train.prediction import GIB, Run, nearest_layout, predicted_memory, predicted_ms
+from train.prediction import GIB, Run, predicted_memory, predicted_ms
 from train.resident import peak_bytes, resident_bytes
-from train.schedule import Schedule
+from train.settings import Settings, make_settings
+from train.stages import stage_values
 
 PROGRAM = "train.run"
-WEIGHTS = "crossdit.safetensors"
-TEXT_WIDTH = 384  # of MiniLM's tokens
-MLP_WIDENING = 4  # of the released models
+OFFLOADED = "offloaded"  # folder in the run's for block inputs of the CPU
 
 
-def model_config(preset: str, init: Path | None, model_dim: int | None, blocks: int | None) -> CrossDiTConfig:
-    """The config of the weights to start from, or the preset's, with another width or depth where given."""
-    if init is not None:
-        if model_dim is not None or blocks is not None:
-            raise typer.BadParameter("the weights of --init have their own sizes: leave out --model-dim and --blocks")
-        return read_crossdit_config(init)
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"expected one of {', '.join(PRESETS)}, got {preset}", param_hint="--preset")
-    config = PRESETS[preset]
-    if config.in_text_dim != TEXT_WIDTH:
-        raise typer.BadParameter(
-            f"expected nano: {preset} takes text of width {config.in_text_dim}, this trainer's encoder gives "
-            f"{TEXT_WIDTH}",
-            param_hint="--preset",
-        )
-    if model_dim is not None:
-        if model_dim % config.head_dim:
-            raise typer.BadParameter(
-                f"expected a multiple of the head dim {config.head_dim}, got {model_dim}", param_hint="--model-dim"
-            )
-        config = replace(config, model_dim=model_dim, ff_dim=MLP_WIDENING * model_dim)
-    return config if blocks is None else replace(config, visual_blocks=blocks)
+def chosen_settings(stage: str | None, given: dict[str, Any]) -> Settings:
+    """The settings of a stage, or the defaults, with what was given (not None) in their place.
 
-
-def build_model(
-    config: CrossDiTConfig, init: Path | None, checkpointing: bool, seed: int, device: torch.device
-) -> CrossDiT:
-    """Random weights, or weights from a file."""
-    torch.manual_seed(seed)
-    model = load_crossdit(init) if init is not None else CrossDiT(config)
-    model.gradient_checkpointing = checkpointing
-    return model.to(device)
+    Raises ValueError, one line, where a setting cannot be.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    values, source = stage_values(stage) if stage is not None else ({}, "")
+    return make_settings({**values, **given}, source)
 
 
 def layout_of(parallel: Parallel, batch: int) -> ClusterLayout:
@@ -88,23 +71,6 @@ def layout_of(parallel: Parallel, batch: int) -> ClusterLayout:
     return ClusterLayout(
         parallel.shard * parallel.sequence, parallel.replicate, parallel.sequence, batch // parallel.data_ranks
     )
-
-
-def dry_run(planned: Run, profile: HardwareProfile) -> None:
-    """Print what the planner says of the run. Raises typer.Exit(1), after one line on stderr, where it cannot fit."""
-    memory = predicted_memory(planned)
-    if planned.layout.gpus > 1:
-        typer.echo(f"layout: {planned.layout}")
-    typer.echo(f"on {profile.name}: a step takes {predicted_ms(planned, profile):,.1f} ms")
-    terms = ", ".join(f"{term_words(name)} {size / GIB:,.2f}" for name, size in asdict(memory).items() if size)
-    typer.echo(f"memory {memory.total_bytes / GIB:,.2f} of {profile.memory_bytes / GIB:,.2f} GiB: {terms}")
-    if memory.total_bytes > profile.memory_bytes:
-        complain(
-            f"does not fit: {memory.total_bytes / GIB:,.2f} GiB, expected at most "
-            f"{profile.memory_bytes / GIB:,.2f} GiB of {profile.name}; {nearest_layout(planned, profile)}",
-            PROGRAM,
-        )
-        raise typer.Exit(1)
 
 
 def save_averaged(stage: CrossDiTStage, out: Path) -> None:
@@ -145,24 +111,38 @@ def captioned(data: LatentSet, wanted: bool) -> str:
     return f"{data.captioned} of {count} clips have a caption"
 
 
-def weights_digest(path: Path) -> str:
-    """A hash of a weights file, or of all in a folder."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for name in files:
-        with name.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256 {digest.hexdigest()[:16]}"
+def planned_run(settings: Settings, data: LatentSet, sizes: CrossDiTConfig, parallel: Parallel) -> Run:
+    """What decides the time and the memory of a step, for the planner."""
+    config = settings.training
+    drawn = [data.weights(images if config.image_share else None, config.resolutions) for images in (False, True)]
+    return Run(
+        sizes,
+        config,
+        drawn[0],
+        settings.checkpointing,
+        nabla_density(settings.nabla_thr),
+        layout_of(parallel, config.batch),
+        settings.offload,
+        drawn[1] if config.image_share else {},
+    )
 
 
 def main(
-    latents: Annotated[Path, typer.Option(help="folder of latent shards (*.tar)")],
-    out: Annotated[Path, typer.Option(help="folder for the log, the checkpoint and the weights")],
-    steps: Annotated[int, typer.Option(min=1, help="steps of the whole schedule")],
+    latents: Annotated[Path | None, typer.Option(help="folder of latent shards (*.tar)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the log, the checkpoints and the weights")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="a stage by name (train/stages.py), or its file (.json, .toml)")
+    ] = None,
+    print_stage: Annotated[
+        bool, typer.Option("--print-stage", help="print the stage's settings as a file to edit, and train nothing")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="steps of the whole schedule; needed without a stage")] = None,
     preset: Annotated[
-        str, typer.Option(help="sizes of the model; nano alone fits this trainer's text encoder")
-    ] = "nano",
-    init: Annotated[Path | None, typer.Option(help="start from these weights instead of random ones")] = None,
+        str | None, typer.Option(help="sizes of the model; nano alone fits this trainer's text encoder")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="start from these weights, or those of a run's folder, not from random ones")
+    ] = None,
     model_dim: Annotated[
         int | None, typer.Option(min=1, help="width instead of the preset's, MLP 4 times as wide")
     ] = None,
@@ -171,19 +151,32 @@ def main(
         Path | None, typer.Option(help="JSON, JSONL or CSV, by video; before those in the shards")
     ] = None,
     no_captions: Annotated[bool, typer.Option("--no-captions", help="train on the empty prompt")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="samples in a step, of all processes together")] = 1,
+    batch: Annotated[int | None, typer.Option(help="samples in a step on clips, of all processes together")] = None,
+    image_batch: Annotated[int | None, typer.Option(help="samples in a step on images; as many without")] = None,
     latent_frames: Annotated[int | None, typer.Option(min=1, help="keep the first so many latent frames")] = None,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's learning rate after the warm-up")] = 1e-4,
-    warmup_steps: Annotated[int, typer.Option(min=0, help="steps over which the learning rate rises")] = 100,
-    decay_steps: Annotated[int, typer.Option(min=0, help="last steps, over which it falls to zero")] = 0,
-    ema_decay: Annotated[float, typer.Option(min=0, max=1, help="of the running average of the weights")] = 0.9999,
-    nabla_thr: Annotated[
-        float | None, typer.Option(min=0, max=1, help="NABLA attention at this threshold; dense without")
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's learning rate after the warm-up")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="of matrices; norms, biases, embeddings have none")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="steps over which the learning rate rises")] = None,
+    decay_steps: Annotated[int | None, typer.Option(help="last steps, over which it falls to zero")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="of the running average of the weights")] = None,
+    nabla_thr: Annotated[float | None, typer.Option(help="NABLA attention at this threshold; dense without")] = None,
+    nabla_window: Annotated[
+        bool | None, typer.Option("--nabla-window/--no-nabla-window", help="unite its mask with the 11×3×3 window")
     ] = None,
-    nabla_window: Annotated[bool, typer.Option(help="unite NABLA's mask with the 11×3×3 window of blocks")] = True,
-    checkpointing: Annotated[bool, typer.Option(help="recompute each block in the backward pass")] = True,
-    bf16: Annotated[bool, typer.Option(help="compute in bfloat16 (autocast); weights stay float32")] = False,
-    seed: Annotated[int, typer.Option(help="of the random weights and of every draw")] = 0,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="recompute each block in the backward")
+    ] = None,
+    offload: Annotated[
+        bool | None, typer.Option("--offload/--no-offload", help="keep block inputs away until the backward needs them")
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="on a CPU, where to; a folder in that of the run without")
+    ] = None,
+    offload_gib: Annotated[float, typer.Option(min=0, help="keep away at most so many GiB")] = math.inf,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="compute in bfloat16 (autocast); weights stay float32")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of the random weights and of every draw")] = None,
     every: Annotated[int, typer.Option(min=1, help="steps between log rows and checkpoints")] = 50,
     set_on_resume: Annotated[
         bool, typer.Option("--set-on-resume", help="go on from a checkpoint of other settings with these")
@@ -193,55 +186,83 @@ def main(
         int | None, typer.Option(min=1, help="data ranks of a copy; without it what the other two leave")
     ] = None,
     sequence: Annotated[int, typer.Option(min=1, help="processes that share the tokens of each sample")] = 1,
-    profile: Annotated[
+    hardware: Annotated[
         Path | None, typer.Option(help="hardware profile of the predictions, by k5 plan calibrate; H100 without")
     ] = None,
-    dry_run_only: Annotated[
+    dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the predicted time and memory, and refuse what cannot fit")
     ] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="at most, of a --dry-run of a stage without --latents")] = MOST_GPUS,
     device: DeviceName = None,
 ) -> None:
-    """Train, or go on from the checkpoint in the folder."""
+    """Train, or go on from the newest checkpoint in the folder."""
     if captions is not None and no_captions:
         raise typer.BadParameter("give --captions or --no-captions, not both")
     loop: Loop | None = None
 
     def left() -> str:
-        if loop is None or not loop.saved:
+        if loop is None or not loop.saved or out is None:
             return "nothing is saved yet"
-        return f"{out / CHECKPOINTS} holds step {loop.saved} of {steps}, and the same command goes on from there"
+        return (
+            f"{out / CHECKPOINTS} holds step {loop.saved} of {settings.steps}, and the same command goes on from there"
+        )
 
     with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left), ExitStack() as held:
         # What is wrong with the settings is said before anything is loaded.
-        parallel = held.enter_context(processes(choose_device(device), replicate, shard, sequence))
-        window = RELEASED_WINDOW if nabla_window else None
-        attention = DENSE if nabla_thr is None else AttentionConfig("nabla", nabla_thr, window)
-        schedule = Schedule(steps, warmup_steps, decay_steps, seed=seed)
-        config = FlowMatching(
-            batch=batch,
-            latent_frames=latent_frames,
-            learning_rate=learning_rate,
-            ema_decay=ema_decay,
-            attention=attention,
-            bf16=bf16,
+        settings = chosen_settings(
+            stage,
+            {
+                "steps": steps,
+                "preset": preset,
+                "batch": batch,
+                "image_batch": image_batch,
+                "frames": None if latent_frames is None else 1 + TEMPORAL_STRIDE * (latent_frames - 1),
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "decay_steps": decay_steps,
+                "ema_decay": ema_decay,
+                "nabla_thr": nabla_thr,
+                "nabla_window": nabla_window,
+                "checkpointing": checkpointing,
+                "offload": offload,
+                "bf16": bf16,
+                "seed": seed,
+            },
         )
+        if print_stage:
+            typer.echo(settings.as_json())
+            return
+        machine = H100 if hardware is None else load_profile(hardware)
+        if dry_run and latents is None:
+            print_stage_layout(settings, machine, gpus)
+            return
+        if latents is None or (out is None and not dry_run):
+            raise ValueError("expected --latents, shards to train on, and --out, a folder for the run")
+        parallel = held.enter_context(processes(choose_device(device), replicate, shard, sequence))
         chosen = parallel.device
-        parallel.check_batch(batch)
-        hardware = H100 if profile is None else load_profile(profile)
-        sizes = model_config(preset, init, model_dim, blocks)
+        config, schedule = settings.training, settings.schedule
+        for images in (False, True):
+            parallel.check_batch(config.batch_of(images))
+        start_from = None if init is None else weights_to_start_from(init)
+        sizes = model_config(settings, start_from, model_dim, blocks)
         parallel.check_heads(sizes.heads)
         texts = read_captions(captions) if captions is not None else {}
-        if not dry_run_only:
+        start = None if start_from is None else weights_digest(start_from)
+        if out is not None and not dry_run:
+            settings.check_trainable()
+            check_text_width(sizes, settings.preset)
             if parallel.first:
                 held.enter_context(only_training(out))
-            start = None if init is None else weights_digest(init)
-            known = schedule.settings | crossdit_settings(config, sizes, start)
-            check_settings(out / CHECKPOINTS, known, set_on_resume)
+            check_settings(
+                out / CHECKPOINTS, schedule.settings | crossdit_settings(config, sizes, start), set_on_resume
+            )
         data = LatentSet(read_shards(latents), None if no_captions else texts)
-        planned = Run(sizes, config, data.grids, checkpointing, nabla_density(nabla_thr), layout_of(parallel, batch))
-        if dry_run_only:
+        check_resolutions(data, config)
+        planned = planned_run(settings, data, sizes, parallel)
+        if dry_run or out is None:
             if parallel.first:
-                dry_run(planned, hardware)
+                print_run(planned, machine)
             return
         words = captioned(data, wanted=not no_captions)
         if parallel.first:
@@ -251,16 +272,19 @@ def main(
         encode_text = MiniLMTextEncoder(chosen).encode
         base = resident_bytes(chosen)
         prediction = {
-            "predicted_ms": float(f"{predicted_ms(planned, hardware):.4g}"),
+            "predicted_ms": float(f"{predicted_ms(planned, machine):.4g}"),
             "predicted_bytes": round(base + predicted_memory(planned).total_bytes),
             "base_bytes": base,
-            "profile": hardware.name,
+            "hardware": machine.name,
         }
-        model = shard_model(build_model(sizes, init, checkpointing, seed, chosen), parallel, bf16)
-        stage = CrossDiTStage(model, data, encode_text, config, start, parallel)
-        loop = Loop(stage, schedule, parallel)
+        model = build_model(sizes, start_from, settings.checkpointing, settings.seed, chosen)
+        if settings.offload:
+            model.offload = offload_to(offload_folder or out / OFFLOADED, chosen, GIB * offload_gib)
+        model = shard_model(model, parallel, settings.bf16)
+        crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
+        loop = Loop(crossdit, schedule, parallel)
         train(loop, out, every, prediction, set_on_resume)
-        save_averaged(stage, out)
+        save_averaged(crossdit, out)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from full_disk import FULL_DISK, needs_full_disk
 from latent_samples import sample
 from tiny_stage import tiny_stage
 from typer.testing import CliRunner
 
 from k5kernels.latents.shards import ShardWriter
+from k5kernels.offload.disk import DiskStore
 from k5kernels.planner import H100, save_profile
 from model.weights import load_crossdit
 from train import run
@@ -66,15 +68,11 @@ def test_more_than_one_process_is_refused(latents, tmp_path, monkeypatch):
 
 
 def test_an_unknown_preset_names_those_there_are(latents, tmp_path):
-    result = invoke(latents, tmp_path / "run", 2, "--preset", "huge")
-    assert result.exit_code == 2
-    assert "nano" in result.output
+    assert_one_line(invoke(latents, tmp_path / "run", 2, "--preset", "huge"), "preset: expected one of", "nano")
 
 
 def test_a_preset_whose_text_width_does_not_fit_is_refused_before_it_is_built(latents, tmp_path):
-    result = invoke(latents, tmp_path / "run", 2, "--preset", "video_lite")
-    assert result.exit_code == 2
-    assert "3584" in result.output
+    assert_one_line(invoke(latents, tmp_path / "run", 2, "--preset", "video_lite"), "preset: expected nano", "3584")
 
 
 def test_a_width_and_a_depth_replace_the_presets(latents, tmp_path):
@@ -89,18 +87,16 @@ def test_a_width_and_a_depth_replace_the_presets(latents, tmp_path):
     [(("--model-dim", "100"), "multiple of the head dim"), (("--init", "x", "--blocks", "2"), "have their own sizes")],
 )
 def test_sizes_that_cannot_be_are_refused(latents, tmp_path, options, words):
-    result = invoke(latents, tmp_path / "run", 2, *options)
-    assert result.exit_code == 2
-    assert words in " ".join(result.output.replace("│", " ").split())
+    assert_one_line(invoke(latents, tmp_path / "run", 2, *options), words)
 
 
 def test_every_row_of_the_log_has_what_was_predicted_beside_what_was_measured(latents, tmp_path):
     save_profile(replace(H100, name="here"), tmp_path / "here.json")
-    assert invoke(latents, tmp_path / "run", 4, "--profile", str(tmp_path / "here.json")).exit_code == 0
+    assert invoke(latents, tmp_path / "run", 4, "--hardware", str(tmp_path / "here.json")).exit_code == 0
     rows = [json.loads(row) for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
-        assert row["profile"] == "here"
+        assert row["hardware"] == "here"
         assert min(row["step_ms"], row["predicted_ms"]) > 0
         assert row["peak_bytes"] > row["base_bytes"]
         assert row["predicted_bytes"] > row["base_bytes"]
@@ -119,7 +115,7 @@ def test_a_dry_run_refuses_what_cannot_fit_and_names_the_nearest_layout_that_doe
     save_profile(replace(H100, name="small", memory_bytes=24 * 2**30), tmp_path / "small.json")
     large = ("--model-dim", "1792", "--blocks", "32", "--dry-run")
     assert invoke(latents, tmp_path / "run", 2, *large).exit_code == 0
-    result = invoke(latents, tmp_path / "run", 2, *large, "--profile", str(tmp_path / "small.json"))
+    result = invoke(latents, tmp_path / "run", 2, *large, "--hardware", str(tmp_path / "small.json"))
     assert result.exit_code == 1
     (refusal,) = (line for line in result.stderr.splitlines() if line.startswith("train.run:"))
     assert "expected at most 24.00 GiB of small" in refusal
@@ -145,7 +141,7 @@ def broken(path, content):
     [
         (("--latents", "nowhere"), "nowhere: expected latent shards"),
         (("--captions", "nowhere.json"), "nowhere.json"),
-        (("--profile", "nowhere.json"), "nowhere.json"),
+        (("--hardware", "nowhere.json"), "nowhere.json"),
         (("--init", "nowhere.safetensors"), "nowhere.safetensors"),
         (("--learning-rate", "0"), "learning_rate: expected a positive number"),
         (("--learning-rate", "nan"), "learning_rate: expected a positive number"),
@@ -322,6 +318,83 @@ def test_weights_that_float16_cannot_hold_are_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"crossdit\.safetensors: expected weights that float16 can hold"):
         run.save_averaged(stage, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def command(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_printed_stage_is_edited_and_given_back(latents, tmp_path):
+    result = command("--stage", "nano_t2i", "--print-stage", "--steps", 2, "--warmup-steps", 0)
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert (values["name"], values["steps"], values["batch"]) == ("nano_t2i", 2, 8)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(values | {"name": "mine", "batch": 3}))
+    again = json.loads(command("--stage", path, "--print-stage", "--batch", 2).stdout)
+    assert again == values | {"name": "mine", "batch": 2}
+    train = ("--latents", latents, "--out", tmp_path / "run", "--no-captions", "--stage", path, "--batch", 2)
+    assert command(*train).exit_code == 0
+    assert_one_line(command(*train, "--batch", 3), "batch 2 (now 3)")
+
+
+def test_an_error_in_a_stages_file_is_one_line_before_anything_is_loaded(latents, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "read_shards", lambda folder: pytest.fail("the data were read"))
+    path = tmp_path / "mine.json"
+    path.write_text('{"steps": 2, "learning_rate": "fast"}')
+    train = ("--latents", latents, "--out", tmp_path / "run", "--no-captions")
+    assert_one_line(command(*train, "--stage", path), "mine.json: learning_rate: expected a number, got 'fast'")
+    assert_one_line(command(*train, "--stage", "lite"), "stage: expected one of nano_t2i")
+    assert_one_line(command(*train), "steps: expected an integer, got none")
+    assert_one_line(command(*train, "--stage", "image_editing_mr"), "tasks.editing: expected 0, got 0.8")
+    assert_one_line(command("--stage", "nano_t2i"), "expected --latents")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_released_stage_prints_the_layout_that_would_run():
+    result = command("--stage", "video_lite_mr_5s", "--dry-run", "--gpus", 64)
+    assert result.exit_code == 0, result.output
+    first, second, third = result.stdout.splitlines()
+    assert first.startswith("video_lite_mr_5s on H100: ")
+    assert "GPUs = " in first
+    assert "a step takes " in second
+    assert "GPU-hours" in second
+    assert "of 80.00 GiB a GPU: states " in third
+    assert_one_line(command("--stage", "video_pro_hr_10s", "--dry-run", "--gpus", 1), "no layout is possible")
+    assert_one_line(command("--stage", "nano_t2i", "--dry-run"), "resolutions: expected those to plan for", "--latents")
+
+
+def test_a_stage_starts_from_the_weights_of_another_ones_run(latents, trained, tmp_path):
+    next_stage = ("--latents", latents, "--out", tmp_path / "next", "--no-captions", "--stage", "nano_t2i", "--steps", 1)
+    assert command(*next_stage, "--init", trained, "--learning-rate", 1e-12, "--warmup-steps", 0).exit_code == 0
+    before, after = (load_crossdit(folder / "crossdit.safetensors") for folder in (trained, tmp_path / "next"))
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
+    assert_one_line(command(*next_stage, "--init", tmp_path), str(tmp_path))
+
+
+def test_a_run_with_offload_ends_with_the_same_weights_and_leaves_nothing_in_its_folder(latents, tmp_path, monkeypatch):
+    away = []
+    put = DiskStore.put
+    monkeypatch.setattr("train.building.SMALLEST_OFFLOADED", 1)
+    monkeypatch.setattr(DiskStore, "put", lambda store, tensor: away.append(tensor.shape) or put(store, tensor))
+    assert invoke(latents, tmp_path / "kept", 2).exit_code == 0
+    assert not away
+    result = invoke(latents, tmp_path / "away", 2, "--offload", "--offload-folder", str(tmp_path / "scratch"))
+    assert result.exit_code == 0, result.output
+    assert len(away) == 3 * 8  # blocks of two steps and of the last one, which shows that the weights are good
+    assert list((tmp_path / "scratch").iterdir()) == []
+    kept, offloaded = ((tmp_path / name / "crossdit.safetensors").read_bytes() for name in ("kept", "away"))
+    assert kept == offloaded
+
+
+@needs_full_disk
+def test_a_disk_that_is_full_of_offloaded_inputs_is_one_line(latents, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.building.SMALLEST_OFFLOADED", 1)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir, buffering: FULL_DISK.open("r+b", buffering))
+    result = invoke(latents, tmp_path / "run", 2, "--offload")
+    assert_one_line(result, "cannot keep activations for the backward: No space left on device", "offloaded")
+    assert list((tmp_path / "run" / "offloaded").iterdir()) == []
 
 
 def test_every_option_is_explained():
