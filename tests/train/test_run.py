@@ -60,13 +60,6 @@ def test_goes_on_from_its_checkpoint(latents, tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
-def test_more_than_one_process_is_refused(latents, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = invoke(latents, tmp_path / "run", 2)
-    assert result.exit_code == 2
-    assert "one process" in result.output
-
-
 def test_an_unknown_preset_names_those_there_are(latents, tmp_path):
     assert_one_line(invoke(latents, tmp_path / "run", 2, "--preset", "huge"), "preset: expected one of", "nano")
 
