@@ -358,7 +358,17 @@ def test_a_dry_run_of_a_released_stage_prints_the_layout_that_would_run():
 
 
 def test_a_stage_starts_from_the_weights_of_another_ones_run(latents, trained, tmp_path):
-    next_stage = ("--latents", latents, "--out", tmp_path / "next", "--no-captions", "--stage", "nano_t2i", "--steps", 1)
+    next_stage = (
+        "--latents",
+        latents,
+        "--out",
+        tmp_path / "next",
+        "--no-captions",
+        "--stage",
+        "nano_t2i",
+        "--steps",
+        1,
+    )
     assert command(*next_stage, "--init", trained, "--learning-rate", 1e-12, "--warmup-steps", 0).exit_code == 0
     before, after = (load_crossdit(folder / "crossdit.safetensors") for folder in (trained, tmp_path / "next"))
     for name, weight in before.state_dict().items():
