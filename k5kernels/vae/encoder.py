@@ -135,7 +135,8 @@ class HunyuanEncoder(nn.Module):
         - "tile": tiles of `tiling.frames` frames, each for itself, as Kandinsky's latents were made.
         memory_budget: bytes for activations on the device, beyond weights, video and latents; None: no limit. What of
         `exact` does not fit waits in host memory, on a CPU in files of the folder for temporary files. `tile` cuts
-        frames in tiles too where they do not fit, so that its latents depend on the budget.
+        frames in tiles too where they do not fit, so that its latents depend on the budget. On a CPU in float32 the
+        convolutions keep transformed weights beside it, four times the weights, and use up to 18 MiB a thread.
         lookback: of `stream`: latent frames that attention sees; None: all, as in training.
         runner: of `tile`: what runs a tile (`k5kernels.vae.tile_runners`); None: operator after operator.
         Without gradients. The result depends on nothing but the arguments: no mode asks for free memory.

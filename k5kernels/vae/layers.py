@@ -21,6 +21,7 @@ from k5kernels.ops.groupnorm_silu import EPS, groupnorm_silu
 from k5kernels.ops.groupnorm_silu_apply import groupnorm_silu_apply
 from k5kernels.ops.groupnorm_silu_padded import groupnorm_silu_padded
 from k5kernels.ops.groupnorm_statistics import GroupStatistics, groupnorm_statistics, normalize
+from k5kernels.vae.convolution import UnpaddedConv3d
 
 
 class CausalConv3d(nn.Module):
@@ -36,7 +37,7 @@ class CausalConv3d(nn.Module):
         if kernel < stride[0]:
             raise ValueError(f"kernel: expected at least the stride in time, {stride[0]}, got {kernel}")
         self.kernel, self.stride = kernel, stride
-        self.conv = nn.Conv3d(channels_in, channels_out, kernel, stride)
+        self.conv = UnpaddedConv3d(channels_in, channels_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel == 1:

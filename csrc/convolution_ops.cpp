@@ -1,0 +1,36 @@
+// Binds the convolution of the VAE.
+#include <algorithm>
+
+#include "binding.h"
+#include "cpu/winograd_conv3d.h"
+
+namespace {
+
+using namespace k5::binding;
+using torch::headeronly::MemoryFormat;
+
+// Products of a block in one matrix: enough that a filter, once read, is used often, few enough that a block's values
+// stay in the caches.
+constexpr int64_t kRows = 96, kTilesOfBlock = 24;
+
+Tensor winograd_conv3d(const Tensor& x, const Tensor& filters, const Tensor& bias) {
+  const Tensor dense = contiguous(x, MemoryFormat::ChannelsLast3d), dense_filters = contiguous(filters);
+  const Tensor dense_bias = dense_float(bias);
+  const int64_t batch = x.size(0), frames = x.size(2) - 2, height = x.size(3) - 2, width = x.size(4) - 2;
+  const int64_t channels_out = bias.size(0), sizes[] = {batch, channels_out, frames, height, width};
+  Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                    MemoryFormat::ChannelsLast3d);
+  if (out.numel() == 0) return out;
+  k5::WinogradConv3d op{data<float>(dense), data<float>(dense_filters), data<float>(dense_bias), mutable_data<float>(out),
+                        frames, height, width, x.size(1), channels_out, 0, 0};
+  op.tiles = std::min(kTilesOfBlock, op.tiles_of_frame());
+  op.block_frames = std::min(frames, std::max<int64_t>(1, kRows / op.tiles));
+  const int64_t blocks = batch * op.frame_blocks() * op.tile_blocks();
+  for_items(blocks, op.scratch(),
+            [&](int64_t block, float* scratch) { K5_DISPATCH(winograd_conv3d, op, block, scratch); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(k5_cpu, CPU, m) { m.impl("winograd_conv3d", TORCH_BOX(&winograd_conv3d)); }
