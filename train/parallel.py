@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from k5kernels.terminal import Stopped
 from model.crossdit import CrossDiT, Modulation, TimeEmbedding
 from model.sequence_piece import Attend, piece_lengths
 
@@ -136,8 +137,9 @@ def processes(
     device: "cuda" without a number is the GPU of this process's number on its machine. shard: None takes the ranks that
     the other sides leave. where: the processes meet.
 
-    When a process fails inside, the first to do so raises, and what fails on the others in consequence, or for the
-    same reason, ends them with exit code 1 and without a word. A process that fails ends; torchrun ends the others.
+    When a process fails inside, the first to do so raises; what fails on the others in consequence, or for the same
+    reason, ends them without a word, with exit code 1, or after a signal with the signal's. A process that fails ends;
+    the others then fail in their next collective, or torchrun ends them.
     Raises ValueError where the sides do not make the number of processes, PeerLostError where a process has gone
     without a word.
     """
@@ -172,7 +174,7 @@ def processes(
         yield Parallel(replicate, shard, sequence, rank, device, weights, exchange)
     except BaseException as error:
         if not _speaks(store, rank):
-            raise typer.Exit(1) from None
+            raise typer.Exit(128 + error.number if isinstance(error, Stopped) else 1) from None
         if isinstance(error, RuntimeError) and _is_of_a_peer(error):
             raise PeerLostError(f"rank {rank}: another process has gone ({str(error).splitlines()[0]})") from error
         raise

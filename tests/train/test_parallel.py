@@ -1,11 +1,17 @@
-"""A step on many processes is the step of one; what they cannot share is refused."""
+"""A step on many processes is the step of one; what they cannot share is refused; no failure leaves others waiting."""
 
 import math
 
 import pytest
 import torch
+from latent_samples import sample
+from many_processes import packed_differences, run_on, second_rank_is_killed, second_rank_raises
 
+from bench.gloo_processes import on_processes
 from bench.train_equality import DENSE, EVEN, MESHES, NABLA, ODD, Case, equality
+from k5kernels.latents.shards import ShardWriter
+from model.weights import load_crossdit
+from train.log import Log
 from train.parallel import ALONE, Parallel, processes
 
 CPU = torch.device("cpu")
@@ -75,3 +81,64 @@ def test_meshes_of_up_to_eight_processes_train_as_one():
     meshes = [mesh for mesh in MESHES if math.prod(mesh) > 2]
     grids = [(attention, grid) for attention, grid in ((DENSE, ODD), (NABLA, EVEN), (NABLA, ODD))]
     assert_equal(equality([Case(mesh, attention, grid) for mesh in meshes for attention, grid in grids]))
+
+
+def test_two_processes_share_a_sequence_of_several_clips():
+    assert max(on_processes(2, packed_differences)) <= EQUAL
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A run of two steps of a model of one block."""
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    with ShardWriter(latents / "00000.tar") as shard:
+        for number in range(3):
+            shard.write(sample("a.mp4", (1, 6, 6), number))
+    sizes = ["--model-dim", "128", "--blocks", "1", "--batch", "2", "--steps", "2", "--every", "1"]
+    return ["--latents", str(latents), "--no-captions", *sizes, "--nabla-thr", "0.9"]
+
+
+def assert_one_line(ended, *words: str) -> None:
+    """All processes have ended with an error, and one line of all that they wrote says which."""
+    assert [code for code, _ in ended if code in (0, None)] == []
+    lines = [line for _, stderr in ended for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.run: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_fault_of_one_process_ends_all_with_one_line(command, tmp_path):
+    ended = run_on(2, [*command, "--out", str(tmp_path / "run")], tmp_path, second_rank_raises)
+    assert_one_line(ended, "a fault of rank 1")
+
+
+def test_what_the_processes_cannot_share_is_one_line_before_anything_is_loaded(command, tmp_path):
+    for options, words in ((["--batch", "3"], "data ranks"), (["--sequence", "2", "--model-dim", "192"], "3 heads")):
+        ended = run_on(2, ["--latents", "nowhere", *command[2:], "--out", str(tmp_path / "run"), *options], tmp_path)
+        assert_one_line(ended, words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_with_one_line(command, tmp_path):
+    ended = run_on(2, [*command, "--out", str(tmp_path / "run")], tmp_path, second_rank_is_killed)
+    assert_one_line(ended, "another process has gone")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_writes_one_log_and_the_weights_of_one(command, tmp_path):
+    for name, world, options in (("one", 1, []), ("data", 2, []), ("sequence", 2, ["--sequence", "2"])):
+        ended = run_on(world, [*command, "--out", str(tmp_path / name), *options], tmp_path)
+        assert [code for code, _ in ended] == [0] * world, ended
+    states = {
+        name: load_crossdit(tmp_path / name / "crossdit.safetensors").state_dict()
+        for name in ("one", "data", "sequence")
+    }
+    losses = {name: [row["loss"] for row in Log(tmp_path / name / "log.jsonl").rows()] for name in states}
+    assert len(losses["one"]) == 2
+    for name, state in states.items():
+        assert losses[name] == pytest.approx(losses["one"], rel=EQUAL)
+        assert state.keys() == states["one"].keys()
+        # AdamW's first steps are of the learning rate's size, 1e-6 in the warm-up; float16 rounds to 1e-3 of a weight.
+        assert all(torch.allclose(state[key], states["one"][key], rtol=1e-3, atol=1e-5) for key in state)

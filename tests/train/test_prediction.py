@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from k5kernels.planner import H100, memory_terms, step_time_ms, step_time_terms
+from k5kernels.planner.cluster_layout import ClusterLayout
 from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
@@ -16,9 +17,9 @@ GRID, LONGER = (4, 32, 48), (8, 32, 48)
 
 
 def a_run(
-    model: CrossDiTConfig = NANO, grids=None, checkpointing: bool = True, density: float = 1.0, **training
+    model: CrossDiTConfig = NANO, grids=None, checkpointing: bool = True, density: float = 1.0, layout=None, **training
 ) -> Run:
-    return Run(model, FlowMatching(**training), grids or {GRID: 1}, checkpointing, density)
+    return Run(model, FlowMatching(**training), grids or {GRID: 1}, checkpointing, density, layout)
 
 
 def test_the_time_is_the_formulas():
@@ -92,3 +93,12 @@ def test_the_nearest_layout_of_a_run_too_large_for_one_gpu_has_several():
 
 def test_a_run_that_no_number_of_gpus_holds_says_so():
     assert "no layout is possible on 1024 GPUs" in nearest_layout(a_run(), replace(H100, memory_bytes=1000))
+
+
+def test_processes_share_samples_tokens_and_weights():
+    layout = ClusterLayout(shards=4, replicas=2, sequence_parallel=2, micro_batch=2)
+    one, many = a_run(batch=8), a_run(batch=8, layout=layout)
+    assert predicted_ms(many, H100) == pytest.approx(predicted_ms(one, H100) / 8)
+    of_one, of_many = predicted_memory(one), predicted_memory(many)
+    assert of_many.block_inputs_bytes == of_one.block_inputs_bytes / 8
+    assert of_many.states_bytes + of_many.ema_bytes == (of_one.states_bytes + of_one.ema_bytes) / 4
