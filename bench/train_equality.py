@@ -5,8 +5,8 @@
 
 The processes are gloo's, in float32, on one thread each. A mesh is replicate × shard × sequence; the batch is the same
 for all of them. The loss's difference is the largest of all steps, over the loss. The gradient, of the first step and
-before clipping, differs by the L2 norm of the difference over that of the one-process gradient; the averaged weights,
-after the last step, by the L2 norm over how far the steps have moved them.
+before clipping, differs by the L2 norm of the difference over that of the one-process gradient, and so does the clipped
+gradient of the last step; the averaged weights, after that step, by the L2 norm over how far the steps have moved them.
 
 A NABLA mask is a choice by scores, and rounding can make it the other way. Blocks that two runs chose differently are
 counted, over all steps, layers and heads; from the first of them on the runs are of different masks.
@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.gloo_processes import on_processes
 from bench.harness import machine
@@ -74,6 +74,7 @@ class Case:
     attention: AttentionConfig
     grid: Grid
     steps: int = 0
+    bf16: bool = False
 
     @property
     def world(self) -> int:
@@ -89,7 +90,8 @@ class Row:
     attention: str
     tokens: int
     loss: float
-    gradient: float
+    gradient: float | None
+    clipped: float | None
     average: float | None
     flips: int
     blocks: int
@@ -98,11 +100,12 @@ class Row:
 @dataclass(frozen=True)
 class Trained:
     """losses: of each step. gradient: of the first, before clipping. moved: from the first weights to the averaged ones
-    after the last step. masks: of each step and layer, bool [B, h, N_b, N_b]."""
+    after the last step. clipped: the gradient of that step. masks: of each step and layer, bool [B, h, N_b, N_b]."""
 
     losses: list[float]
     gradient: Tensor
     moved: Tensor | None
+    clipped: Tensor | None
     masks: list[Tensor]
 
 
@@ -145,13 +148,13 @@ def latents(grid: Grid) -> LatentSet:
 
 def train(case: Case, parallel: Parallel) -> Trained:
     """The steps of a case, on each process of the mesh."""
-    sharded = shard_model(model(), parallel)
+    sharded = shard_model(model(), parallel, case.bf16)
     start = _whole(sharded.parameters(), parallel) if case.steps else None
-    config = FlowMatching(batch=BATCH, attention=case.attention, ema_decay=0.9)
+    config = FlowMatching(batch=BATCH, attention=case.attention, ema_decay=0.9, bf16=case.bf16)
     stage = CrossDiTStage(sharded, latents(case.grid), encode_text, config, parallel=parallel)
     schedule = Schedule(max(1, case.steps), warmup_steps=0, max_grad_norm=None)
     loss, masks = _backward(Loop(stage, schedule, parallel))
-    gradient = _whole([parameter.grad for parameter in sharded.parameters() if parameter.grad is not None], parallel)
+    gradient = _gradient(sharded, parallel)
     losses = [loss]
     loop = Loop(stage, replace(schedule, max_grad_norm=CLIP), parallel)
     for _ in range(case.steps):
@@ -159,8 +162,11 @@ def train(case: Case, parallel: Parallel) -> Trained:
         losses.append(loss)
         masks += built
         loop.update()
-    moved = None if start is None else _whole(stage.average.tensors.values(), parallel) - start
-    return Trained(losses, gradient, moved, masks)
+    moved = clipped = None
+    if start is not None:
+        moved = _whole(stage.average.tensors.values(), parallel) - start
+        clipped = _gradient(sharded, parallel)
+    return Trained(losses, gradient, moved, clipped, masks)
 
 
 def _backward(loop: Loop) -> tuple[float, list[Tensor]]:
@@ -184,7 +190,8 @@ def compare(case: Case, parallel: Parallel) -> Row:
         tokens=T * H * W // MODEL.patch_cells,
         loss=max(abs(a - b) / abs(b) for a, b in zip(many.losses, one.losses, strict=True)),
         gradient=_relative(many.gradient, one.gradient),
-        average=_relative(many.moved, one.moved) if many.moved is not None and one.moved is not None else None,
+        clipped=_relative(many.clipped, one.clipped),
+        average=_relative(many.moved, one.moved),
         flips=sum(int((a != b).sum()) for a, b in pairs),
         blocks=sum(mask.numel() for mask in one.masks),
     )
@@ -224,8 +231,14 @@ def _whole(tensors: Iterable[Tensor], parallel: Parallel) -> Tensor:
     return torch.cat([torch.cat(shards).flatten() for shards in zip(*of_ranks, strict=True)])
 
 
-def _relative(x: Tensor, to: Tensor) -> float:
-    """The norm of the difference over that of `to`."""
+def _gradient(model: nn.Module, parallel: Parallel) -> Tensor:
+    return _whole([parameter.grad for parameter in model.parameters() if parameter.grad is not None], parallel)
+
+
+def _relative(x: Tensor | None, to: Tensor | None) -> float | None:
+    """The norm of the difference over that of `to`; None where there are none."""
+    if x is None or to is None:
+        return None
     return ((x.double() - to.double()).norm() / to.double().norm()).item()
 
 
@@ -244,7 +257,9 @@ def _whole_mask(mask: BlockMask, parallel: Parallel) -> Tensor:
 
 
 def _cells(row: Row) -> list[str]:
-    differences = ["-" if value is None else f"{value:.1e}" for value in (row.loss, row.gradient, row.average)]
+    differences = [
+        "-" if value is None else f"{value:.1e}" for value in (row.loss, row.gradient, row.clipped, row.average)
+    ]
     flipped = f"{row.flips} of {row.blocks}" if row.blocks else "-"
     return [row.mesh, row.attention, str(row.tokens), *differences, flipped]
 
@@ -261,7 +276,7 @@ def main(
         for attention, grid in ((DENSE, EVEN), (DENSE, ODD), (NABLA, EVEN), (NABLA, ODD))
     ]
     rows = equality([case for case in cases if case.world <= most])
-    header = ["mesh", "attention", "tokens", "loss", "gradient", "averages", "blocks flipped"]
+    header = ["mesh", "attention", "tokens", "loss", "gradient", "clipped", "averages", "blocks flipped"]
     console().print(table(f"{steps} steps against one process", header, [_cells(row) for row in rows]))
     console().print(machine())
     if out is not None:

@@ -208,6 +208,7 @@ def main(
         )
 
     with one_line_errors(PROGRAM), one_line_stop(PROGRAM, left), ExitStack() as held:
+        parallel = held.enter_context(processes(choose_device(device), replicate, shard, sequence))
         # What is wrong with the settings is said before anything is loaded.
         settings = chosen_settings(
             stage,
@@ -231,15 +232,16 @@ def main(
             },
         )
         if print_stage:
-            typer.echo(settings.as_json())
+            if parallel.first:
+                typer.echo(settings.as_json())
             return
         machine = H100 if hardware is None else load_profile(hardware)
         if dry_run and latents is None:
-            print_stage_layout(settings, machine, gpus)
+            if parallel.first:
+                print_stage_layout(settings, machine, gpus)
             return
         if latents is None or (out is None and not dry_run):
             raise ValueError("expected --latents, shards to train on, and --out, a folder for the run")
-        parallel = held.enter_context(processes(choose_device(device), replicate, shard, sequence))
         chosen = parallel.device
         config, schedule = settings.training, settings.schedule
         for images in (False, True):
