@@ -77,7 +77,6 @@ def test_two_and_four_processes_train_as_one():
 @pytest.mark.slow
 def test_more_meshes_of_up_to_eight_processes_clip_update_and_average_as_one():
     cases = [
-        Case((2, 1, 1), DENSE, EVEN, steps=2),
         Case((1, 1, 2), NABLA, ODD, steps=2),
         Case((2, 2, 1), NABLA, ODD),
         Case((2, 1, 2), NABLA, EVEN),
