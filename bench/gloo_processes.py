@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,12 +30,19 @@ def on_processes(world: int, work: Work, *arguments: Any) -> Any:
     folder: an empty one that all ranks see. Raises torch.multiprocessing.ProcessRaisedException, with the traceback,
     where work raises on a rank; the others are then ended.
     """
-    multiprocessing.get_context(FORKSERVER).set_forkserver_preload(LOADED)
+    context()
     with TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _work, (world, Path(folder), work, arguments), nprocs=world, start_method=FORKSERVER
         )
         return json.loads((Path(folder) / ANSWER).read_text())
+
+
+def context() -> ForkServerContext:
+    """Starts processes that have loaded what the trainings need."""
+    made = multiprocessing.get_context(FORKSERVER)
+    made.set_forkserver_preload(LOADED)
+    return made
 
 
 def _work(rank: int, world: int, folder: Path, work: Work, arguments: tuple[Any, ...]) -> None:
