@@ -1,8 +1,10 @@
 """A small training whose weights are sharded over gloo processes, which a test can kill; they fork in a moment."""
 
+import faulthandler
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -11,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+import typer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -24,8 +27,9 @@ from train.stage import Loss, Stage
 WIDTH, BATCH = 192, 4
 EVERY = 2
 CPU = torch.device("cpu")
-# A process whose peer was killed ends by itself within this time.
-PATIENCE_SECONDS = 30.0
+# A process whose peer was killed ends by itself within this time, once both train. Before, they wait for each other in
+# a store that knows nothing of processes, and only torchrun, which kills what does not end, helps.
+PATIENCE_SECONDS = 20.0
 
 
 class Wide(Stage):
@@ -67,6 +71,7 @@ class Training:
     """The processes of a training that has been started; their words are in out/words."""
 
     out: Path
+    meeting: Path
     ranks: list[BaseProcess]
 
     @classmethod
@@ -76,7 +81,7 @@ class Training:
         ranks = [context().Process(target=_train, args=(rank, world, out, meeting, steps)) for rank in range(world)]
         for process in ranks:
             process.start()
-        return cls(out, ranks)
+        return cls(out, meeting, ranks)
 
     def wait_for(self, seen: Callable[[], bool]) -> bool:
         """Whether it is seen before the processes end."""
@@ -86,13 +91,16 @@ class Training:
             time.sleep(0.0005)
         return True
 
+    def all_train(self) -> bool:
+        return all(_mark_of(self.meeting, rank).exists() for rank in range(len(self.ranks)))
+
     def is_saving(self) -> bool:
         return any((self.out / CHECKPOINTS).glob("*.partial/__*"))
 
-    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
-        process = self.ranks[rank]
-        if process.pid is not None and process.exitcode is None:
-            os.kill(process.pid, number)
+    def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
+        for process in (self.ranks[rank] for rank in ranks):
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
 
     def end(self) -> list[int]:
         """The exit codes; fails where a process does not end by itself."""
@@ -100,14 +108,17 @@ class Training:
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))
         hanging = [rank for rank, process in enumerate(self.ranks) if process.exitcode is None]
-        for rank in hanging:
-            self.kill(rank)
-        assert not hanging, f"ranks {hanging} wait for ever"
+        self.kill(*hanging)
+        assert not hanging, "\n".join([f"ranks {hanging} wait for ever", *self.words()])
         return [process.exitcode or 0 for process in self.ranks]
 
     def words(self) -> list[str]:
         """What the processes said, and the others before them in this folder."""
         return (self.out / "words").read_text().splitlines()
+
+
+def _mark_of(meeting: Path, rank: int) -> Path:
+    return meeting.with_name(f"{meeting.name}-{rank}-trains")
 
 
 def _train(rank: int, world: int, out: Path, meeting: Path, steps: int) -> None:
@@ -118,12 +129,23 @@ def _train(rank: int, world: int, out: Path, meeting: Path, steps: int) -> None:
     def left() -> str:
         return f"step {loop.saved if loop is not None else 0} is saved"
 
-    with (
-        (out / "words").open("a", buffering=1) as words,
-        redirect_stderr(words),
-        one_line_errors("training"),
-        one_line_stop("training", left),
-        processes(CPU, where=f"file://{meeting}") as parallel,
-    ):
-        loop = wide_loop(steps, parallel)
-        loop.run(out, EVERY)
+    try:
+        with (
+            (out / "words").open("a", buffering=1) as words,
+            redirect_stderr(words),
+            one_line_errors("training"),
+            one_line_stop("training", left),
+            processes(CPU, where=f"file://{meeting}") as parallel,
+        ):
+            faulthandler.dump_traceback_later(PATIENCE_SECONDS - 2, file=words)
+            loop = wide_loop(steps, parallel)
+            loss_of = loop.stage.loss
+
+            def marked(step: int, generator: torch.Generator) -> Loss:
+                _mark_of(meeting, rank).touch()
+                return loss_of(step, generator)
+
+            loop.stage.loss = marked
+            loop.run(out, EVERY)
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)

@@ -1,0 +1,111 @@
+"""How long a checkpoint holds a training up, and how much slower steps are while it is written.
+
+The state is 201 MB: weights, their average and AdamW's two moments. Each checkpoint is read back and compared when it
+is whole, before the next one is begun.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from bench import harness
+from train.checkpoint import Checkpoints
+from train.loop import Loop
+from train.schedule import Schedule
+from train.stage import Loss, Stage
+
+T = TypeVar("T")
+WIDTH, LAYERS, BATCH = 1024, 12, 384
+ROUNDS = 5
+# Times a copy of the state, and times a step that is taken alone.
+LONGEST_STALL, SLOWEST_STEP = 1.5, 1.2
+
+
+class Layers(Stage):
+    """Square layers that learn the identity."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        super().__init__({"stage": "layers"}, model, {"adamw": torch.optim.AdamW(model.parameters())}, ema_decay=0.9)
+
+    def loss(self, step: int, generator: torch.Generator) -> Loss:
+        x = torch.randn(BATCH, WIDTH, generator=generator)
+        return Loss((self.model(x) - x).square().mean(), ["noise"])
+
+
+@pytest.mark.parametrize("threads", [1, 2], ids=["a core to spare", "no core to spare"])
+def test_checkpoint(benchmark: BenchmarkFixture, tmp_path: Path, threads: int) -> None:
+    """Floors with a core to spare, as the hosts of GPUs have; without one the writing takes turns with the steps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stalls, steps = timed(Checkpoints(tmp_path, keep=1))
+    finally:
+        torch.set_num_threads(before)
+    sizes = f"{LAYERS} layers of {WIDTH}, 201 MB"
+    rows = [
+        harness.Row("checkpoint_stall", sizes, threads, stalls),
+        harness.Row("step_beside_a_checkpoint", sizes, threads, steps),
+    ]
+    harness.ROWS += rows
+    benchmark.extra_info.update(machine=harness.machine(), rows=[row.medians() for row in rows])
+    benchmark.pedantic(lambda: None)
+    if threads == 1:
+        (begun, copy), (beside, alone) = (row.medians().values() for row in rows)
+        assert begun <= LONGEST_STALL * copy
+        assert beside <= SLOWEST_STEP * alone
+
+
+def timed(checkpoints: Checkpoints) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of beginning a checkpoint and of a copy; of steps beside one and alone, their mean in each round."""
+    loop = Loop(Layers(), Schedule(10_000))
+    loop.step()
+    stalls: dict[str, list[float]] = {"begun": [], "copy": []}
+    steps: dict[str, list[float]] = {"beside": [], "alone": []}
+
+    def begin() -> None:
+        checkpoints.save(loop.done, loop.settings, loop.stage.state_dict())
+
+    def copy() -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in loop.stage.state_dict().items()}
+
+    for number in range(ROUNDS + 1):
+        one_copy, _ = _milliseconds(copy)
+        alone = [_milliseconds(loop.step)[0] for _ in range(7)]
+        expected, done = copy(), loop.done
+        begun, _ = _milliseconds(begin)
+        beside = []
+        while checkpoints.saved != done:
+            beside.append(_milliseconds(loop.step)[0])
+        checkpoints.wait()
+        check(checkpoints, done, expected)
+        if number:  # the first round warms up
+            stalls["begun"].append(begun)
+            stalls["copy"].append(one_copy)
+            steps["alone"].append(sum(alone) / len(alone))
+            # The last one ended without the checkpoint.
+            beside = beside[:-1] or beside
+            steps["beside"].append(sum(beside) / len(beside))
+    return stalls, steps
+
+
+def check(checkpoints: Checkpoints, done: int, expected: dict[str, Tensor]) -> None:
+    saved, refused = checkpoints.newest()
+    assert saved is not None
+    assert (saved.done, refused) == (done, [])
+    read = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    saved.read_into(read)
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def _milliseconds(call: Callable[[], T]) -> tuple[float, T]:
+    began = time.perf_counter()
+    result = call()
+    return 1e3 * (time.perf_counter() - began), result
