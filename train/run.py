@@ -40,11 +40,11 @@ from train.building import (
     weights_digest,
     weights_to_start_from,
 )
-from train.checkpoint import check_settings
+from train.checkpoint import KEEP, check_settings
 from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, crossdit_settings
 from train.dry_run import MOST_GPUS, print_run, print_stage_layout
 from train.latents import LatentSet, read_shards
-from train.loop import CHECKPOINTS, Loop
+from train.loop import CHECKPOINTS, NONFINITE_LIMIT, Loop
 from train.only_training import only_training
 from train.parallel import Parallel, processes, shard_model, whole_state
 from train.prediction import GIB, Run, predicted_memory, predicted_ms
@@ -84,10 +84,11 @@ def save_averaged(stage: CrossDiTStage, out: Path) -> None:
         save_crossdit(out / WEIGHTS, stage.model, torch.float16, weights)
 
 
-def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_resume: bool) -> None:
+def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], **options: Any) -> None:
     """Train to the end of the schedule.
 
-    prediction: goes into every row of the log, beside the memory and the density that were measured.
+    prediction: goes into every row of the log, beside the memory and the density that were measured. options: of
+    `Loop.run`.
     """
     densities: list[float] = []
 
@@ -97,7 +98,7 @@ def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], set_on_
         return {"peak_bytes": peak_bytes(loop.stage.device), "density": round(density, 4), **prediction}
 
     with record_block_masks(lambda mask: densities.append(mask.density)):
-        loop.run(out, every, measure, set_on_resume=set_on_resume)
+        loop.run(out, every, measure, **options)
 
 
 def captioned(data: LatentSet, wanted: bool) -> str:
@@ -178,6 +179,10 @@ def main(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="of the random weights and of every draw")] = None,
     every: Annotated[int, typer.Option(min=1, help="steps between log rows and checkpoints")] = 50,
+    keep: Annotated[int, typer.Option(min=1, help="checkpoints that stay, the newest")] = KEEP,
+    nonfinite_limit: Annotated[
+        int, typer.Option(min=1, help="steps in a row without a finite loss and gradients that end the training")
+    ] = NONFINITE_LIMIT,
     set_on_resume: Annotated[
         bool, typer.Option("--set-on-resume", help="go on from a checkpoint of other settings with these")
     ] = False,
@@ -285,7 +290,8 @@ def main(
         model = shard_model(model, parallel, settings.bf16)
         crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
         loop = Loop(crossdit, schedule, parallel)
-        train(loop, out, every, prediction, set_on_resume)
+        limits = {"keep": keep, "nonfinite_limit": nonfinite_limit}
+        train(loop, out, every, prediction, set_on_resume=set_on_resume, **limits)
         save_averaged(crossdit, out)
 
 
