@@ -11,14 +11,14 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.multiprocessing
 
 # With the modules that PyTorch would else load in each process, when the first of them is used.
 LOADED = ["bench.train_equality", "torch._dynamo", "torch.distributed.tensor"]
-FORKSERVER = "forkserver"
+FORKSERVER: Final = "forkserver"
 ANSWER = "answer.json"
 
 Work = Callable[..., Any]
