@@ -25,6 +25,7 @@ from bench.gpu.released_mask import Lists, kept_map, released_mask
 from bench.gpu.results import Row
 from bench.gpu.run import Run
 from bench.gpu.schedules import schedules
+from bench.gpu.train import train
 from bench.gpu.vae import vae
 from k5kernels import block_sparse_attention, nabla_attention, nabla_mask, sta_mask
 
@@ -186,6 +187,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "graph": (graph, 40),
     "waits": (waits, 40),
     "vae": (vae, 120),
+    "train": (train, 120),
     "schedules": (schedules, 60),
     # Kernels that have not run: each in a process of its own, so that one that hangs costs its seconds.
     "hopper": (partial(hopper, pairs=False), 60),
