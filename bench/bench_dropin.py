@@ -29,9 +29,10 @@ from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS, load_settings
 from model.weights import load_crossdit
 from train.evaluation import psnr
 
-STEPS, SMALL = 50, (128, 192, 9)  # height, width, frames
+STEPS, SMALL, CACHE_ROUNDS = 50, (128, 192, 9), 3  # height, width, frames
 WHOLE_STEPS, WHOLE, WHOLE_ROUNDS = 20, (256, 384, 25), 3
 PROMPT = "A big grey rabbit stands in a green meadow."
+MOST_BY_TWO = 2.5  # passes for a computed one
 # PSNR is of decoded frames to those of the uncached run.
 FLOOR_WHOLE, FLOOR_CACHE, FLOOR_DB = 3.0, 2.0, 40.0
 
@@ -96,10 +97,12 @@ def decibels(latent: Tensor, reference: Tensor) -> float:
 
 
 def our_cache(speedup: float) -> MagCache:
-    ratios = load_settings().mag_ratios
-    # Two steps skipped in a row lose less than three do at as many passes, where two are enough to reach the target.
-    skips = 2 if speedup <= 2.5 else 3
-    return MagCache.for_target(ratios, speedup=speedup, max_skips=skips, retention=0.1, extrapolate=EXTRAPOLATE)
+    """By two steps skipped in a row, which lose less than three do at as many passes, and with extrapolation in full.
+    Three lead further, and are extrapolated less far."""
+    settings: dict[str, Any] = {"max_skips": 2, "extrapolate": EXTRAPOLATE}
+    if speedup > MOST_BY_TWO:
+        settings = {"max_skips": 3, "extrapolate": 0.7, "together": True}
+    return MagCache.for_target(load_settings().mag_ratios, speedup=speedup, retention=0.1, **settings)
 
 
 def test_the_pipeline_end_to_end(pipe, texts, capsys):
@@ -132,17 +135,21 @@ def test_the_pipeline_end_to_end(pipe, texts, capsys):
 
 
 @pytest.mark.parametrize("speedup", [2.5, 2.8])
-def test_the_cache_alone(pipe, texts, uncached, speedup, capsys):
-    full, seconds = uncached
-    with accelerate(pipe, attention=None, cache=our_cache(speedup=speedup)) as report:
-        cached, ours = timed(lambda: generate(pipe, texts, SMALL, STEPS))
-    found = decibels(cached, full)
+def test_the_cache_alone(pipe, texts, speedup, capsys):
+    uncached, ours = [], []
+    for _ in range(CACHE_ROUNDS):
+        full, took = timed(lambda: generate(pipe, texts, SMALL, STEPS))
+        uncached.append(took)
+        with accelerate(pipe, attention=None, cache=our_cache(speedup=speedup)) as report:
+            cached, took = timed(lambda: generate(pipe, texts, SMALL, STEPS))
+        ours.append(took)
+    found, gain = decibels(cached, full), median(uncached) / median(ours)
     with capsys.disabled():
         print(
-            f"\ncache alone, {STEPS} steps: {seconds / ours:.2f}x (floor {FLOOR_CACHE}), {found:.1f} dB "
+            f"\ncache alone, {STEPS} steps of {SMALL}: {gain:.2f}x (floor {FLOOR_CACHE}), {found:.1f} dB "
             f"(floor {FLOOR_DB}), {report.caches[0].skipped} of {len(report.caches[0].passes)} passes skipped"
         )
-    assert seconds / ours >= FLOOR_CACHE
+    assert gain >= FLOOR_CACHE
     assert found >= FLOOR_DB
 
 

@@ -45,7 +45,7 @@ def main() -> None:
         full = generate()
     calibration.save("ratios.json")
 
-    cache = MagCache.load("ratios.json", threshold=0.2, max_skips=2, extrapolate=0.7)
+    cache = MagCache.load("ratios.json", threshold=0.2, max_skips=2, extrapolate=1.0)
     with accelerate(pipe, attention=None, cache=cache) as report:
         cached = generate()
 
