@@ -1,8 +1,9 @@
 """The stage that trains CrossDiT on latents: flow matching, AdamW, EMA (§6.3.2)."""
 
 import math
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -102,6 +103,14 @@ def check_resolutions(data: LatentSet, config: FlowMatching) -> None:
         )
 
 
+@dataclass
+class Work:
+    """What a stage has done: (samples, tokens of one) of every batch, and how long the data took."""
+
+    batches: list[tuple[int, int]] = field(default_factory=list)
+    data_seconds: float = 0.0
+
+
 class CrossDiTStage(Stage):
     """Flow matching on batches of a LatentSet; all of the model's parameters learn.
 
@@ -125,13 +134,14 @@ class CrossDiTStage(Stage):
         check_resolutions(data, config)
         self.data, self.encode_text, self.config = data, encode_text, config
         self.own = {images: parallel.own(config.batch_of(images)) for images in (False, True)}
+        self._work = Work()
         optimizer = adamw(model, config.learning_rate, config.weight_decay)
         settings = crossdit_settings(config, model.config, start) | {"data": data.description}
         super().__init__(settings, model, {"adamw": optimizer}, config.ema_decay)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:
         """The loss of a batch, some samples without their caption, some with their first frame given."""
-        config = self.config
+        config, began = self.config, time.perf_counter()
         images = self._on_images(generator)
         size, own = config.batch_of(images), self.own[images]
         batch = self.data.draw(
@@ -147,10 +157,13 @@ class CrossDiTStage(Stage):
         if batch.latents.shape[1] == 1:
             given = torch.zeros_like(given)  # a single frame that is given leaves nothing to learn
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            text = self.encode_text(captions[own])
+            self._work.data_seconds += time.perf_counter() - began
+            self._work.batches.append((size, batch.tokens))
             loss = flow_matching_loss(
                 self.model,
                 batch.latents,
-                self.encode_text(captions[own]),
+                text,
                 generator,
                 first_frame=given,
                 scheduler_scale=config.scheduler_scale,
@@ -163,3 +176,8 @@ class CrossDiTStage(Stage):
         """Whether a step is on images alone."""
         share = self.config.image_share
         return share == 1 or (share > 0 and bool(torch.rand(1, generator=generator) < share))
+
+    def take_work(self) -> Work:
+        """What was done since this was last asked."""
+        work, self._work = self._work, Work()
+        return work

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from k5kernels.latents.captions import match_captions
 from k5kernels.latents.shards import Sample, read_shard
+from k5kernels.planner.shapes import PATCH
 
 Grid = tuple[int, int, int]  # T, H, W of a latent
 Resolution = tuple[int, int]  # H, W of a latent
@@ -49,6 +50,12 @@ class LatentBatch:
     latents: Tensor
     captions: list[str]
     samples: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens of one sample."""
+        _, T, H, W, _ = self.latents.shape
+        return T * (H // PATCH) * (W // PATCH)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from k5kernels.profiling import stage
@@ -16,6 +15,7 @@ from k5kernels.terminal import Stopped, complain
 from train.checkpoint import KEEP, CheckpointError, Checkpoints, Saved, refuse_others
 from train.log import Interval, Log
 from train.parallel import ALONE, Parallel, whole
+from train.progress import ProgressLine
 from train.ranks import everywhere
 from train.schedule import Schedule
 from train.stage import Loss, Stage
@@ -167,29 +167,32 @@ class Loop:
         if self.parallel.first:
             log.keep_until(self.done)
         interval, in_a_row = Interval(), 0
-        steps = range(self.done, self.schedule.steps)
-        for _ in track(steps, description="training", disable=not self.parallel.first):
-            with interval.step():
-                try:
-                    interval.losses.append(self.backward())
-                    in_a_row = 0
-                except NonFiniteError as error:
-                    interval.left_out.append(error.samples)
-                    in_a_row += 1
-                    if in_a_row == nonfinite_limit:
-                        raise
-            if in_a_row:
-                self.done += 1
-            else:
-                with interval.checkpoint():
-                    self._save_if_due(every)
+        with ProgressLine(self.schedule.steps, self.done, self.parallel.first) as shown:
+            while self.done < self.schedule.steps:
                 with interval.step():
-                    self.update()
-            if self.done % every == 0 or self.done == self.schedule.steps:
-                measured = measure()
-                if self.parallel.first:
-                    log.append({**interval.row(self.done), **measured})
-                interval = Interval()
+                    try:
+                        interval.losses.append(self.backward())
+                        in_a_row = 0
+                    except NonFiniteError as error:
+                        interval.left_out.append(error.samples)
+                        in_a_row += 1
+                        if in_a_row == nonfinite_limit:
+                            raise
+                if in_a_row:
+                    self.done += 1
+                else:
+                    with interval.checkpoint():
+                        self._save_if_due(every)
+                    with interval.step():
+                        self.update()
+                shown.step(self.done)
+                if self.done % every == 0 or self.done == self.schedule.steps:
+                    measured = measure()
+                    if self.parallel.first:
+                        row = {**interval.row(self.done), **measured}
+                        log.append(row)
+                        shown.row(row)
+                    interval = Interval()
 
     def _save_if_due(self, every: int) -> None:
         """The parameters are good: they have just given a finite loss and finite gradients."""

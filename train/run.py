@@ -13,7 +13,6 @@ beside what was measured; `--dry-run` prints the prediction and trains nothing, 
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -45,10 +44,11 @@ from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, c
 from train.dry_run import MOST_GPUS, print_run, print_stage_layout
 from train.latents import LatentSet, read_shards
 from train.loop import CHECKPOINTS, NONFINITE_LIMIT, Loop
+from train.measuring import Measuring, measured_peak
 from train.only_training import only_training
 from train.parallel import Parallel, processes, shard_model, whole_state
 from train.prediction import GIB, Run, predicted_memory, predicted_ms
-from train.resident import peak_bytes, resident_bytes
+from train.resident import resident_bytes
 from train.settings import Settings, make_settings
 from train.stages import stage_values
 
@@ -84,21 +84,13 @@ def save_averaged(stage: CrossDiTStage, out: Path) -> None:
         save_crossdit(out / WEIGHTS, stage.model, torch.float16, weights)
 
 
-def train(loop: Loop, out: Path, every: int, prediction: dict[str, Any], **options: Any) -> None:
+def train(loop: Loop, out: Path, every: int, measuring: Measuring, **options: Any) -> None:
     """Train to the end of the schedule.
 
-    prediction: goes into every row of the log, beside the memory and the density that were measured. options: of
-    `Loop.run`.
+    measuring: gives every row of the log what it has beside the loss. options: of `Loop.run`.
     """
-    densities: list[float] = []
-
-    def measure() -> dict[str, Any]:
-        density = loop.parallel.mean(torch.tensor(fmean(densities or [1.0]))).item()
-        densities.clear()
-        return {"peak_bytes": peak_bytes(loop.stage.device), "density": round(density, 4), **prediction}
-
-    with record_block_masks(lambda mask: densities.append(mask.density)):
-        loop.run(out, every, measure, **options)
+    with record_block_masks(measuring.mask):
+        loop.run(out, every, measuring, **options)
 
 
 def captioned(data: LatentSet, wanted: bool) -> str:
@@ -290,8 +282,10 @@ def main(
         model = shard_model(model, parallel, settings.bf16)
         crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
         loop = Loop(crossdit, schedule, parallel)
+        peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)
+        measuring = Measuring(crossdit, parallel, peak, prediction)
         limits = {"keep": keep, "nonfinite_limit": nonfinite_limit}
-        train(loop, out, every, prediction, set_on_resume=set_on_resume, **limits)
+        train(loop, out, every, measuring, set_on_resume=set_on_resume, **limits)
         save_averaged(crossdit, out)
 
 
