@@ -6,8 +6,8 @@
 
 A stage is a name (`train.stages`) or a file; `--print-stage` prints it as a file to edit and give back, and options on
 the command line go before what it says. Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest)
-and, when done, `crossdit.safetensors` with the averaged weights. Every row of the log has the planner's prediction
-beside what was measured; `--dry-run` prints the prediction and trains nothing, `--hardware` says for which machine.
+and, when done, `crossdit.safetensors` with the averaged weights and `loss.png`. Every row of the log has the planner's
+prediction beside what was measured, tokens a second and the share of the measured peak (MFU); `--dry-run` prints the prediction and trains nothing, `--hardware` says for which machine.
 """
 
 import math
@@ -43,16 +43,21 @@ from train.checkpoint import KEEP, check_settings
 from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, crossdit_settings
 from train.dry_run import MOST_GPUS, print_run, print_stage_layout
 from train.latents import LatentSet, read_shards
-from train.loop import CHECKPOINTS, NONFINITE_LIMIT, Loop
+from train.log import Log
+from train.loop import CHECKPOINTS, LOG, NONFINITE_LIMIT, Loop
+from train.measuring import Measuring, measured_peak
 from train.measuring import Measuring, measured_peak
 from train.only_training import only_training
 from train.parallel import Parallel, processes, shard_model, whole_state
+from train.pictures import draw_losses
 from train.prediction import GIB, Run, predicted_memory, predicted_ms
 from train.resident import resident_bytes
 from train.settings import Settings, make_settings
 from train.stages import stage_values
+from train.tracing import traced_steps
 
 PROGRAM = "train.run"
+TRACE, LOSSES = "trace.json", "loss.png"
 OFFLOADED = "offloaded"  # folder in the run's for block inputs of the CPU
 
 
@@ -186,6 +191,9 @@ def main(
     hardware: Annotated[
         Path | None, typer.Option(help="hardware profile of the predictions, by k5 plan calibrate; H100 without")
     ] = None,
+    profile: Annotated[
+        int, typer.Option(min=0, help="trace so many steps, by operators and ranges, into trace.json")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the predicted time and memory, and refuse what cannot fit")
     ] = False,
@@ -283,10 +291,14 @@ def main(
         crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
         loop = Loop(crossdit, schedule, parallel)
         peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)
+        peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)
         measuring = Measuring(crossdit, parallel, peak, prediction)
         limits = {"keep": keep, "nonfinite_limit": nonfinite_limit}
-        train(loop, out, every, measuring, set_on_resume=set_on_resume, **limits)
+        with traced_steps(crossdit.optimizers["adamw"], out / TRACE, profile if parallel.first else 0):
+            train(loop, out, every, measuring, set_on_resume=set_on_resume, **limits)
         save_averaged(crossdit, out)
+        if parallel.first:
+            draw_losses(Log(out / LOG).rows(), out / LOSSES)
 
 
 if __name__ == "__main__":

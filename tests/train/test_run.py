@@ -44,12 +44,18 @@ def invoke(latents, out, steps: int, *more: str):
 
 
 def test_trains_logs_and_writes_weights(latents, tmp_path):
-    result = invoke(latents, tmp_path / "run", 2)
+    result = invoke(latents, tmp_path / "run", 2, "--profile", "1")
     assert result.exit_code == 0, result.output
-    rows = [json.loads(row) for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2]
-    assert rows[0]["loss"] > 0
+    (row,) = (json.loads(row) for row in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    assert row["step"] == 2
+    assert min(row["loss"], row["data_ms"], row["tokens_per_s"], row["mfu"]) > 0
+    assert row["data_ms"] < row["step_ms"]
+    assert f"step 2 of 2: loss {row['loss']:.4f}, " in result.stdout
     load_crossdit(tmp_path / "run" / "crossdit.safetensors")
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    # Of the second step alone: eight blocks, each of which is computed again in the backward.
+    assert sum(event["name"] == "visual block" and event["ph"] == "X" for event in events) == 8
 
 
 def test_goes_on_from_its_checkpoint(latents, tmp_path):
