@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a line that moves on a terminal, a line on stdout for every log row elsewhere."""
+"""What a training shows while it runs: a line that moves on a terminal, elsewhere a line on stdout for every row."""
 
 from collections.abc import Mapping
 from types import TracebackType

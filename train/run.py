@@ -7,7 +7,8 @@
 A stage is a name (`train.stages`) or a file; `--print-stage` prints it as a file to edit and give back, and options on
 the command line go before what it says. Writes `log.jsonl`, `checkpoints/` (the same command goes on from the newest)
 and, when done, `crossdit.safetensors` with the averaged weights and `loss.png`. Every row of the log has the planner's
-prediction beside what was measured, tokens a second and the share of the measured peak (MFU); `--dry-run` prints the prediction and trains nothing, `--hardware` says for which machine.
+prediction beside what was measured, tokens a second and the share of the measured peak (MFU); `--dry-run` prints the
+prediction and trains nothing, `--hardware` says for which machine.
 """
 
 import math
