@@ -27,7 +27,7 @@ from model.crossdit import CrossDiT
 from model.latent_tokens import latent_velocity
 
 BLOCKS = 16
-GRID = (16, 32, 48)  # of the latent: 6144 tokens
+GRID = (8, 24, 32)  # of the latent: 1536 tokens
 MIB = 2**20
 
 
