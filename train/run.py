@@ -47,7 +47,6 @@ from train.latents import LatentSet, read_shards
 from train.log import Log
 from train.loop import CHECKPOINTS, LOG, NONFINITE_LIMIT, Loop
 from train.measuring import Measuring, measured_peak
-from train.measuring import Measuring, measured_peak
 from train.only_training import only_training
 from train.parallel import Parallel, processes, shard_model, whole_state
 from train.pictures import draw_losses
@@ -291,7 +290,6 @@ def main(
         model = shard_model(model, parallel, settings.bf16)
         crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
         loop = Loop(crossdit, schedule, parallel)
-        peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)
         peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)
         measuring = Measuring(crossdit, parallel, peak, prediction)
         limits = {"keep": keep, "nonfinite_limit": nonfinite_limit}
