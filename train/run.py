@@ -296,7 +296,7 @@ def main(
         with traced_steps(crossdit.optimizers["adamw"], out / TRACE, profile if parallel.first else 0):
             train(loop, out, every, measuring, set_on_resume=set_on_resume, **limits)
         save_averaged(crossdit, out)
-        if parallel.first:
+        if parallel.first and (out / LOG).exists():
             draw_losses(Log(out / LOG).rows(), out / LOSSES)
 
 
