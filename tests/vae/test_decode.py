@@ -4,29 +4,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
-from vae_models import diffusers_vae, relative_error
+from vae_models import relative_error
 
-from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
+from k5kernels.vae import HunyuanDecoder, HunyuanEncoder
 from k5kernels.vae.tiling import KANDINSKY_TILING, Tiling
 
-TINY = VAEConfig(widths=(8, 8, 16, 16), groups=4, layers_per_block=1)
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 MODES = ("exact", "stream", "tile")
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKLHunyuanVideo:
-    return diffusers_vae(TINY)
-
-
-@pytest.fixture(scope="module")
-def decoder(vae: AutoencoderKLHunyuanVideo) -> HunyuanDecoder:
-    return HunyuanDecoder.from_diffusers(vae)
+def decoder(tiny_vae: AutoencoderKLHunyuanVideo) -> HunyuanDecoder:
+    return HunyuanDecoder.from_diffusers(tiny_vae)
 
 
 def random_latent(*shape: int) -> Tensor:
@@ -35,9 +25,9 @@ def random_latent(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 16, 1, 2, 3), (2, 16, 3, 3, 2), (1, 16, 7, 2, 2)])
 @pytest.mark.parametrize("memory_budget", [None, 400_000])
-def test_exact_is_untiled_diffusers_within_any_budget(vae, decoder, shape, memory_budget):
+def test_exact_is_untiled_diffusers_within_any_budget(tiny_vae, decoder, shape, memory_budget):
     latent = random_latent(*shape)
-    expected = vae.decode(latent).sample
+    expected = tiny_vae.decode(latent).sample
     assert relative_error(decoder.decode(latent, "exact", memory_budget), expected) < 1e-5
 
 
@@ -49,15 +39,15 @@ def test_every_mode_gives_every_frame_and_pixel(decoder, mode, frames):
     assert (video != 0).all()
 
 
-def test_tiles_are_diffusers_whole_decoder_on_each_of_them(vae, decoder):
+def test_tiles_are_diffusers_whole_decoder_on_each_of_them(tiny_vae, decoder):
     latent = random_latent(1, 16, 9, 2, 2)
-    first, second = (vae.decode(latent[:, :, start : start + 5]).sample for start in (0, 4))
+    first, second = (tiny_vae.decode(latent[:, :, start : start + 5]).sample for start in (0, 4))
     assert relative_error(decoder.decode(latent, "tile"), torch.cat([first, second[:, :, 1:]], dim=2)) < 1e-5
 
 
-def test_tiles_that_fade_fade_frame_by_frame(vae, decoder):
+def test_tiles_that_fade_fade_frame_by_frame(tiny_vae, decoder):
     latent = random_latent(1, 16, 7, 2, 2)
-    first, second = (vae.decode(latent[:, :, start : start + 5]).sample for start in (0, 2))
+    first, second = (tiny_vae.decode(latent[:, :, start : start + 5]).sample for start in (0, 2))
     share = (torch.arange(8) / 8)[:, None, None]
     both = first[:, :, 9:] * (1 - share) + second[:, :, 1:9] * share
     expected = torch.cat([first[:, :, :9], both, second[:, :, 9:]], dim=2)
@@ -74,9 +64,9 @@ def test_tiles_in_space_cover_the_frame(decoder):
     assert (video != 0).all()
 
 
-def test_a_video_of_any_size_comes_back_in_its_size(vae, decoder):
+def test_a_video_of_any_size_comes_back_in_its_size(tiny_vae, decoder):
     video = torch.rand(1, 3, 5, 19, 21, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latent = HunyuanEncoder.from_diffusers(vae).encode(video).mode()
+    latent = HunyuanEncoder.from_diffusers(tiny_vae).encode(video).mode()
     assert decoder.decode(latent, size=(19, 21)).shape == video.shape
 
 

@@ -4,32 +4,22 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
-from vae_models import diffusers_vae, relative_error
+from vae_models import TINY, relative_error
 
 from k5kernels.latents.video import BUCKETS
-from k5kernels.vae import HunyuanEncoder, VAEConfig
+from k5kernels.vae import HunyuanEncoder
 from k5kernels.vae.tile_runners import CompiledTiles
 from k5kernels.vae.tiling import KANDINSKY_TILING, Tiling
 
-TINY = VAEConfig(widths=(8, 8, 16, 16), groups=4, layers_per_block=1)
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 MODES = ("exact", "stream", "tile")
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKLHunyuanVideo:
-    return diffusers_vae(TINY)
-
-
-@pytest.fixture(scope="module")
-def encoder(vae: AutoencoderKLHunyuanVideo) -> HunyuanEncoder:
-    return HunyuanEncoder.from_diffusers(vae)
+def encoder(tiny_vae: AutoencoderKLHunyuanVideo) -> HunyuanEncoder:
+    return HunyuanEncoder.from_diffusers(tiny_vae)
 
 
 def random_video(*shape: int) -> Tensor:
@@ -38,9 +28,9 @@ def random_video(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 16, 24), (2, 3, 9, 24, 16), (1, 3, 25, 16, 16)])
 @pytest.mark.parametrize("memory_budget", [None, 2 * MIB, 200_000])
-def test_exact_is_untiled_diffusers_within_any_budget(vae, encoder, shape, memory_budget):
+def test_exact_is_untiled_diffusers_within_any_budget(tiny_vae, encoder, shape, memory_budget):
     video = random_video(*shape)
-    expected = vae.encode(video).latent_dist
+    expected = tiny_vae.encode(video).latent_dist
     posterior = encoder.encode(video, "exact", memory_budget)
     assert relative_error(posterior.mean, expected.mean) < 1e-5
     assert relative_error(posterior.logvar, expected.logvar) < 1e-5
@@ -103,16 +93,16 @@ def test_a_plan_says_and_draws_what_it_does(encoder):
     assert plan.drawing().splitlines()[:3] == ["time (9 latents)", "#####", "    -####"]
 
 
-def test_tiles_are_diffusers_whole_encoder_on_each_of_them(vae, encoder):
+def test_tiles_are_diffusers_whole_encoder_on_each_of_them(tiny_vae, encoder):
     video = random_video(1, 3, 33, 16, 16)
-    first, second = (vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 16))
+    first, second = (tiny_vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 16))
     expected = torch.cat([first, second[:, :, 1:]], dim=2)
     assert relative_error(encoder.encode(video, "tile").mean, expected) < 1e-5
 
 
-def test_tiles_as_kandinskys_fade_over_two_latents(vae, encoder):
+def test_tiles_as_kandinskys_fade_over_two_latents(tiny_vae, encoder):
     video = random_video(1, 3, 25, 16, 16)
-    first, second = (vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 8))
+    first, second = (tiny_vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 8))
     expected = torch.cat([first[:, :, :4], (first[:, :, 4:] + second[:, :, 2:3]) / 2, second[:, :, 3:]], dim=2)
     assert relative_error(encoder.encode(video, "tile", tiling=KANDINSKY_TILING).mean, expected) < 1e-5
 
@@ -136,9 +126,9 @@ def test_bfloat16_errs_as_bfloat16_errs(encoder, mode):
     assert error <= 2 * (eager - exact).norm()
 
 
-def test_the_posterior_has_diffusers_values(vae, encoder):
+def test_the_posterior_has_diffusers_values(tiny_vae, encoder):
     video = random_video(1, 3, 5, 16, 16)
-    ours, theirs = encoder.encode(video, "exact"), vae.encode(video).latent_dist
+    ours, theirs = encoder.encode(video, "exact"), tiny_vae.encode(video).latent_dist
     assert relative_error(ours.mode(), theirs.mode()) < 1e-5
     assert relative_error(ours.std, theirs.std) < 1e-5
     draws = (one.sample(torch.Generator().manual_seed(0)) for one in (ours, theirs))

@@ -14,18 +14,14 @@ from k5kernels.vae.tiling import Tiling
 from model.nano import VAE_WEIGHTS
 from train.clips import load_clip
 
-TINY = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+TINIEST = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
 
 
 @pytest.fixture(scope="module")
 def encoder() -> HunyuanEncoder:
-    return HunyuanEncoder.from_diffusers(diffusers_vae(TINY))
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+    return HunyuanEncoder.from_diffusers(diffusers_vae(TINIEST))
 
 
 def random_video(*shape: int) -> Tensor:
@@ -56,7 +52,7 @@ def test_up_to_33_frames_stream_is_exact(encoder):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_longer_clip_streams_in_half_precision_too(dtype):
-    video, narrow = random_video(1, 3, 37, 16, 16), HunyuanEncoder.from_diffusers(diffusers_vae(TINY)).to(dtype)
+    video, narrow = random_video(1, 3, 37, 16, 16), HunyuanEncoder.from_diffusers(diffusers_vae(TINIEST)).to(dtype)
     expected = narrow.float().encode(video.to(dtype).float(), "stream").mean
     out = narrow.to(dtype).encode(video, "stream").mean
     assert out.dtype == dtype
