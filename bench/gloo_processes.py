@@ -17,7 +17,7 @@ import torch
 import torch.multiprocessing
 
 # With the modules that PyTorch would else load in each process, when the first of them is used.
-LOADED = ["bench.train_equality", "torch._dynamo", "torch.distributed.tensor"]
+LOADED = ["bench.harness", "train.crossdit_stage", "train.loop", "torch._dynamo", "torch.distributed.tensor"]
 FORKSERVER: Final = "forkserver"
 ANSWER = "answer.json"
 
