@@ -3,7 +3,7 @@
     python -m bench.memory_trace --out docs       writes docs/offload_memory.png and docs/offload_memory.json
 
 Every allocation of a tensor on the CPU is counted by PyTorch's profiler, from the forward of the blocks to the end of
-their backward. Weights are there before and not counted; their gradients are.
+their backward. Weights and the room for their gradients are there before, and not counted.
 """
 
 import json
@@ -44,12 +44,12 @@ class Trace:
         return max(self.bytes)
 
 
-def small_model(blocks: int = BLOCKS, width: int = 256) -> CrossDiT:
+def small_model(blocks: int = BLOCKS, width: int = 128) -> CrossDiT:
     """A CrossDiT with checkpointed blocks whose inputs weigh, beside what one block keeps, as much as in the report's:
     most of the memory of a step is block inputs only where there are many blocks."""
     torch.manual_seed(0)
     config = CrossDiTConfig(
-        model_dim=width, time_dim=64, ff_dim=4 * width, text_blocks=1, visual_blocks=blocks, axes_dims=(16, 24, 24),
+        model_dim=width, time_dim=32, ff_dim=4 * width, text_blocks=1, visual_blocks=blocks, axes_dims=(16, 24, 24),
         in_text_dim=64, in_text_dim2=64,
     )  # fmt: skip
     model = CrossDiT(config)
@@ -68,7 +68,7 @@ def step_of(model: CrossDiT, grid: tuple[int, int, int] = GRID) -> Callable[[], 
     time = torch.tensor([500.0])
 
     def step() -> Tensor:
-        model.zero_grad()
+        model.zero_grad(set_to_none=False)
         loss = latent_velocity(model, latent, time, text).square().mean()
         loss.backward()
         return loss.detach()
