@@ -72,6 +72,7 @@ def test_plan_cluster_names_a_layout_and_its_rivals(tmp_path: Path) -> None:
     assert "micro-batch 2: fits" in printed
 
 
+@pytest.mark.slow
 def test_a_folder_of_videos_becomes_latents_that_can_be_trained_on(tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()

@@ -363,6 +363,7 @@ def test_a_dry_run_of_a_released_stage_prints_the_layout_that_would_run():
     assert_one_line(command("--stage", "nano_t2i", "--dry-run"), "resolutions: expected those to plan for", "--latents")
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_the_weights_of_another_ones_run(latents, trained, tmp_path):
     next_stage = (
         "--latents",

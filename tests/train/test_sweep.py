@@ -16,6 +16,7 @@ def test_the_sweep_varies_width_tokens_depth_batch_and_attention():
         assert len({getattr(point, field) for point in chosen}) >= 2
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_the_trainer_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_module, "STEPS", 2)
