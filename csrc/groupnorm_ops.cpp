@@ -205,12 +205,13 @@ class ChannelTerms {
   // Of a group of a sample, numbered sample * groups + group: the terms where the statistics are constants.
   void set(int64_t group) const {
     for_channels(group, [&](int64_t channel, float* terms, const float*) {
-      terms[k5::kCentre * channels_] = static_cast<float>(mean_[group]);
-      terms[k5::kSlope * channels_] = static_cast<float>(inverse_deviation(group) * weight_[channel]);
-      terms[k5::kBias * channels_] = bias_[channel];
-      terms[k5::kWeight * channels_] = weight_[channel];
-      terms[k5::kLinear * channels_] = terms[k5::kConstant * channels_] = 0;
-      terms[k5::kInverse * channels_] = static_cast<float>(inverse_deviation(group));
+      set_term(terms, k5::kCentre, mean_[group]);
+      set_term(terms, k5::kSlope, inverse_deviation(group) * weight_[channel]);
+      set_term(terms, k5::kBias, bias_[channel]);
+      set_term(terms, k5::kWeight, weight_[channel]);
+      set_term(terms, k5::kLinear, 0);
+      set_term(terms, k5::kConstant, 0);
+      set_term(terms, k5::kInverse, inverse_deviation(group));
     });
   }
 
@@ -229,8 +230,8 @@ class ChannelTerms {
     const auto [gradients, products] = group_sums(group);
     const double inverse = inverse_deviation(group);
     for_channels(group, [&, gradients = gradients, products = products](int64_t, float* terms, const float*) {
-      terms[k5::kLinear * channels_] = static_cast<float>(inverse * products / size);
-      terms[k5::kConstant * channels_] = static_cast<float>(gradients / size);
+      set_term(terms, k5::kLinear, inverse * products / size);
+      set_term(terms, k5::kConstant, gradients / size);
     });
   }
 
@@ -251,6 +252,11 @@ class ChannelTerms {
   }
 
  private:
+  // NaNs are plain for the sake of Ties::away.
+  void set_term(float* terms, k5::Term term, double value) const {
+    terms[term * channels_] = k5::with_plain_nan(static_cast<float>(value));
+  }
+
   // Calls visit(channel, terms, sums) with the channel's place in the first row of each.
   template <class Visit>
   void for_channels(int64_t group, const Visit& visit) const {

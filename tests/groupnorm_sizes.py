@@ -8,6 +8,7 @@ ODD_SIZES = (
     {"B": 2, "groups": 2, "in_group": 8, "size": [3, 7, 5]},
     {"B": 1, "groups": 32, "in_group": 4, "size": [1, 5, 3]},
     {"B": 1, "groups": 2, "in_group": 3, "size": [2, 13, 17]},
+    {"B": 2, "groups": 2, "in_group": 3, "size": [3, 43]},  # the last chunk of channels-last has one position
 )
 
 

@@ -26,6 +26,11 @@ def outputs_and_gradients(function: Function, arguments: Sequence[Any], wanted: 
     return [out.detach() for out in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
 
 
+def nan_with_all_bits_set() -> Tensor:
+    """A float32 NaN that becomes a number where its upper half is rounded to bfloat16 as a number's would be."""
+    return torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+
+
 def assert_accurate(operator: Function, reference: Function, arguments: Sequence[Any], wanted: Sequence[int]) -> None:
     """Forward and backward of `operator` err about as little as autograd through plain PyTorch, against float64."""
     in_float64 = [value.double() if isinstance(value, Tensor) else value for value in arguments]

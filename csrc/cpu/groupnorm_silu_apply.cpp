@@ -11,7 +11,7 @@ namespace {
 // As exact as results of type T need.
 template <class T>
 inline Vec8 silu(Vec8 value) {
-  return value / (exp_for(static_cast<const T*>(nullptr), -value) + 1.0f);
+  return value / (exp_of_negative_for(static_cast<const T*>(nullptr), value) + 1.0f);
 }
 
 template <class T>
@@ -19,23 +19,40 @@ inline Vec16 silu(Vec16 value) {
   return {silu<T>(value.first), silu<T>(value.second)};
 }
 
+// What one channel of a sample is multiplied by and what is added. NaNs are plain for the sake of Ties::away.
+struct ChannelTerms {
+  float mean, slope, bias;
+
+  template <class T>
+  static ChannelTerms of(const GroupNormSiLU<T>& op, int64_t group, int64_t channel) {
+    const float inverse_deviation = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps));
+    return {with_plain_nan(static_cast<float>(op.mean[group])),
+            with_plain_nan(inverse_deviation * op.weight[channel]), with_plain_nan(op.bias[channel])};
+  }
+
+  template <class T>
+  __attribute__((always_inline)) Vec16 activate(Vec16 x) const {
+    return silu<T>((x - mean) * slope + bias);
+  }
+};
+
 template <bool kPastCaches, class T>
 void groups_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group) {
-  const int64_t in_group = op.channels / op.groups, length = in_group * op.positions;
-  for (int64_t group = first_group; group < end_group; group++) {
-    const float mean = static_cast<float>(op.mean[group]);
-    const float inverse_deviation = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps));
-    for (int64_t i = 0; i < in_group; i++) {
-      const int64_t channel = group % op.groups * in_group + i, offset = group * length + i * op.positions;
-      const float slope = inverse_deviation * op.weight[channel], bias = op.bias[channel];
-      for_sixteens(op.positions, [&](int64_t i, int, auto lanes) {
-        const Vec16 centred = lanes.get(op.x + offset + i) - mean;
-        lanes.template set<kPastCaches>(op.out + offset + i, silu<T>(centred * slope + bias));
-      });
-    }
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  const int64_t in_group = op.channels / op.groups;
+  for (int64_t number = first_group * in_group; number < end_group * in_group; number++) {
+    const ChannelTerms terms = ChannelTerms::of(op, number / in_group, number % op.channels);
+    const T* x = op.x + number * op.positions;
+    T* out = op.out + number * op.positions;
+    for_sixteens(op.positions, [&](int64_t i, int, auto lanes) {
+      __builtin_prefetch(x + i + kAhead);
+      lanes.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
+    });
   }
   if (kPastCaches) end_of_stream();
 }
+
+constexpr int64_t kAheadPositions = 4;
 
 // One position of all channels. channels: what `groupnorm_silu_channels` wrote for the sample.
 template <bool kPastCaches, class T>
@@ -44,8 +61,10 @@ inline __attribute__((always_inline)) void position_channels_last(const GroupNor
   const int64_t row = whole_sixteens(op.channels);
   const float *centres = channels, *slopes = centres + row, *biases = slopes + row;
   for_sixteens(op.channels, [&](int64_t i, int, auto lanes) {
+    __builtin_prefetch(x + kAheadPositions * op.channels + i);
     const Vec16 centred = lanes.get(x + i) - load_sixteen(centres + i);
-    lanes.template set<kPastCaches>(out + i, silu<T>(centred * load_sixteen(slopes + i) + load_sixteen(biases + i)));
+    const Vec16 value = centred * load_sixteen(slopes + i) + load_sixteen(biases + i);
+    lanes.template set<kPastCaches, Ties::away>(out + i, silu<T>(value));
   });
 }
 
@@ -85,17 +104,18 @@ void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, 
 template <class T>
 void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample) {
   const int64_t in_group = op.channels / op.groups, row = whole_sixteens(op.channels);
-  const ZeroedFloats centres(op.channels), slopes(op.channels);
+  const ZeroedFloats centres(op.channels), slopes(op.channels), biases(op.channels);
   for (int64_t sample = first_sample; sample < end_sample; sample++) {
     for (int64_t channel = 0; channel < op.channels; channel++) {
-      const int64_t group = sample * op.groups + channel / in_group;
-      centres.data[channel] = static_cast<float>(op.mean[group]);
-      slopes.data[channel] = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps)) * op.weight[channel];
+      const ChannelTerms terms = ChannelTerms::of(op, sample * op.groups + channel / in_group, channel);
+      centres.data[channel] = terms.mean;
+      slopes.data[channel] = terms.slope;
+      biases.data[channel] = terms.bias;
     }
     float* of_sample = channels + sample * kChannelRows * row;
     arrange<T>(of_sample, centres.data, op.channels);
     arrange<T>(of_sample + row, slopes.data, op.channels);
-    arrange<T>(of_sample + 2 * row, op.bias, op.channels);
+    arrange<T>(of_sample + 2 * row, biases.data, op.channels);
   }
 }
 
@@ -109,16 +129,21 @@ void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* chann
 template <class T>
 void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
                                       int64_t end_row) {
+  constexpr int64_t kAhead = 1024 / sizeof(T);
   const int64_t width = border.width, columns = border.columns;
+  ChannelTerms terms{};
+  int64_t sample = -1;
   for (int64_t row = first_row; row < end_row; row++) {
     const SourceRow source = source_row(border, row);  // its sample is one channel of a sample
-    const int64_t channel = source.sample % op.channels, group = source.sample / (op.channels / op.groups);
-    const float mean = static_cast<float>(op.mean[group]);
-    const float slope = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps)) * op.weight[channel];
+    if (source.sample != sample) {
+      sample = source.sample;
+      terms = ChannelTerms::of(op, sample / (op.channels / op.groups), sample % op.channels);
+    }
     const T* x = op.x + source.sample * op.positions + source.row * width;
     T* out = op.out + row * border.padded_width() + columns;
     for_sixteens(width, [&](int64_t i, int, auto lanes) {
-      lanes.template set<false>(out + i, silu<T>((lanes.get(x + i) - mean) * slope + op.bias[channel]));
+      __builtin_prefetch(x + i + kAhead);
+      lanes.template set<false, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
     });
     for (int64_t i = 1; i <= columns; i++) {
       out[-i] = out[0];

@@ -11,10 +11,11 @@ namespace {
 // How grad_x is written, if at all.
 enum class Write { nothing, through_caches, past_caches };
 
-// grad * silu'(z); silu' = s * (1 + z * (1 - s)), s the sigmoid. As exact as results of type T need.
+// grad * silu'(z); silu' = s * (1 + z * (1 - s)), s the sigmoid. As exact as sums over what
+// belongs to T need.
 template <class T>
 inline Vec8 through_silu(Vec8 grad, Vec8 z) {
-  const Vec8 s = 1.0f / (exp_for(static_cast<const T*>(nullptr), -z) + 1.0f);
+  const Vec8 s = 1.0f / (exp_of_negative_for_sums(static_cast<const T*>(nullptr), z) + 1.0f);
   return grad * (s * (1.0f + z * (1.0f - s)));
 }
 
@@ -54,7 +55,7 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
           centred_sums[part] = centred_sums[part] + gradient * centred;
         }
         if constexpr (kWrite != Write::nothing)
-          lanes.template set<kWrite == Write::past_caches>(
+          lanes.template set<kWrite == Write::past_caches, Ties::away>(
               op.grad_x + offset + i, x_gradient(gradient, centred, weight, linear, constant, inverse));
       });
       sum_of_all += sum_of_parts(sums);
@@ -96,7 +97,7 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
           store_sixteen(centred_sums + i, load_sixteen(centred_sums + i) + gradient * centred);
         }
         if constexpr (kWrite != Write::nothing)
-          lanes.template set<kWrite == Write::past_caches>(
+          lanes.template set<kWrite == Write::past_caches, Ties::away>(
               op.grad_x + position * C + i, x_gradient(gradient, centred, term(kWeight), term(kLinear),
                                                        term(kConstant), term(kInverse)));
       });

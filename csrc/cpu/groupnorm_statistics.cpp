@@ -55,16 +55,6 @@ inline Moments moments_of_run(const T* run, int64_t length) {
   return moments;
 }
 
-// Fetches positions that follow: with few values each, the processor does not see far enough ahead.
-constexpr int64_t kAheadPositions = 8;
-
-template <class T>
-inline void prefetch_row(const T* row, int64_t width) {
-  for (const char *line = reinterpret_cast<const char*>(row), *end = reinterpret_cast<const char*>(row + width);
-       line < end; line += 64)
-    __builtin_prefetch(line, 0, kMayDrop);
-}
-
 template <bool kPastCaches, class T>
 void gradient_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel, int64_t end_channel) {
   for (int64_t number = first_channel; number < end_channel; number++) {
@@ -110,38 +100,39 @@ void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t f
 template <class T>
 void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,
                                     int64_t end_chunk) {
-  const int64_t C = op.channels, row = whole_sixteens(C);
-  const ZeroedFloats rows(4 * row);  // in the order of a row of T
-  float *pivots = rows.data, *totals = pivots + row, *squares = totals + row, *firsts = squares + row;
-  const auto add = [](float* sum, Vec16 value) { store_sixteen(sum, load_sixteen(sum) + value); };
+  // A chunk stays in the cache while its columns are summed up sixteen by sixteen, sums in registers; the next chunk is
+  // fetched meanwhile, in the order of memory.
+  const int64_t C = op.channels;
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
     const int64_t count = chunk.end - chunk.first, of_pivots = (count + kPivotShare - 1) / kPivotShare;
     const T *x = op.x + chunk.first * C, *first = op.x + chunk.sample * op.positions * C;
-    for_sixteens(C, [&](int64_t i, int, auto lanes) {
-      store_sixteen(firsts + i, lanes.get(first + i));
-      for (float* sum : {pivots, totals, squares}) store_sixteen(sum + i, Vec16{});
-    });
-    for (int64_t position = 0; position < of_pivots; position++)
-      for_sixteens(C, [&](int64_t i, int, auto lanes) {
-        add(pivots + i, lanes.get(x + position * C + i) - load_sixteen(firsts + i));
-      });
-    for_sixteens(C, [&](int64_t i, int, auto) {
-      store_sixteen(pivots + i, load_sixteen(firsts + i) + load_sixteen(pivots + i) * (1.0f / of_pivots));
-    });
-    for (int64_t position = 0; position < count; position++) {
-      if (number + 1 < end_chunk) prefetch_row(x + (position + kAheadPositions) * C, C);
-      for_sixteens(C, [&](int64_t i, int, auto lanes) {
-        const Vec16 difference = lanes.get(x + position * C + i) - load_sixteen(pivots + i);
-        add(totals + i, difference);
-        add(squares + i, difference * difference);
-      });
+    Prefetch next;
+    if (number + 1 < end_chunk && count >= kSums) {
+      next.add(x + count * C, 0, 1, count * C);
+      next.spread_over(count / kSums * (whole_sixteens(C) / (2 * kLanes)));
     }
     float *means = partial + number * 2 * C, *differences = means + C;
     for_sixteens(C, [&](int64_t i, int, auto lanes) {
-      const Vec16 total = load_sixteen(totals + i), mean = total * (1.0f / count);
-      lanes.template set_floats<T>(means + i, load_sixteen(pivots + i) - load_sixteen(firsts + i) + mean);
-      lanes.template set_floats<T>(differences + i, load_sixteen(squares + i) - total * mean);
+      const Vec16 origin = lanes.get(first + i);
+      Vec16 pivot_sum = {}, totals[kSums] = {}, squares[kSums] = {};
+      for (int64_t position = 0; position < of_pivots; position++)
+        pivot_sum = pivot_sum + (lanes.get(x + position * C + i) - origin);
+      const Vec16 pivot = origin + pivot_sum * (1.0f / of_pivots);
+      const auto add = [&](int64_t position, int part) {
+        const Vec16 difference = lanes.get(x + position * C + i) - pivot;
+        totals[part] = totals[part] + difference;
+        squares[part] = squares[part] + difference * difference;
+      };
+      int64_t position = 0;
+      for (; position + kSums <= count; position += kSums) {
+        next.next_lines<kMayDrop>();
+        for (int part = 0; part < kSums; part++) add(position + part, part);
+      }
+      for (; position < count; position++) add(position, 0);
+      const Vec16 total = totals[0] + totals[1], mean = total * (1.0f / count);
+      lanes.template set_floats<T>(means + i, pivot - origin + mean);
+      lanes.template set_floats<T>(differences + i, squares[0] + squares[1] - total * mean);
     });
   }
 }

@@ -85,12 +85,12 @@ struct AllSixteen {
   Vec16 floats(const float* source) const {
     return in_order_of<T>(load_sixteen(source));
   }
-  template <bool kPastCaches, class T>
+  template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Vec16 values) const {
     if constexpr (kPastCaches) {
-      stream_sixteen(target, values);
+      stream_sixteen<kTies>(target, values);
     } else {
-      store_sixteen(target, values);
+      store_sixteen<kTies>(target, values);
     }
   }
   template <class T>
@@ -116,10 +116,10 @@ struct LastSixteen {
   Vec16 floats(const float* source) const {
     return in_order_of<T>(get(source));
   }
-  template <bool kPastCaches, class T>
+  template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Vec16 values) const {
     T buffer[2 * kLanes];
-    store_sixteen(buffer, values);
+    store_sixteen<kTies>(buffer, values);
     std::memcpy(target, buffer, count * sizeof(T));
   }
   template <class T>

@@ -69,13 +69,23 @@ static inline Vec8 load(const BFloat16* source) {
 
 static inline void store(float* target, Vec8 value) { std::memcpy(target, &value, sizeof(value)); }
 
-// Rounded to the nearest bfloat16, to even where two are as near: its bits are the upper halves. A NaN stays a NaN.
+// Where a number goes that is as near to one bfloat16 as to another. `to_even` is the rule of IEEE 754. `away` from
+// zero takes one instruction instead of six; it is for results of approximations, of which a tie says nothing. With it
+// the lower half of a NaN must be zero, as it is where arithmetic makes one of numbers, or of the NaNs of bfloat16.
+enum class Ties { to_even, away };
+
+// Rounded to the nearest bfloat16, whose bits are the upper halves. A NaN stays a NaN.
+template <Ties kTies = Ties::to_even>
 static inline UVec8 round_to_upper_halves(Vec8 value) {
   const UVec8 bits = bits_as<UVec8>(value);
+  if constexpr (kTies == Ties::away) return bits + 0x8000u;
   return value == value ? bits + 0x7fffu + ((bits >> 16) & 1u) : UVec8{} + 0x7fc00000u;
 }
 
 static inline HVec8 rounded_to_bfloat16(Vec8 value) { return narrow(round_to_upper_halves(value) >> 16); }
+
+// A NaN with a lower half of zero in place of any other.
+static inline float with_plain_nan(float value) { return value == value ? value : bits_as<float>(0x7fc00000u); }
 
 static inline void store(BFloat16* target, Vec8 value) {
   const HVec8 half = rounded_to_bfloat16(value);
@@ -178,20 +188,28 @@ static inline Pairs load_pairs(const BFloat16* source) {
   return {bits_as<Vec8>(both << 16), bits_as<Vec8>(both & 0xffff0000u)};
 }
 
+template <Ties kTies>
 static inline UVec8 rounded_to_bfloat16(Pairs pairs) {
-  return (round_to_upper_halves(pairs.even) >> 16) | (round_to_upper_halves(pairs.odd) & 0xffff0000u);
+  const UVec8 even = round_to_upper_halves<kTies>(pairs.even) >> 16, odd = round_to_upper_halves<kTies>(pairs.odd);
+#ifdef __AVX2__
+  return (UVec8)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return even | (odd & 0xffff0000u);
+#endif
 }
 
+template <Ties kTies = Ties::to_even>
 static inline void store_pairs(BFloat16* target, Pairs pairs) {
-  const UVec8 both = rounded_to_bfloat16(pairs);
+  const UVec8 both = rounded_to_bfloat16<kTies>(pairs);
   std::memcpy(target, &both, sizeof(both));
 }
 
+template <Ties kTies = Ties::to_even>
 static inline void stream_pairs(BFloat16* target, Pairs pairs) {
 #ifdef __AVX2__
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)rounded_to_bfloat16(pairs));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), (__m256i)rounded_to_bfloat16<kTies>(pairs));
 #else
-  store_pairs(target, pairs);
+  store_pairs<kTies>(target, pairs);
 #endif
 }
 
@@ -219,18 +237,25 @@ static inline Vec16 load_sixteen(const BFloat16* source) {
   return {pairs.even, pairs.odd};
 }
 
+// kTies: of numbers that are rounded; floats are not.
+template <Ties kTies = Ties::to_even>
 static inline void store_sixteen(float* target, Vec16 values) {
   store(target, values.first);
   store(target + kLanes, values.second);
 }
-static inline void store_sixteen(BFloat16* target, Vec16 values) { store_pairs(target, {values.first, values.second}); }
+template <Ties kTies = Ties::to_even>
+static inline void store_sixteen(BFloat16* target, Vec16 values) {
+  store_pairs<kTies>(target, {values.first, values.second});
+}
 
+template <Ties kTies = Ties::to_even>
 static inline void stream_sixteen(float* target, Vec16 values) {
   stream(target, values.first);
   stream(target + kLanes, values.second);
 }
+template <Ties kTies = Ties::to_even>
 static inline void stream_sixteen(BFloat16* target, Vec16 values) {
-  stream_pairs(target, {values.first, values.second});
+  stream_pairs<kTies>(target, {values.first, values.second});
 }
 
 template <class T>
@@ -282,22 +307,31 @@ static inline Vec8 exp(Vec8 value) {
   return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
 }
 
-// e^value to a relative error of 1e-7 where |value| is below 5, else of |value| * 2e-8: for results in bfloat16, which
-// keeps three digits.
-static inline Vec8 rough_exp(Vec8 value) {
+// e^-value for what belongs to values in bfloat16. Degree 5: to a relative error of 1e-7 where |value| is below 5, else
+// of |value| * 2e-8. Degree 4: to 3e-6, a thousandth of a rounding to bfloat16.
+template <int kDegree>
+static inline Vec8 rough_exp_of_negative(Vec8 value) {
+  static_assert(kDegree == 4 || kDegree == 5);
   value = clamped(value, 87.0f);
   const Vec8 magic = splat(12582912.0f);
-  const Vec8 shifted = value * 1.44269504f + magic;
-  const Vec8 rest = value * 1.44269504f - (shifted - magic);
-  Vec8 polynomial = splat(1.3276470e-3f);
-  for (const float coefficient : {9.6755410e-3f, 5.5507131e-2f, 0.24022120f, 0.69314694f, 1.0000001f})
-    polynomial = polynomial * rest + coefficient;
+  const Vec8 shifted = value * -1.44269504f + magic;
+  const Vec8 rest = value * -1.44269504f - (shifted - magic);
+  Vec8 polynomial = splat(kDegree == 5 ? 1.3276470e-3f : 9.5701013e-3f);
+  if constexpr (kDegree == 5) {
+    for (const float coefficient : {9.6755410e-3f, 5.5507131e-2f, 0.24022120f, 0.69314694f, 1.0000001f})
+      polynomial = polynomial * rest + coefficient;
+  } else {
+    for (const float coefficient : {5.5917863e-2f, 0.24024744f, 0.69312179f, 0.99999928f})
+      polynomial = polynomial * rest + coefficient;
+  }
   return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
 }
 
-// The one of these that results of a type need.
-static inline Vec8 exp_for(const float*, Vec8 value) { return exp(value); }
-static inline Vec8 exp_for(const BFloat16*, Vec8 value) { return rough_exp(value); }
+// e^-value, as exact as a result that is rounded to T needs it, and as float32 sums of what belongs to T need it.
+static inline Vec8 exp_of_negative_for(const float*, Vec8 value) { return exp(-value); }
+static inline Vec8 exp_of_negative_for(const BFloat16*, Vec8 value) { return rough_exp_of_negative<4>(value); }
+static inline Vec8 exp_of_negative_for_sums(const float*, Vec8 value) { return exp(-value); }
+static inline Vec8 exp_of_negative_for_sums(const BFloat16*, Vec8 value) { return rough_exp_of_negative<5>(value); }
 
 // log2(value) for positive normal numbers, accurate to about two units in the last place; NaN for NaN. value =
 // 2^exponent · m with m in [sqrt(1/2), sqrt(2)); log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).

@@ -8,6 +8,7 @@ from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
     assert_thread_count_changes_no_bit,
+    nan_with_all_bits_set,
     outputs_and_gradients,
 )
 from tolerances import assert_matches
@@ -127,6 +128,19 @@ def test_very_large_values_saturate(isa, device):
         assert_matches(out, (300 * x_two).clamp(min=0))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("place", ["weight", "bias"])
+def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa, channels_last, place):
+    x, *affine, groups, eps = inputs(
+        (1, 40, 3, 7), 4, torch.bfloat16, channels_last=channels_last, weight_dtype=torch.float32
+    )
+    affine[place == "bias"][1] = nan_with_all_bits_set()
+    out, grad_x, *_ = outputs_and_gradients(groupnorm_silu, (x, *affine, groups, eps), DIFFERENTIABLE)
+    for result, of_nan in ((out, slice(1, 2)), (grad_x, slice(10))):  # the gradient's sums are over a group
+        assert result.isnan()[:, of_nan].all()
+        assert result.isnan().sum() == result[:, of_nan].numel()
+
+
 @pytest.mark.parametrize("shape", [(0, 8, 3, 4), (2, 8, 0, 4), (2, 0, 3, 4)])
 def test_empty_sizes_give_empty_results_and_zero_gradients(isa, device, shape):
     out, *grads = outputs_and_gradients(groupnorm_silu, inputs(shape, 4, device=device), DIFFERENTIABLE)
@@ -176,7 +190,8 @@ def test_one_compiled_graph_serves_all_sizes(device, channels_last):
 def test_thread_count_changes_no_bit(isa, set_threads, dtype, channels_last):
     if isa == "reference":
         pytest.skip("PyTorch's GroupNorm, which the reference calls, sums in an order that depends on the threads")
-    arguments = inputs((2, 24, 3, 40, 31), 4, dtype, channels_last=channels_last)
+    # Weights in float32, whose gradients show the order of a sum that bfloat16 would round away.
+    arguments = inputs((2, 24, 3, 40, 31), 4, dtype, channels_last=channels_last, weight_dtype=torch.float32)
     assert_thread_count_changes_no_bit(
         lambda: outputs_and_gradients(groupnorm_silu, arguments, DIFFERENTIABLE), set_threads, (1, 2, 3)
     )

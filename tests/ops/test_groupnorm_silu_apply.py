@@ -5,6 +5,7 @@ from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
     assert_thread_count_changes_no_bit,
+    nan_with_all_bits_set,
     outputs_and_gradients,
 )
 from tolerances import assert_matches
@@ -63,6 +64,19 @@ def test_any_number_of_positions_dimensions(isa, device, shape):
 def test_weights_may_have_another_dtype(isa, device, dtype, channels_last):
     arguments = inputs((2, 8, 2, 3, 5), 4, dtype, device, channels_last, weight_dtype=torch.float32)
     assert_about_as_accurate_as_eager(arguments)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("place", ["mean", "weight", "bias"])
+def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa, channels_last, place):
+    x, *rest = inputs((1, 40, 3, 7), 4, torch.bfloat16, channels_last=channels_last, weight_dtype=torch.float32)
+    terms = dict(zip(("mean", "variance", "weight", "bias"), rest, strict=False))
+    terms[place].view(-1)[1] = nan_with_all_bits_set()
+    out, grad_x, *_ = outputs_and_gradients(apply, (x, *terms.values(), EPS), DIFFERENTIABLE)
+    of_nan = slice(10, 20) if place == "mean" else slice(1, 2)
+    for result in (out, grad_x):
+        assert result.isnan()[:, of_nan].all()
+        assert result.isnan().sum() == result[:, of_nan].numel()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -7,6 +7,7 @@ from operator_checks import (
     assert_accurate,
     assert_compiled_equals_eager,
     assert_thread_count_changes_no_bit,
+    nan_with_all_bits_set,
     outputs_and_gradients,
 )
 
@@ -80,6 +81,32 @@ def test_results_larger_than_the_caches_have_the_same_bits(isa):
     plain = groupnorm_silu_apply(x, GroupStatistics(1, mean, variance), weight, bias, eps)
     out = padded(x, mean, variance, weight, bias, pad, eps)
     torch.testing.assert_close(out, pad_of_pytorch(plain, pad), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "pad"), [((1, 11, 3, 199, 203), CAUSAL), ((1, 124, 1, 240, 73), (0, 0, 1))])
+def test_rows_of_odd_width_larger_than_the_caches_have_the_same_bits_on_any_threads(
+    isa, set_threads, dtype, shape, pad
+):
+    x, mean, variance, weight, bias, pad, eps = inputs(shape, 1, pad, dtype)
+    plain = pad_of_pytorch(groupnorm_silu_apply(x, GroupStatistics(1, mean, variance), weight, bias, eps), pad)
+    for threads in (1, 2):
+        set_threads(threads)
+        out = padded(x, mean, variance, weight, bias, pad, eps)
+        assert out.nbytes > 4 << 20
+        torch.testing.assert_close(out, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("place", ["mean", "weight", "bias"])
+def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa, channels_last, place):
+    x, *rest = inputs((1, 40, 2, 3, 7), 4, CAUSAL, torch.bfloat16, channels_last=channels_last)
+    terms = dict(zip(("mean", "variance", "weight", "bias"), rest, strict=False))
+    terms[place].view(-1)[1] = nan_with_all_bits_set()
+    out = padded(x, *terms.values(), CAUSAL, EPS)
+    of_nan = slice(10, 20) if place == "mean" else slice(1, 2)
+    assert out.isnan()[:, of_nan].all()
+    assert out.isnan().sum() == out[:, of_nan].numel()
 
 
 def test_channels_last_stays_channels_last(isa, device):
