@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import warnings
@@ -23,7 +24,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -133,8 +133,10 @@ class Saved:
     def _index(self) -> Metadata:
         """The index of the tensors, a pickle, of which nothing is imported but what an index is made of."""
         data = io.BytesIO((self.path / INDEX).read_bytes())
-        # A file that can `readinto` makes the unpickler complain on stderr of a size that is damaged.
-        index = _IndexUnpickler(SimpleNamespace(read=data.read, readline=data.readline)).load()
+        # No index has a bytearray, and the unpickler complains on stderr of one whose size is damaged.
+        if any(opcode.name == "BYTEARRAY8" for opcode, _, _ in pickletools.genops(data.getvalue())):
+            raise pickle.UnpicklingError("its index has other things than tensors")
+        index = _IndexUnpickler(data).load()
         if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
             raise pickle.UnpicklingError("its index is none")
         if not all(isinstance(one, TensorStorageMetadata) for one in index.state_dict_metadata.values()):
