@@ -59,7 +59,7 @@ def row_in_words(row: Mapping[str, Any], steps: int | None = None) -> str:
     loss = row.get("loss")
     words = ["no step was taken" if loss is None else f"loss {loss:.4f}", f"{row['step_ms']:,.0f} ms a step"]
     if "predicted_ms" in row:
-        words[-1] += f" (predicted {row['predicted_ms']:,.3g})"
+        words[-1] += f" (predicted {row['predicted_ms']:,.0f})"
     if "tokens_per_s" in row:
         words.append(f"{row['tokens_per_s']:,.0f} tokens/s")
     if "mfu" in row:
