@@ -32,7 +32,7 @@ CLASSES = ["BlockMask", "TokenLayout"]
 MODULES = {
     "vae": ["HunyuanEncoder", "HunyuanDecoder"],
     "cache": ["MagCache"],
-    "offload": ["offload_saved_tensors"],
+    "offload": ["ActivationOffload"],
     "planner": ["step_time_ms", "memory_bytes", "parameters"],
 }
 

@@ -132,11 +132,6 @@ class ActivationOffload:
         return self.stores.get(device)
 
 
-def offload_saved_tensors(min_bytes: int = SMALLEST) -> ActivationOffload:
-    """An ActivationOffload to pinned host memory: CPU tensors stay where they are."""
-    return ActivationOffload(min_bytes=min_bytes)
-
-
 class _Away:
     """A saved tensor that is kept away; the graph owns it.
 

@@ -52,7 +52,9 @@ def block_sparse_attention_lse(
     layout: TokenLayout | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and lse [B, h, S], float32, or float64 for float64, by which attention to other keys is weighed."""
+    """`block_sparse_attention`, and the log of each query's sum of exponentials of its scores, by which it is joined
+    with attention to other keys: lse [B, h, S], float32, or float64 for float64. Arguments and errors are the same.
+    """
     if layout is None:
         layout = mask.layout
     elif layout is not mask.layout and layout != mask.layout:  # torch.compile can compare the identity of any layout

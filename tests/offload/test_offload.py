@@ -17,7 +17,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from k5kernels.offload import ActivationOffload, disk, offload_saved_tensors
+from k5kernels.offload import ActivationOffload, disk
 from k5kernels.offload.pinned import PinnedStore
 from k5kernels.offload.slot import Form
 
@@ -301,7 +301,7 @@ def test_parameters_and_their_views_stay_where_they_are(make, view):
 
 def test_without_a_folder_cpu_tensors_stay_where_they_are():
     tensor = torch.randn(4, 4)
-    assert offload_saved_tensors(0)._pack(tensor) is tensor
+    assert ActivationOffload(min_bytes=0)._pack(tensor) is tensor
 
 
 def test_tensors_without_data_stay_where_they_are(tmp_path):
@@ -388,7 +388,7 @@ def test_offload_frees_device_memory_between_forward_and_backward():
     def held(offload):
         x = torch.randn(1 << 20, device="cuda", requires_grad=True)
         before = torch.cuda.memory_allocated()
-        with offload_saved_tensors() if offload else torch.enable_grad():
+        with ActivationOffload() if offload else torch.enable_grad():
             out = x
             for _ in range(8):
                 out = torch.sin(out)
