@@ -95,6 +95,32 @@ def test_without_guidance_there_is_one_branch(pipe):
     assert {one.branch for one in report.caches[0].passes} == {"cond"}
 
 
+def test_guidance_can_be_switched_off_and_on_midway(pipe):
+    """Each branch follows its own schedule; where it was away too long to reuse what it has, it is computed."""
+
+    def switch(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0 if 3 <= step < 6 else 3.0  # of the step after this one
+        return {}
+
+    switched = {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": []}
+    plain = generate(pipe, **switched)
+    cache = policy()
+    with accelerate(pipe, attention=None, cache=cache) as report:
+        ours = generate(pipe, **switched)
+    passes = report.caches[0].passes
+    assert schedule(report, "cond") == cache.schedule["cond"]
+    there = [step for step in range(STEPS) if not 4 <= step < 7]
+    assert [one.step for one in passes if one.branch == "uncond"] == there
+    computed = {one.step for one in passes if one.branch == "uncond" and one.computed}
+    missed = [step for step in range(4, 7) if cache.schedule["uncond"][step]]
+    assert missed  # so that step 7 must not go by what is older
+    assert 7 in computed
+    assert not cache.schedule["uncond"][7]
+    assert relative_difference(ours, plain) < 0.5
+    with accelerate(pipe, attention=None, cache=policy(threshold=0.0)):
+        assert torch.equal(generate(pipe, **switched), plain)
+
+
 def test_of_a_second_order_sampler_only_first_evaluations_are_skipped(pipe):
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     with accelerate(pipe, attention=None, cache=policy()) as report:
@@ -184,20 +210,26 @@ def test_no_block_runs_eager_that_was_compiled(transformer, first):
     RELEASE < (0, 42) and torch.accelerator.current_accelerator() is None,
     reason="group offload of diffusers before 0.42 needs a GPU",
 )
-def test_blocks_that_are_skipped_are_not_loaded_by_group_offload(transformer):
-    ran = []
-    for block in transformer.visual_transformer_blocks:
-        block.register_forward_hook(lambda *_: ran.append(1))
+def test_blocks_that_are_skipped_are_not_loaded_by_group_offload(transformer, monkeypatch):
     from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks.group_offloading import ModuleGroup
 
+    blocks, loaded, onload = set(transformer.visual_transformer_blocks), [], ModuleGroup.onload_
+
+    def noted(group: Any) -> None:
+        loaded.extend(module for module in group.modules if module in blocks)
+        onload(group)
+
+    monkeypatch.setattr(ModuleGroup, "onload_", noted)
     cpu = torch.device("cpu")
     apply_group_offloading(transformer, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     plain = [run(transformer, time=time) for time in (900.0, 800.0)]
-    ran.clear()
+    assert len(loaded) == 2 * len(blocks)
+    loaded.clear()
     with accelerate(transformer, thr=1.0, cache=policy(retention=0.0)) as report:
         ours = [run(transformer, time=time) for time in (900.0, 800.0)]
     assert report.caches[0].skipped == 1
-    assert len(ran) == 2
+    assert len(loaded) == len(blocks)
     assert relative_difference(ours[0], plain[0]) < 1e-2
 
 

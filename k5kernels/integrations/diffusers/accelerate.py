@@ -14,7 +14,7 @@ from k5kernels.integrations.diffusers.attention import Pass, VisualSelfAttention
 from k5kernels.integrations.diffusers.caching import TransformerCache, choose_policy
 from k5kernels.integrations.diffusers.choice import configs_for, configs_for_clip
 from k5kernels.integrations.diffusers.joint import JointAttention
-from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of
+from k5kernels.integrations.diffusers.models import Family, UnsupportedModelError, family_of, uncompiled
 from k5kernels.integrations.diffusers.overlays import NoSparseParams, Overlay
 from k5kernels.integrations.diffusers.report import Report
 from k5kernels.integrations.diffusers.super_resolution import AnySize
@@ -190,7 +190,7 @@ def accelerate(
         if attention is not None and hasattr(pipeline, "get_sparse_params"):
             done._parts.append(NoSparseParams(pipeline, "get_sparse_params"))
         if vae is not None:
-            done._parts.append(VAEModes(_uncompiled(autoencoder), vae, vae_memory, report))
+            done._parts.append(VAEModes(uncompiled(autoencoder), vae, vae_memory, report))
     except BaseException:
         done.disable()
         raise
@@ -216,7 +216,7 @@ def _put_attention(
 
 def _vae(target: Any, pipeline: Any | None, mode: Mode | None, cache: object) -> Any | None:
     """That of a pipeline, or the target itself; None where it has none and none is asked for."""
-    if pipeline is None and is_vae(_uncompiled(target)):
+    if pipeline is None and is_vae(uncompiled(target)):
         if mode is None or cache is not None:
             raise ValueError(f"target: a VAE alone takes vae and no cache, got vae={mode!r} and cache={cache!r}")
         return target
@@ -228,13 +228,9 @@ def _vae(target: Any, pipeline: Any | None, mode: Mode | None, cache: object) ->
 
 def _transformers(target: Any, pipeline: Any | None) -> list[Any]:
     if pipeline is None:
-        return [_uncompiled(target)]
+        return [uncompiled(target)]
     found = [getattr(pipeline, name, None) for name in TRANSFORMERS]
-    models = [_uncompiled(model) for model in found if isinstance(model, torch.nn.Module)]
+    models = [uncompiled(model) for model in found if isinstance(model, torch.nn.Module)]
     if not models:
         raise UnsupportedModelError(f"target: expected a pipeline with a transformer, got {type(pipeline).__name__}")
     return models
-
-
-def _uncompiled(model: Any) -> Any:
-    return getattr(model, "_orig_mod", model)  # of torch.compile(model)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from k5kernels.cache import MagCache, Policy, apply
-from k5kernels.integrations.diffusers.models import FAMILIES
+from k5kernels.integrations.diffusers.models import FAMILIES, uncompiled
 from k5kernels.integrations.diffusers.overlays import NoOtherCache, NotedContext, Overlay
 from k5kernels.integrations.diffusers.report import Report
 from k5kernels.presets import RELEASED
@@ -30,7 +30,7 @@ class TransformerCache:
                 model,
                 policy,
                 blocks=family.blocks if family is not None else (),
-                steps=_steps_of(pipeline),
+                steps=_steps_of(pipeline, model),
                 kind=lambda: _Identity(_times_of(pipeline)),
                 name=lambda: context.current if context is not None else None,
             )
@@ -66,16 +66,25 @@ def _times_of(pipeline: Any | None) -> Tensor | None:
     return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 
 
-def _steps_of(pipeline: Any | None) -> Callable[[Tensor], int | None]:
+def _steps_of(pipeline: Any | None, model: Any) -> Callable[[Tensor], int | None]:
     def steps(first: Tensor) -> int | None:
-        """Of a run that begins at this time: those that its scheduler still has, as the model can tell them apart."""
+        """Of a run of this model that begins at this time: those that its scheduler still has for it, as the model can
+        tell them apart."""
         times = _times_of(pipeline)
         if times is None:
             return None
-        coming = times.cpu().to(first.dtype).unique() <= first.max().cpu()
-        return int(coming.sum()) or None
+        own = times[times >= _last_time_of(pipeline, model)].cpu().to(first.dtype).unique()
+        return int((own <= first.max().cpu()).sum()) or None
 
     return steps
+
+
+def _last_time_of(pipeline: Any, model: Any) -> float:
+    """Wan 2.2 goes on with its second transformer from a boundary on."""
+    boundary = getattr(pipeline.config, "boundary_ratio", None)
+    if boundary is None or uncompiled(pipeline.transformer) is not model:
+        return float("-inf")
+    return boundary * pipeline.scheduler.config.num_train_timesteps
 
 
 def choose_policy(

@@ -75,6 +75,11 @@ def family_of(model: Any) -> Family:
     raise UnsupportedModelError(f"target: expected a pipeline with one of {', '.join(FAMILIES)}, got {name}: {reason}")
 
 
+def uncompiled(model: Any) -> Any:
+    """The module itself of one that torch.compile wrapped."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _patch(config: Any) -> Grid:
     """The latent cells (T, H, W) of a token."""
     if hasattr(config, "patch_size_t"):
