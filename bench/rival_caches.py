@@ -5,6 +5,7 @@ with which it computes about as many passes of the nano model as the others; wha
 or as ours where it has the same.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -99,6 +100,7 @@ def db_cache(taylor: bool) -> Rival:
 
     @contextmanager
     def rival(pipe: Any, steps: int) -> Iterator[None]:
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "ERROR")  # read when it is imported
         import cache_dit
 
         config = cache_dit.DBCacheConfig(
