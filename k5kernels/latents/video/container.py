@@ -12,6 +12,7 @@ from av.codec.context import Flags as CodecFlags
 from av.container.core import Flags
 from av.stream import Disposition
 
+from k5kernels.latents.video.cropping import Crop, crop_of
 from k5kernels.latents.video.errors import VideoError, translated
 
 # Frame threads report damage one packet later each, so what is found of a damaged file depends on their number: it is
@@ -34,6 +35,7 @@ class OpenVideo:
     """An open file. container, stream, decoder: PyAV's. rate: frames/s the file announces, 25 where it does not.
 
     sample_aspect: width of a pixel by its height where the container says so; None leaves it to each frame.
+    crop: what the container cuts off every frame.
     """
 
     path: str
@@ -42,6 +44,7 @@ class OpenVideo:
     decoder: Any
     rate: Fraction
     sample_aspect: Fraction | None
+    crop: Crop
 
     @property
     def may_be_picture(self) -> bool:
@@ -107,13 +110,19 @@ def open_video(path: str | Path) -> Iterator[OpenVideo]:
             raise VideoError(f"{path}: expected a video, found a stream without a frame size")
         rate = stream.average_rate or stream.guessed_rate
         rate = Fraction(rate) if rate and 0 < rate <= MAX_RATE else DEFAULT_RATE
-        yield OpenVideo(str(path), container, stream, _decoder(stream), rate, _sample_aspect(stream))
+        crop = crop_of(container, stream)
+        yield OpenVideo(str(path), container, stream, _decoder(stream), rate, _sample_aspect(stream, crop), crop)
 
 
-def _sample_aspect(stream: Any) -> Fraction | None:
+def _sample_aspect(stream: Any, crop: Crop) -> Fraction | None:
     """What the container says goes before what the codec says of each frame."""
     said = stream.sample_aspect_ratio
-    return Fraction(said) if said and said != stream.codec_context.sample_aspect_ratio else None
+    if not said or said == stream.codec_context.sample_aspect_ratio:
+        return None
+    # Where an MP4 does not say it, FFmpeg takes the size of the track by that of the whole frame, also where the track
+    # has the size of what is left of the frame.
+    height, width = crop.inside(stream.height, stream.width)
+    return Fraction(1) if crop and said == Fraction(stream.height * width, stream.width * height) else Fraction(said)
 
 
 def _decoder(stream: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import av
 import av.filter
 
+from k5kernels.latents.video.cropping import Crop
 from k5kernels.latents.video.errors import VideoError
 
 # Pixels of a frame; a file that asks for more is broken.
@@ -20,7 +21,8 @@ MAX_STRETCH = 16.0
 class Look:
     """What stays the same while one chain of filters serves.
 
-    format, colorspace, color_range: as FFmpeg numbers and names them. turn: a, b, c, d of the display matrix.
+    format, colorspace, color_range: as FFmpeg numbers and names them. crop: what is cut off before the
+    frame is turned. turn: a, b, c, d of the display matrix.
     matrix, full_range: the YUV matrix in the filters' words, None for frames without one.
     deep: 16 bits a channel are wanted, not 8. alpha: whether there is some.
     """
@@ -30,6 +32,7 @@ class Look:
     format: str
     colorspace: int
     color_range: int
+    crop: Crop
     turn: tuple[int, int, int, int]
     matrix: str | None
     full_range: bool | None
@@ -76,7 +79,13 @@ class Renderer:
     """
 
     def __init__(self, path: str, look: Look, unit: Fraction, fps: Fraction | None, aspect: Fraction | None) -> None:
-        self.path, self.look = path, look
+        self.path = path
+        height, width = look.crop.inside(look.height, look.width)
+        if min(height, width) < 1:
+            raise VideoError(
+                f"{path}: expected a crop that leaves some of {look.width}×{look.height} pixels, got {look.crop}"
+            )
+        self.pixels = height * width
         colours = f"color_primaries=unknown:color_trc=unknown:colorspace={look.matrix or 'auto'}"
         if look.full_range is not None:
             colours += f":range={'full' if look.full_range else 'limited'}"
@@ -87,7 +96,7 @@ class Renderer:
             (True, True): "rgba64le",
         }[look.deep, look.alpha]
         # How far pixels may be stretched: a frame at the limit is refused when it comes out.
-        self.most = min(MAX_STRETCH, max(2.0, MAX_PIXELS / (look.width * look.height)))
+        self.most = min(MAX_STRETCH, max(2.0, MAX_PIXELS / self.pixels))
         turning = _turning(look.turn)
         if aspect is not None and any(name == "transpose" for name, _ in turning):
             aspect = 1 / aspect
@@ -98,6 +107,8 @@ class Renderer:
             ("setparams", colours),
             ("scale", "flags=bilinear"),
             ("format", layout),
+            # In RGB, where every pixel has its colour: a corner may lie between two pixels of a subsampled one.
+            *([("crop", f"{width}:{height}:{look.crop.left}:{look.crop.top}")] if look.crop else []),
             *turning,
             # Last, because the filters after it would keep the size that was settled before the first frame.
             ("scale", square),
@@ -115,7 +126,7 @@ class Renderer:
 
     def _pulled(self) -> Iterator[Any]:
         for frame in _pull(self.graph):
-            if frame.width * frame.height > 0.99 * self.most * self.look.width * self.look.height:
+            if frame.width * frame.height > 0.99 * self.most * self.pixels:
                 raise VideoError(f"{self.path}: expected pixels whose sides differ by less than {self.most:g} times")
             yield frame
 

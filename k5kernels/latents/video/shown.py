@@ -138,6 +138,7 @@ def _look(frame: Any, video: OpenVideo, colour: Colour) -> Look:
         frame.format.name,
         int(frame.colorspace),
         int(frame.color_range),
+        video.crop,
         turn,
         colour.matrix,
         colour.full_range,
