@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import machine
+from k5_command import stop_in_one_line
 from k5kernels.atomic import replacing
 from k5kernels.offload import ActivationOffload
 from k5kernels.presets import CrossDiTConfig
@@ -148,4 +149,5 @@ def main(out: Annotated[Path, typer.Option(help="folder of the picture and its n
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.memory_trace")
     typer.run(main)

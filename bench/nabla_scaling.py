@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.harness import Row, machine, measure, memory_in_words
 from bench.nabla_tokens import tokens_alike_in_blocks
+from k5_command import stop_in_one_line
 from k5kernels import BlockMask, TokenLayout, nabla_attention, nabla_mask
 from train.resident import peak_bytes, reuse_memory
 
@@ -133,4 +134,5 @@ def main(out: Annotated[Path, typer.Option(help="Folder for nabla_scaling.json a
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.nabla_scaling")
     typer.run(main)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bench.gloo_processes import on_processes
 from bench.harness import machine
+from k5_command import stop_in_one_line
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.attention.nabla import record_block_masks
 from k5kernels.block_mask import BlockMask
@@ -284,4 +285,5 @@ def main(
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.train_equality")
     typer.run(main)

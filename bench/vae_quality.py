@@ -20,6 +20,7 @@ from torch import Tensor
 from bench.harness import machine
 from bench.peak_memory import PeakMemory
 from bench.stock_vae import stock_vae
+from k5_command import stop_in_one_line
 from k5kernels.latents.video import to_model
 from k5kernels.vae import KANDINSKY_TILING, HunyuanDecoder, HunyuanEncoder
 from model.nano import RESOLUTION, VAE_WEIGHTS
@@ -120,4 +121,5 @@ def main(
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.vae_quality")
     typer.run(main)

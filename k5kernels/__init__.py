@@ -4,6 +4,10 @@ Tensors of attention are [B, heads, S, D], as in PyTorch. The name `attention` i
 still imported from: `from k5kernels.attention import choose_engine`.
 """
 
+from k5_command import stop_imports_in_one_line
+
+stop_imports_in_one_line("k5")
+
 from k5kernels import cache, offload, planner, vae
 from k5kernels.attention import attention, nabla_attention
 from k5kernels.block_mask import BlockMask

@@ -1,5 +1,5 @@
 """`python -m k5kernels` is `k5`."""
 
-from k5kernels.cli import app
+from k5kernels.cli import main
 
-app(prog_name="k5")
+main()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from k5_command import stop_in_one_line
 from k5kernels.latents.cli import encode
 from k5kernels.planner.cli import plan
 from k5kernels.terminal import console, one_line_errors, table
@@ -41,3 +42,9 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
     terminal.print(table("Operators", ["k5::", "device", "kernel", "why"], operators))
     engines = [[engine.name, "yes" if engine.available else "no", engine.reason] for engine in found.engines]
     terminal.print(table("Attention engines", ["engine", "usable", "why"], engines))
+
+
+def main() -> None:
+    """The program."""
+    stop_in_one_line("k5")
+    app(prog_name="k5")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from k5_command import stop_in_one_line
 from model.crossdit import CrossDiT
 from model.nano import CROSSDIT_WEIGHTS
 from model.weights import config_to_json, load_crossdit
@@ -35,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    stop_in_one_line("model.diffusers_folder")
     main()

@@ -20,6 +20,7 @@ import typer
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from k5_command import stop_in_one_line
 from k5kernels.attention import DENSE
 from k5kernels.device import choose_device
 from k5kernels.presets import CrossDiTConfig
@@ -196,4 +197,5 @@ def main(
 
 
 if __name__ == "__main__":
+    stop_in_one_line(PROGRAM)
     typer.run(main)

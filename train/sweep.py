@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from k5_command import stop_in_one_line
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import LATENT_CHANNELS, Sample, ShardWriter
 from k5kernels.planner.calibration import MeasuredStep, write_steps
@@ -129,4 +130,5 @@ def main(csv: Annotated[Path, typer.Option(help="file for the measured steps")])
 
 
 if __name__ == "__main__":
+    stop_in_one_line("train.sweep")
     typer.run(main)

@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
+from k5_command import stop_in_one_line
 from k5kernels.device import choose_device
 from k5kernels.text_condition import TextCondition
 from model.crossdit import CrossDiT
@@ -48,5 +49,6 @@ def measure(grid: tuple[int, int, int], device: torch.device, *flags: str) -> in
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.demo.memory")
     reuse_memory(False)  # so that the peak counts live tensors, not freed memory kept for reuse
     typer.run(main)

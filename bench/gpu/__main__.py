@@ -19,6 +19,7 @@ from bench.gpu.results import Machine, Results, Row
 from bench.gpu.run import make_run
 from bench.gpu.runner import Section, run
 from bench.gpu.sections import SECTIONS
+from k5_command import stop_in_one_line
 from k5kernels.ops.hopper_attention import HEAD_DIMS, HOPPER
 
 SMALL, SMALL_HOPPER = "small", "small hopper"  # what compute-sanitizer runs
@@ -120,4 +121,5 @@ def _said(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.gpu")
     sys.exit(main())

@@ -70,8 +70,9 @@ def run_one(command: list[str], limit: float) -> tuple[str, str]:
             end = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             end = f"stopped after {limit:.0f} s"
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        finally:  # also where this process is stopped
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

@@ -8,6 +8,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.gpu_report import table
+from k5_command import stop_in_one_line
 
 
 def main() -> int:
@@ -40,4 +41,5 @@ def _print(rows: list[table.Row]) -> None:
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.gpu_report")
     sys.exit(main())

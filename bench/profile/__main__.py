@@ -19,6 +19,7 @@ from matplotlib import pyplot
 from bench.harness import machine
 from bench.profile.parts import Part, Parts, Roof, measure_roof
 from bench.shaped_block import BlockInputs, block_inputs, shaped_block
+from k5_command import stop_in_one_line
 from k5kernels import TokenLayout
 from k5kernels.attention import AttentionConfig
 from k5kernels.device import choose_device
@@ -143,4 +144,5 @@ def main(
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.profile")
     app()

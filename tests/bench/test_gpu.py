@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,21 @@ def test_a_section_that_hangs_is_stopped_with_the_processes_it_started(tmp_path)
     assert ends == {"hangs": "stopped after 3 s", "next": "done"}
     assert len(kept[-1][0]) == 2
     assert beats.exists()
+    size = beats.stat().st_size
+    time.sleep(0.3)
+    assert beats.stat().st_size == size
+
+
+def test_a_run_that_is_stopped_stops_its_section(tmp_path):
+    beats = tmp_path / "beats"
+    code = f"import os, signal, time\nopen({str(beats)!r}, 'a').write('.'); os.kill(os.getppid(), signal.SIGALRM)\n"
+    code += f"while True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
+    before = signal.signal(signal.SIGALRM, lambda number, frame: sys.exit(130))
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            run_all([section("stopped", code)])
+    finally:
+        signal.signal(signal.SIGALRM, before)
     size = beats.stat().st_size
     time.sleep(0.3)
     assert beats.stat().st_size == size
