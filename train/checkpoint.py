@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,7 +38,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from k5kernels.atomic import flush_folder, replacing
-from train.ranks import count, everywhere, on_first, rank
+from train.parallel import ALONE, Parallel
+from train.ranks import everywhere, on_first
 
 FORMAT = 2  # of the folder; another one is another program's or another version's
 MANIFEST = "checkpoint.json"
@@ -48,7 +48,6 @@ STATE = "state"  # all tensors are below this name in the index: every name of t
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 KEEP = 2
-FIXED = ("stage", "model", "init")  # settings that no checkpoint can go on with another value of
 _NAME = re.compile(r"step-(\d{6,})")
 # One process that saves alone is no accident here. The warning comes from a thread, where no block can silence it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -150,16 +149,16 @@ class Saved:
 class Checkpoints:
     """The checkpoints in a folder. All ranks make it, and call its methods, together.
 
-    keep: how many stay when a new one is whole; the newest do.
+    keep: how many stay when a new one is whole; the newest do. parallel: the ranks, which need a folder that all see.
     """
 
-    def __init__(self, folder: Path, keep: int = KEEP) -> None:
+    def __init__(self, folder: Path, keep: int = KEEP, parallel: Parallel = ALONE) -> None:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, got {keep}")
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.parallel = folder, keep, parallel
         self._saved = 0
-        # A group of its own: the thread that saves must not mix its messages with those of the training.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        # Of its own: the thread that saves must not mix its messages with those of the training.
+        self.group = parallel.host_group()
         self._pending: tuple[int, Future[Any]] | None = None
 
     def save(self, done: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -201,7 +200,7 @@ class Checkpoints:
         try:
             future.result()
         except CheckpointException as error:
-            if rank() == 0:
+            if self.parallel.first:
                 shutil.rmtree(_partial(path), ignore_errors=True)  # the first error is the one to tell
             cause = _cause(error)
             if isinstance(cause, OSError) and cause.errno is not None:
@@ -247,7 +246,7 @@ class Checkpoints:
 
     def _whole(self, path: Path) -> Saved:
         saved = on_first(lambda: _read_manifest(path), self.group)
-        everywhere(lambda: saved.check_files(rank(), count()), self.group)
+        everywhere(lambda: saved.check_files(self.parallel.rank, self.parallel.world), self.group)
         return saved
 
 
@@ -256,46 +255,20 @@ def step_name(done: int) -> str:
     return f"step-{done:06d}"
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any], allow_others: bool) -> None:
-    """Raise CheckpointError, which names each difference, where the folder's newest checkpoint has other settings.
+def newest_description(folder: Path) -> Saved | None:
+    """The newest checkpoint whose description can be read, its files unchecked; None where there is no checkpoint.
 
-    settings: those to compare; what else the checkpoint has is left for later. allow_others: go on with the new
-    settings all the same, but for those of FIXED. All ranks together.
+    Raises CheckpointError where there are some, and none can be read.
     """
-
-    def check() -> None:
-        refused: list[CheckpointError] = []
-        for path in _steps(folder):
-            try:
-                saved = _read_manifest(path)
-            except CheckpointError as error:
-                refused.append(error)
-            else:
-                refuse_others(path, saved.settings, settings, allow_others)
-                return
-        if refused:
-            raise refused[0]
-
-    on_first(check)
-
-
-def refuse_others(path: Path, stored: Mapping[str, Any], settings: Mapping[str, Any], allow_others: bool) -> None:
-    """As `check_settings`, for settings that have been read."""
-    before = _flat({name: value for name, value in stored.items() if name in settings})
-    now = _flat(json.loads(json.dumps(settings)))
-    differences = {
-        name: f"{name} {_shown(before, name)} (now {_shown(now, name)})"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    }
-    fixed = [words for name, words in differences.items() if name.partition(".")[0] in FIXED]
-    if fixed:
-        raise CheckpointError(f"{path}: another model's checkpoint: {', '.join(fixed)}; train into another folder")
-    if differences and not allow_others:
-        raise CheckpointError(
-            f"{path}: made with other settings: {', '.join(differences.values())}; give those, train into another "
-            "folder, or go on with the new ones by --set-on-resume"
-        )
+    refused: list[CheckpointError] = []
+    for path in _steps(folder):
+        try:
+            return _read_manifest(path)
+        except CheckpointError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+    return None
 
 
 @dataclass(frozen=True)
@@ -457,15 +430,3 @@ def _damaged(path: Path, reason: object) -> CheckpointError:
 
 def _first_line(reason: object) -> str:
     return next(iter(str(reason).splitlines()), type(reason).__name__)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level: {"attention": {"thr": 0.9}} to {"attention.thr": 0.9}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _shown(settings: Mapping[str, Any], name: str) -> str:
-    return json.dumps(settings[name]) if name in settings else "not set"

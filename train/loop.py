@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from k5kernels.profiling import stage
 from k5kernels.terminal import Stopped, complain
-from train.checkpoint import KEEP, CheckpointError, Checkpoints, Saved, refuse_others
+from train.checkpoint import KEEP, CheckpointError, Checkpoints, Saved
 from train.log import Interval, Log
 from train.parallel import ALONE, Parallel, whole
 from train.progress import ProgressLine
 from train.ranks import everywhere
+from train.same_settings import refuse_others
 from train.schedule import Schedule
 from train.stage import Loss, Stage
 from train.stopping import StopRequest, noting_stops
@@ -132,7 +133,7 @@ class Loop:
         written; the checkpoints then stay.
         """
         out.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(out / CHECKPOINTS, keep)
+        self.checkpoints = Checkpoints(out / CHECKPOINTS, keep, self.parallel)
         self.checkpoints.remove_partial()
         self._resume(self.checkpoints, set_on_resume)
         with noting_stops() as self._stop:
@@ -151,7 +152,7 @@ class Loop:
 
     def save(self, folder: Path) -> None:
         """Add a checkpoint with everything a resumed run needs to the folder."""
-        self.checkpoints = Checkpoints(folder)
+        self.checkpoints = Checkpoints(folder, parallel=self.parallel)
         self._begin_save()
         self.checkpoints.wait()
 
@@ -160,7 +161,7 @@ class Loop:
 
         Says in a line which newer ones are damaged, and sets them aside. Raises CheckpointError as `run` does.
         """
-        return self._resume(Checkpoints(folder), set_on_resume)
+        return self._resume(Checkpoints(folder, parallel=self.parallel), set_on_resume)
 
     def _train(self, log: Log, every: int, measure: Callable[[], Mapping[str, Any]], nonfinite_limit: int) -> None:
         """The steps that are left."""

@@ -81,6 +81,15 @@ class Parallel:
         """Whose samples this rank takes."""
         return self.rank // self.sequence
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Of all ranks, for `train.ranks`; None where this is the only one."""
+        return dist.group.WORLD if self.world > 1 else None
+
+    def host_group(self) -> dist.ProcessGroup | None:
+        """Another group of all ranks, of gloo, for a thread of its own; None where this is the only one."""
+        return dist.new_group(backend="gloo") if self.world > 1 else None
+
     def own(self, batch: int) -> slice:
         """The samples of a global batch that this rank takes. Raises ValueError as `check_batch`."""
         self.check_batch(batch)

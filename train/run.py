@@ -40,7 +40,7 @@ from train.building import (
     weights_digest,
     weights_to_start_from,
 )
-from train.checkpoint import KEEP, check_settings
+from train.checkpoint import KEEP
 from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, crossdit_settings
 from train.dry_run import MOST_GPUS, print_run, print_stage_layout
 from train.latents import LatentSet, read_shards
@@ -52,6 +52,7 @@ from train.parallel import Parallel, processes, shard_model, whole_state
 from train.pictures import draw_losses
 from train.prediction import GIB, Run, predicted_memory, predicted_ms
 from train.resident import resident_bytes
+from train.same_settings import check_settings
 from train.settings import Settings, make_settings
 from train.stages import stage_values
 from train.tracing import traced_steps
@@ -262,7 +263,7 @@ def main(
             if parallel.first:
                 held.enter_context(only_training(out))
             check_settings(
-                out / CHECKPOINTS, schedule.settings | crossdit_settings(config, sizes, start), set_on_resume
+                out / CHECKPOINTS, schedule.settings | crossdit_settings(config, sizes, start), set_on_resume, parallel
             )
         data = LatentSet(read_shards(latents), None if no_captions else texts)
         check_resolutions(data, config)

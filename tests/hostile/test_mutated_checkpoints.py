@@ -11,8 +11,9 @@ import torch
 from many_cases import refusal, tally
 from mutations import mutate_bytes
 
-from train.checkpoint import INDEX, _mark, _read_manifest, _write_manifest, check_settings, step_name
+from train.checkpoint import INDEX, _mark, _read_manifest, _write_manifest, step_name
 from train.loop import Loop
+from train.same_settings import check_settings
 from train.schedule import Schedule
 from train.stage import Loss, Stage
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from full_disk import fill_disk_in, needs_full_disk
 
-from train.checkpoint import CheckpointError, Checkpoints, Saved, refuse_others, step_name
+from train.checkpoint import CheckpointError, Checkpoints, Saved, step_name
 
 SETTINGS = {"seed": 0, "model": {"blocks": 2}}
 WEIGHTS = {"weights": torch.arange(5000.0), "step": torch.tensor(3.0)}
@@ -228,27 +228,6 @@ def test_whatever_bytes_change_is_refused_or_changes_nothing(path):
             assert_is_the_one(Checkpoints(path.parent).newest()[0])
         (path / name).write_bytes(before[name])
     assert refused > 180
-
-
-def test_other_settings_are_named_each(tmp_path):
-    stored = {"seed": 0, "batch": 1, "attention": {"kind": "dense", "thr": 0.9}, "model": {"blocks": 2}}
-    given = stored | {"seed": 5, "attention": {"kind": "nabla", "thr": 0.9}, "new": True}
-    with pytest.raises(CheckpointError) as refused:
-        refuse_others(tmp_path, stored, given, allow_others=False)
-    message = str(refused.value)
-    assert 'seed 0 (now 5), attention.kind "dense" (now "nabla"), new not set (now true);' in message
-    assert "--set-on-resume" in message
-    refuse_others(tmp_path, stored, given, allow_others=True)
-    refuse_others(tmp_path, stored, stored, allow_others=False)
-    refuse_others(tmp_path, stored, {"seed": 0}, allow_others=False)
-
-
-@pytest.mark.parametrize("change", [{"model": {"blocks": 3}}, {"init": "sha256 0"}, {"stage": "vae"}])
-def test_another_model_is_refused_even_so(tmp_path, change):
-    stored = {"seed": 0, "model": {"blocks": 2}, "init": None, "stage": "crossdit"}
-    with pytest.raises(CheckpointError, match="train into another folder") as refused:
-        refuse_others(tmp_path, stored, stored | change | {"seed": 1}, allow_others=True)
-    assert "seed" not in str(refused.value)
 
 
 @needs_full_disk
