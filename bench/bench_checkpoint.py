@@ -5,18 +5,24 @@ is whole, before the next one is begun.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bench import harness
 from train.checkpoint import Checkpoints
 from train.loop import Loop
+from train.optimizer import adamw
+from train.parallel import own_shard
 from train.schedule import Schedule
 from train.stage import Loss, Stage
 
@@ -28,28 +34,43 @@ LONGEST_STALL, SLOWEST_STEP = 1.5, 1.2
 
 
 class Layers(Stage):
-    """Square layers that learn the identity."""
+    """Square layers that learn the identity. mesh: that they are sharded over."""
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
-        super().__init__({"stage": "layers"}, model, {"adamw": torch.optim.AdamW(model.parameters())}, ema_decay=0.9)
+        if mesh is not None:
+            for module in [*model, model]:
+                fully_shard(module, mesh=mesh)
+        super().__init__({"stage": "layers"}, model, {"adamw": adamw(model, 1e-3, 1e-2)}, ema_decay=0.9)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:
         x = torch.randn(BATCH, WIDTH, generator=generator)
         return Loss((self.model(x) - x).square().mean(), ["noise"])
 
 
+@contextmanager
+def one_rank() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("threads", [1, 2], ids=["a core to spare", "no core to spare"])
-def test_checkpoint(benchmark: BenchmarkFixture, tmp_path: Path, threads: int) -> None:
+def test_checkpoint(benchmark: BenchmarkFixture, tmp_path: Path, threads: int, sharded: bool) -> None:
     """Floors with a core to spare, as the hosts of GPUs have; without one the writing takes turns with the steps."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        stalls, steps = timed(Checkpoints(tmp_path, keep=1))
+        with one_rank() if sharded else nullcontext() as mesh:
+            stalls, steps = timed(Layers(mesh), Checkpoints(tmp_path, keep=1))
     finally:
         torch.set_num_threads(before)
-    sizes = f"{LAYERS} layers of {WIDTH}, 201 MB"
+    sizes = f"{LAYERS} layers of {WIDTH}, 201 MB{', sharded' if sharded else ''}"
     rows = [
         harness.Row("checkpoint_stall", sizes, threads, stalls),
         harness.Row("step_beside_a_checkpoint", sizes, threads, steps),
@@ -63,9 +84,9 @@ def test_checkpoint(benchmark: BenchmarkFixture, tmp_path: Path, threads: int) -
         assert beside <= SLOWEST_STEP * alone
 
 
-def timed(checkpoints: Checkpoints) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def timed(stage: Stage, checkpoints: Checkpoints) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Milliseconds of beginning a checkpoint and of a copy; of steps beside one and alone, their mean in each round."""
-    loop = Loop(Layers(), Schedule(10_000))
+    loop = Loop(stage, Schedule(10_000))
     loop.step()
     stalls: dict[str, list[float]] = {"begun": [], "copy": []}
     steps: dict[str, list[float]] = {"beside": [], "alone": []}
@@ -102,7 +123,7 @@ def check(checkpoints: Checkpoints, done: int, expected: dict[str, Tensor]) -> N
     assert (saved.done, refused) == (done, [])
     read = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
     saved.read_into(read)
-    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert all(torch.equal(own_shard(read[name]), own_shard(expected[name])) for name in expected)
 
 
 def _milliseconds(call: Callable[[], T]) -> tuple[float, T]:

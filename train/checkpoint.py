@@ -19,19 +19,22 @@ import pickle
 import pickletools
 import re
 import shutil
+import sys
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -41,6 +44,9 @@ from k5kernels.atomic import flush_folder, replacing
 from train.parallel import ALONE, Parallel
 from train.ranks import everywhere, on_first
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 FORMAT = 2  # of the folder; another one is another program's or another version's
 MANIFEST = "checkpoint.json"
 INDEX = ".metadata"
@@ -48,6 +54,7 @@ STATE = "state"  # all tensors are below this name in the index: every name of t
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
 KEEP = 2
+WRITERS_NICENESS = 10
 _NAME = re.compile(r"step-(\d{6,})")
 # One process that saves alone is no accident here. The warning comes from a thread, where no block can silence it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -282,8 +289,18 @@ class _Writer(FileSystemWriter):
     """Writes beside the checkpoint's name; rank 0 gives the name when all ranks have written, and removes old ones."""
 
     def __init__(self, path: Path, done: int, settings: Mapping[str, Any], keep: int) -> None:
-        super().__init__(_partial(path), sync_files=True)
+        super().__init__(_partial(path), sync_files=False)  # its files see to that, all of them
         self.final, self.done, self.settings, self.keep = path, done, settings, keep
+        self.fs = self.files = _HashedFiles()
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """One copy of each tensor in host memory; torch's own stager makes two of a DTensor."""
+        return {
+            STATE: {
+                name: tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+                for name, tensor in state_dict[STATE].items()
+            }
+        }
 
     def storage_meta(self) -> StorageMeta | None:
         """None: a checkpoint can be moved, so it does not say where it was written."""
@@ -304,14 +321,14 @@ class _Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        """Write this rank's shards; they are on the disk when this returns."""
+        """Write this rank's shards; they are on the disk when this returns. In a thread of its own."""
+        _give_way()
         try:
             results = super().write_data(plan, planner).value()
         except RuntimeError as error:
             # When a write fails, torch closes its archive and reports that this fails too.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        names = {result.storage_data.relative_path for result in results}
-        marks = {name: _mark(_partial(self.final) / name) for name in names}
+        marks = self.files.marks
         marked: TorchFuture[list[WriteResult]] = TorchFuture()
         marked.set_result(
             [_MarkedResult(**vars(result), mark=marks[result.storage_data.relative_path]) for result in results]
@@ -337,6 +354,41 @@ class _Writer(FileSystemWriter):
             shutil.rmtree(_partial(path), ignore_errors=True)  # or at the next start
 
 
+class _HashedFile(io.BufferedWriter):
+    """A file that is written from its beginning to its end, and on the disk when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "wb"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+    def close(self) -> None:
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
+        finally:
+            super().close()
+
+
+class _HashedFiles(FileSystem):
+    """marks: of the files that have been written, by name; nothing is read back for them."""
+
+    def __init__(self) -> None:
+        self.marks: dict[str, FileMark] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        """Open a file to write."""
+        path = Path(path)
+        with _HashedFile(path) as file:
+            yield file
+        self.marks[path.name] = FileMark(path.stat().st_size, file.digest.hexdigest())
+
+
 class _Reader(FileSystemReader):
     """Reads by an index that has been read and checked."""
 
@@ -355,6 +407,16 @@ class _IndexUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"its index holds {module}.{name}, which no index does")
+
+
+def _give_way() -> None:
+    """Let this thread have a core where the training leaves one; where it leaves none, a small share.
+
+    Small, not none: the next checkpoint waits for this one, and a training that was told to end does.
+    """
+    if sys.platform == "linux":  # where threads have a priority each
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(WRITERS_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _steps(folder: Path) -> list[Path]:

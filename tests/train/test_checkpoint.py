@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,42 @@ def test_a_copy_is_saved_of_what_the_tensors_are_now(tmp_path):
     checkpoints.wait()
     saved, _ = checkpoints.newest()
     assert not read(saved)["weight"].any()
+
+
+def test_every_file_of_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, replace, fsync = {}, os.replace, os.fsync
+
+    def note(file: int) -> None:
+        fsync(file)
+        flushed[os.fstat(file).st_ino] = os.fstat(file).st_size
+
+    def name(source: Path, final: Path) -> None:
+        if Path(final).name == step_name(1):
+            files = [path.stat() for path in Path(source).iterdir()]
+            assert [flushed.get(file.st_ino) for file in files] == [file.st_size for file in files]
+            assert len(files) == 3
+            assert Path(source).stat().st_ino in flushed
+            flushed["named"] = True
+        replace(source, final)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", name)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, SETTINGS, {f"weight{number}": torch.ones(number) for number in range(300)})
+    checkpoints.wait()
+    assert flushed["named"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority each on Linux alone")
+def test_it_is_written_at_a_lower_priority_than_the_training_has(tmp_path, monkeypatch):
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, written_at, fsync = priority(), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: written_at.append(priority()) or fsync(file))
+    save(tmp_path, 1)
+    assert min(written_at) > before
+    assert priority() == before
 
 
 def test_the_newest_stay(tmp_path):
