@@ -314,15 +314,22 @@ class Float32Linear(nn.Linear):
             return linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class ZeroLinear(Float32Linear):
+    """A Float32Linear of zeros at first."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # draws: the weights that a seed gives the layers behind this one depend on it
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class Modulation(nn.Module):
     """Shift, scale and gate of each sub-block in turn; zero at first, so that a fresh block is the identity."""
 
     def __init__(self, time_dim: int, model_dim: int, parts: int):
         super().__init__()
         self.model_dim = model_dim
-        self.out_layer = Float32Linear(time_dim, parts * model_dim)
-        nn.init.zeros_(self.out_layer.weight)
-        nn.init.zeros_(self.out_layer.bias)
+        self.out_layer = ZeroLinear(time_dim, parts * model_dim)
 
     def forward(self, modulation: Tensor) -> tuple[Tensor, ...]:
         """`parts` tensors [B, d] in float32; modulation: SiLU of the time embedding [B, time_dim]."""

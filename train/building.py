@@ -1,38 +1,36 @@
 """The model that a run starts with: sizes, weights, and what it does with its activations."""
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from k5kernels.offload import ActivationOffload
 from k5kernels.presets import CrossDiTConfig
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
-from model.weights import load_crossdit, read_crossdit_config
+from train.parallel import Parallel, fill_shard, shard_model
 from train.settings import Settings
+from train.stored_model import StoredModel
 
-WEIGHTS = "crossdit.safetensors"  # what a run leaves in its folder
 TEXT_WIDTH = 384  # of MiniLM's tokens
 MLP_WIDENING = 4  # of the released models
 SMALLEST_OFFLOADED = 1 << 16  # bytes; around checkpointed blocks nothing but their inputs is saved
 
 
-def weights_to_start_from(init: Path) -> Path:
-    """The path itself, or the weights in it where it is the folder of a run."""
-    return init / WEIGHTS if (init / WEIGHTS).is_file() else init
-
-
-def model_config(settings: Settings, init: Path | None, model_dim: int | None, blocks: int | None) -> CrossDiTConfig:
-    """The config of the weights to start from, or the preset's, with another width or depth where given.
+def model_config(
+    settings: Settings, start: StoredModel | None, model_dim: int | None, blocks: int | None
+) -> CrossDiTConfig:
+    """The config of the model to start from, or the preset's, with another width or depth where given.
 
     Raises ValueError where they contradict each other or the width cannot be.
     """
-    if init is not None:
+    if start is not None:
         if model_dim is not None or blocks is not None:
             raise ValueError("the weights of --init have their own sizes: leave out --model-dim and --blocks")
-        return read_crossdit_config(init)
+        return start.config
     config = PRESETS[settings.preset]
     if model_dim is not None:
         if model_dim % config.head_dim:
@@ -51,26 +49,42 @@ def check_text_width(config: CrossDiTConfig, preset: str) -> None:
 
 
 def build_model(
-    config: CrossDiTConfig, init: Path | None, checkpointing: bool, seed: int, device: torch.device
+    config: CrossDiTConfig, start: StoredModel | None, seed: int, parallel: Parallel, bf16: bool = False
 ) -> CrossDiT:
-    """Random weights, or weights from a file."""
+    """The model, sharded over the ranks, with random weights or those to start from; all ranks together.
+
+    A rank never holds more than its shards and one layer: the model is sharded before it has memory. The random weights
+    are those of `CrossDiT(config)` after `torch.manual_seed(seed)`, bit for bit, however many ranks there are.
+    """
+    with torch.device("meta"):
+        model = CrossDiT(config)
+    model = shard_model(model, parallel, bf16).to_empty(device=parallel.device)
+    if start is not None:
+        start.fill(model)
+        return model
+    parameters = dict(model.named_parameters())
+    for name, weight in random_weights(config, seed):
+        fill_shard(parameters[name], weight)
+    return model
+
+
+def random_weights(config: CrossDiTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of a fresh model, on the CPU, of one layer at a time."""
     torch.manual_seed(seed)
-    model = load_crossdit(init) if init is not None else CrossDiT(config)
-    model.gradient_checkpointing = checkpointing
-    return model.to(device)
+    with torch.device("meta"):
+        model = CrossDiT(config)
+    # Modules are listed in the order in which they were made, which is that of the draws.
+    for prefix, layer in model.named_modules():
+        weights = [name for name, _ in layer.named_parameters(recurse=False)]
+        if weights:
+            assert isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm)  # which draw in reset_parameters alone
+            layer.to_empty(device="cpu", recurse=False)
+            layer.reset_parameters()
+            yield from ((f"{prefix}.{name}", getattr(layer, name).detach()) for name in weights)
+            layer.to_empty(device="meta", recurse=False)
 
 
 def offload_to(folder: Path, device: torch.device, budget_bytes: float) -> ActivationOffload:
     """Block inputs to host memory from a GPU, to a file in the folder from the CPU."""
     on_cpu = device.type == "cpu"
     return ActivationOffload(folder if on_cpu else None, budget_bytes=budget_bytes, min_bytes=SMALLEST_OFFLOADED)
-
-
-def weights_digest(path: Path) -> str:
-    """A hash of a weights file, or of all in a folder."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for name in files:
-        with name.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return f"sha256 {digest.hexdigest()[:16]}"

@@ -1,20 +1,38 @@
 """AdamW as the report trains with it (§6.3.2)."""
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from k5kernels.device import device_of
+from train.parallel import own_shard
 
 EMBEDDINGS = ("time_embeddings", "text_embeddings", "pooled_text_embeddings", "visual_embeddings")  # of CrossDiT
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW that computes on this rank's shards; its state is of DTensors where the parameters are.
+
+    A step takes every number by itself, so shards give what the whole would. On the DTensors PyTorch plans most
+    operations anew in every step, as they are given numbers that change with it.
+    """
+
+    def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
+        """Fill the lists that `step` computes on: parameters, gradients and states of those that have a gradient."""
+        is_complex = super()._init_group(group, *tensors)
+        for one in tensors:
+            one[:] = map(own_shard, one)
+        return is_complex
+
+
+def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> ShardedAdamW:
     """All parameters of the model; weight decay for matrices only, not for norms, biases and embeddings.
 
     On a GPU a step is one fused kernel. On a CPU PyTorch's plain loop needs no copies of the weights, as its `foreach`
     does.
     """
-    return torch.optim.AdamW(
+    return ShardedAdamW(
         parameter_groups(model, weight_decay),
         lr=learning_rate,
         betas=(0.9, 0.95),

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from k5kernels.terminal import Stopped
 from model.crossdit import CrossDiT, Modulation, TimeEmbedding
@@ -193,8 +193,8 @@ def processes(
 def shard_model(model: CrossDiT, parallel: Parallel, bf16: bool = False) -> CrossDiT:
     """Shard the model in place, before an optimizer is made of its parameters; alone it stays as it is.
 
-    All ranks must give the same float32 weights. bf16: a block's weights are gathered and used in bfloat16; those of
-    the time embedding and the modulations stay float32, as the model computes with them.
+    All ranks must give the same float32 weights, or none, on the device "meta". bf16: a block's weights are gathered
+    and used in bfloat16; those of the time embedding and the modulations stay float32, as the model computes with them.
     """
     parallel.check_heads(model.config.heads)
     model.exchange = parallel.exchange
@@ -235,6 +235,14 @@ def whole(tensor: Tensor) -> Tensor:
 def own_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, of the same memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill_shard(tensor: Tensor, values: Tensor) -> None:
+    """Let a tensor take the values, of a DTensor this rank's part of them; every rank has all, and nothing is sent."""
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    own_shard(tensor).copy_(own_shard(values))
 
 
 class SequenceExchange:

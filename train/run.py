@@ -31,15 +31,7 @@ from k5kernels.terminal import DeviceName, one_line_errors, one_line_stop
 from k5kernels.text_encoders import MiniLMTextEncoder
 from k5kernels.vae.config import TEMPORAL_STRIDE
 from model.weights import save_crossdit
-from train.building import (
-    WEIGHTS,
-    build_model,
-    check_text_width,
-    model_config,
-    offload_to,
-    weights_digest,
-    weights_to_start_from,
-)
+from train.building import build_model, check_text_width, model_config, offload_to
 from train.checkpoint import KEEP
 from train.crossdit_stage import CrossDiTStage, check_fits, check_resolutions, crossdit_settings
 from train.dry_run import MOST_GPUS, print_run, print_stage_layout
@@ -48,13 +40,14 @@ from train.log import Log
 from train.loop import CHECKPOINTS, LOG, NONFINITE_LIMIT, Loop
 from train.measuring import Measuring, measured_peak
 from train.only_training import only_training
-from train.parallel import Parallel, processes, shard_model, whole_state
+from train.parallel import Parallel, processes, whole_state
 from train.pictures import draw_losses
 from train.prediction import GIB, Run, predicted_memory, predicted_ms
 from train.resident import resident_bytes
 from train.same_settings import check_settings
 from train.settings import Settings, make_settings
 from train.stages import stage_values
+from train.stored_model import WEIGHTS, open_model
 from train.tracing import traced_steps
 
 PROGRAM = "train.run"
@@ -140,7 +133,8 @@ def main(
         str | None, typer.Option(help="sizes of the model; nano alone fits this trainer's text encoder")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="start from these weights, or those of a run's folder, not from random ones")
+        Path | None,
+        typer.Option(help="start from these weights, or those of a run's folder, ended or not, not from random ones"),
     ] = None,
     model_dim: Annotated[
         int | None, typer.Option(min=1, help="width instead of the preset's, MLP 4 times as wide")
@@ -252,11 +246,11 @@ def main(
         config, schedule = settings.training, settings.schedule
         for images in (False, True):
             parallel.check_batch(config.batch_of(images))
-        start_from = None if init is None else weights_to_start_from(init)
+        start_from = None if init is None else open_model(init, parallel=parallel)
         sizes = model_config(settings, start_from, model_dim, blocks)
         parallel.check_heads(sizes.heads)
         texts = read_captions(captions) if captions is not None else {}
-        start = None if start_from is None else weights_digest(start_from)
+        start = None if start_from is None else start_from.digest()
         if out is not None and not dry_run:
             settings.check_trainable()
             check_text_width(sizes, settings.preset)
@@ -285,10 +279,10 @@ def main(
             "base_bytes": base,
             "hardware": machine.name,
         }
-        model = build_model(sizes, start_from, settings.checkpointing, settings.seed, chosen)
+        model = build_model(sizes, start_from, settings.seed, parallel, settings.bf16)
+        model.gradient_checkpointing = settings.checkpointing
         if settings.offload:
             model.offload = offload_to(offload_folder or out / OFFLOADED, chosen, GIB * offload_gib)
-        model = shard_model(model, parallel, settings.bf16)
         crossdit = CrossDiTStage(model, data, encode_text, config, start, parallel)
         loop = Loop(crossdit, schedule, parallel)
         peak = parallel.world * measured_peak(chosen, torch.bfloat16 if settings.bf16 else torch.float32)

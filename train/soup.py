@@ -6,12 +6,12 @@
     python -m train.soup runs/people runs/nature --out soup.safetensors --greedy --latents held_out
 
 An ingredient is a run's folder, a weights file or a folder in diffusers' layout. Of a run's folder the averaged weights
-are taken (EMA), or with --raw those of its newest checkpoint. Greedy goes through the ingredients from the best to the
-worst and keeps one where the equal average with it has a lower validation loss.
+are taken (EMA), of one that has not ended those in its newest checkpoint; with --raw that checkpoint's weights. Greedy
+goes through the ingredients from the best to the worst and keeps one where the equal average with it has a lower
+validation loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,39 +26,18 @@ from k5kernels.device import choose_device
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import DeviceName, one_line_errors
 from k5kernels.text_encoders import MiniLMTextEncoder
-from k5kernels.weight_files import TRANSFORMER, open_weights, write_weights
+from k5kernels.weight_files import write_weights
 from model.crossdit import CrossDiT
-from model.weights import config_from_json, config_to_json
-from train.building import weights_to_start_from
-from train.checkpoint import Checkpoints
+from model.weights import config_to_json
 from train.evaluation import probe_loss
 from train.latents import LatentSet, read_shards
-from train.loop import CHECKPOINTS
+from train.stored_model import StoredModel, open_model
 
 PROGRAM = "train.soup"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Ingredient:
-    """A model to average. tensors: names, shapes and dtypes, on the device "meta". read: them, in float32."""
-
-    path: Path
-    config: CrossDiTConfig
-    tensors: State
-    read: Callable[[], Iterator[tuple[str, Tensor]]]
-
-
-def open_ingredient(path: Path, raw: bool) -> Ingredient:
-    """The model at the path; raw: of a run, its weights in place of their running average.
-
-    Raises ValueError (WeightsError, CheckpointError) where there is none, OSError where it cannot be read.
-    """
-    return _of_checkpoint(path) if raw else _of_weights(weights_to_start_from(path))
-
-
-def check_alike(ingredients: Sequence[Ingredient]) -> None:
+def check_alike(ingredients: Sequence[StoredModel]) -> None:
     """Raises ValueError where two have other names, shapes or dtypes, or are configured in another way."""
     first = ingredients[0]
     for other in ingredients[1:]:
@@ -85,7 +64,7 @@ def shares(weights: Sequence[float], count: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def average(ingredients: Sequence[Ingredient], weights: Sequence[float]) -> State:
+def average(ingredients: Sequence[StoredModel], weights: Sequence[float]) -> State:
     """Σ wᵢ · ingredientᵢ, summed in float64, in the dtypes of the ingredients; one of them in memory at a time."""
     total: State = {}
     for ingredient, weight in zip(ingredients, weights, strict=True):
@@ -96,7 +75,7 @@ def average(ingredients: Sequence[Ingredient], weights: Sequence[float]) -> Stat
     return {name: tensor.to(ingredients[0].tensors[name].dtype) for name, tensor in total.items()}
 
 
-def greedy(ingredients: Sequence[Ingredient], loss: Callable[[State], float]) -> tuple[list[float], float]:
+def greedy(ingredients: Sequence[StoredModel], loss: Callable[[State], float]) -> tuple[list[float], float]:
     """(weights of the soup that greedy choice makes, its loss). The soup is never worse than the best ingredient."""
     count = len(ingredients)
 
@@ -114,32 +93,6 @@ def greedy(ingredients: Sequence[Ingredient], loss: Callable[[State], float]) ->
 
 def _equal(members: Sequence[int], count: int) -> list[float]:
     return [1 / len(members) if index in members else 0.0 for index in range(count)]
-
-
-def _of_weights(path: Path) -> Ingredient:
-    stored = open_weights(path, TRANSFORMER)
-    tensors = {
-        name: torch.empty(one.shape, dtype=DTYPES.get(one.dtype, torch.float32), device="meta")
-        for name, one in stored.tensors.items()
-    }
-    wide = {name: tensor.float() for name, tensor in tensors.items()}
-    return Ingredient(path, config_from_json(stored.config), tensors, lambda: stored.read(wide))
-
-
-def _of_checkpoint(run: Path) -> Ingredient:
-    saved, _ = Checkpoints(run / CHECKPOINTS).newest()
-    if saved is None:
-        raise ValueError(f"{run}: expected the folder of a run with a checkpoint, found none")
-    prefix = "model."
-    config = CrossDiTConfig(**{**saved.settings["model"], "axes_dims": tuple(saved.settings["model"]["axes_dims"])})
-    stored = {name: tensor for name, tensor in saved.tensors().items() if name.startswith(prefix)}
-
-    def read() -> Iterator[tuple[str, Tensor]]:
-        room = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
-        saved.read_into(room)
-        return ((name.removeprefix(prefix), tensor.float()) for name, tensor in room.items())
-
-    return Ingredient(run, config, {name.removeprefix(prefix): tensor for name, tensor in stored.items()}, read)
 
 
 def validation(config: CrossDiTConfig, latents: Path, device: torch.device) -> Callable[[State], float]:
@@ -185,7 +138,7 @@ def main(
             raise ValueError(f"--sizes: expected numbers from 0, got {sizes}")
         given = [number**0.5 for number in numbers]
     chosen = None if greedily else shares(given if given is not None else [1.0] * len(paths), len(paths))
-    ingredients = [open_ingredient(path, raw) for path in paths]
+    ingredients = [open_model(path, raw) for path in paths]
     check_alike(ingredients)
     if chosen is None and latents is not None:
         chosen, least = greedy(ingredients, validation(ingredients[0].config, latents, choose_device(device)))

@@ -1,8 +1,10 @@
-"""What weight decay reaches."""
+"""What weight decay reaches, and that a step on shards is the step of one process."""
 
 import torch
+from sharded_checks import stepped
 from tiny_stage import TINY
 
+from bench.gloo_processes import on_processes
 from model.crossdit import CrossDiT
 from train.optimizer import adamw, parameter_groups
 
@@ -38,3 +40,7 @@ def test_the_groups_are_the_same_at_every_weight_decay():
         [[id(p) for p in group["params"]] for group in parameter_groups(model, decay)] for decay in (0.0, 0.1)
     )
     assert without == with_decay
+
+
+def test_a_step_on_shards_is_that_of_one_process_and_plans_no_operation_on_dtensors():
+    assert on_processes(2, stepped) == [True, []]

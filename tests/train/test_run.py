@@ -22,6 +22,7 @@ from model.weights import load_crossdit
 from train import run
 from train.only_training import only_training
 from train.run import main
+from train.stored_model import open_model
 
 app = typer.Typer()
 app.command()(main)
@@ -270,17 +271,22 @@ def test_a_learning_rate_that_ruins_the_model_stops_with_the_last_good_checkpoin
     assert invoke(latents, trained, 4).exit_code == 0
 
 
+def signal_at(step: int, number: int, monkeypatch) -> None:
+    """The process sends itself the signal in a step, counted from 0."""
+    loss = run.CrossDiTStage.loss
+
+    def signalled(stage, now, generator):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return loss(stage, now, generator)
+
+    monkeypatch.setattr(run.CrossDiTStage, "loss", signalled)
+
+
 @pytest.mark.parametrize(("name", "saved"), [("SIGTERM", 3), ("SIGINT", 2)])
 def test_a_signal_ends_the_run_in_one_line_when_its_steps_are_saved(latents, trained, monkeypatch, name, saved):
     number = signal.Signals[name]
-    loss = run.CrossDiTStage.loss
-
-    def signalled(stage, step, generator):
-        if step == saved:
-            os.kill(os.getpid(), number)
-        return loss(stage, step, generator)
-
-    monkeypatch.setattr(run.CrossDiTStage, "loss", signalled)
+    signal_at(saved, number, monkeypatch)
     result = invoke(latents, trained, 9)
     assert result.exit_code == 128 + number
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("train.run:"))
@@ -363,25 +369,37 @@ def test_a_dry_run_of_a_released_stage_prints_the_layout_that_would_run():
     assert_one_line(command("--stage", "nano_t2i", "--dry-run"), "resolutions: expected those to plan for", "--latents")
 
 
+def next_stage(latents, tmp_path, *options: object):
+    """One step of a stage that changes next to nothing, and the weights that it leaves."""
+    fixed = ("--stage", "nano_t2i", "--steps", 1, "--no-bf16", "--batch", 1, "--learning-rate", 1e-12)
+    out = tmp_path / "next"
+    result = command("--latents", latents, "--out", out, "--no-captions", *fixed, "--warmup-steps", 0, *options)
+    return result, load_crossdit(out / "crossdit.safetensors").state_dict() if result.exit_code == 0 else {}
+
+
 @pytest.mark.slow
 def test_a_stage_starts_from_the_weights_of_another_ones_run(latents, trained, tmp_path):
-    next_stage = (
-        "--latents",
-        latents,
-        "--out",
-        tmp_path / "next",
-        "--no-captions",
-        "--stage",
-        "nano_t2i",
-        "--steps",
-        1,
-    )
-    next_stage += ("--no-bf16", "--batch", 1)
-    assert command(*next_stage, "--init", trained, "--learning-rate", 1e-12, "--warmup-steps", 0).exit_code == 0
-    before, after = (load_crossdit(folder / "crossdit.safetensors") for folder in (trained, tmp_path / "next"))
-    for name, weight in before.state_dict().items():
-        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
-    assert_one_line(command(*next_stage, "--init", tmp_path), str(tmp_path))
+    _, after = next_stage(latents, tmp_path, "--init", trained)
+    for name, weight in load_crossdit(trained / "crossdit.safetensors").state_dict().items():
+        torch.testing.assert_close(after[name], weight, atol=1e-3, rtol=1e-3)
+    result, _ = next_stage(latents, tmp_path, "--init", tmp_path)
+    assert_one_line(result, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_stage_starts_from_the_averages_of_a_run_that_was_stopped(latents, tmp_path, monkeypatch):
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as signalled:
+        signal_at(2, signal.SIGTERM, signalled)
+        options = ("--learning-rate", "1e-2", "--warmup-steps", "0")
+        assert invoke(latents, stopped, 9, *options).exit_code == 128 + signal.SIGTERM
+    assert not (stopped / "crossdit.safetensors").exists()
+    averages = dict(open_model(stopped).read())
+    weights = dict(open_model(stopped, raw=True).read())
+    _, after = next_stage(latents, tmp_path, "--init", stopped)
+    assert max((weights[name] - averages[name]).abs().max() for name in weights) > 1e-3
+    for name, tensor in averages.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_a_run_with_offload_ends_with_the_same_weights_and_leaves_nothing_in_its_folder(latents, tmp_path, monkeypatch):

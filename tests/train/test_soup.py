@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from model.weights import load_crossdit, save_crossdit
 from train import soup
+from train.stored_model import open_model
 
 app = typer.Typer()
 app.command()(soup.main)
@@ -105,7 +106,7 @@ def test_one_ingredient_is_no_soup(models, tmp_path):
 
 
 def test_greedy_keeps_what_lowers_the_loss_and_is_never_worse_than_the_best(models):
-    ingredients = [soup.open_ingredient(path, raw=False) for path in models]
+    ingredients = [open_model(path) for path in models]
     states = [load_crossdit(path).state_dict() for path in models]
     name = next(iter(states[0]))
     target = (states[0][name] + states[1][name]) / 2  # the third only takes it away from there
