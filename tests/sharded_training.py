@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from bench.gloo_processes import context
 from k5kernels.terminal import one_line_errors, one_line_stop
 from train.loop import CHECKPOINTS, Loop
+from train.optimizer import adamw
 from train.parallel import ALONE, Parallel, processes
 from train.schedule import Schedule
 from train.stage import Loss, Stage
@@ -42,9 +43,7 @@ class Wide(Stage):
         if parallel.weights is not None:
             fully_shard(model, mesh=parallel.weights)
         self.own = parallel.own(BATCH)
-        # Not AdamW: its step size is another every time, and PyTorch plans an operation of a DTensor anew for each.
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        super().__init__({"stage": "wide"}, model, {"sgd": optimizer}, ema_decay=0.9)
+        super().__init__({"stage": "wide"}, model, {"adamw": adamw(model, 1e-4, 1e-2)}, ema_decay=0.9)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:
         x = torch.randn(BATCH, WIDTH + 1, generator=generator)[self.own]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from latent_samples import sample
 from many_processes import packed_differences, run_on, second_rank_is_killed, second_rank_raises
+from sharded_checks import offloaded
 
 from bench.gloo_processes import on_processes
-from bench.train_equality import DENSE, EVEN, NABLA, ODD, Case, equality
+from bench.train_equality import DENSE, EVEN, MODEL, NABLA, ODD, Case, equality
 from k5kernels.latents.shards import ShardWriter
 from model.weights import load_crossdit
 from train.log import Log
@@ -93,6 +94,12 @@ def test_bfloat16_is_of_the_weights_that_are_gathered_and_of_no_sum():
     # One process computes in bfloat16 by autocast, of the same master weights: they differ by roundings of bfloat16.
     assert narrow.loss <= 1e-2
     assert 1e-4 <= narrow.gradient <= 5e-2
+
+
+def test_offload_changes_no_gradient_of_two_processes():
+    meshes = [(1, 2, 1), (1, 1, 2)]
+    # Of each block its input.
+    assert on_processes(2, offloaded, meshes) == [[list(mesh), True, MODEL.visual_blocks] for mesh in meshes]
 
 
 @pytest.mark.slow
