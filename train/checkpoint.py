@@ -306,6 +306,11 @@ class _Writer(FileSystemWriter):
         """None: a checkpoint can be moved, so it does not say where it was written."""
         return None
 
+    def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **settings: Any) -> None:
+        """The first of what the saving thread does."""
+        _give_way()
+        super().set_up_storage_writer(is_coordinator, *arguments, **settings)
+
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing: rank 0 makes the folder, before any rank writes."""
         return plan
@@ -321,8 +326,7 @@ class _Writer(FileSystemWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        """Write this rank's shards; they are on the disk when this returns. In a thread of its own."""
-        _give_way()
+        """Write this rank's shards; they are on the disk when this returns."""
         try:
             results = super().write_data(plan, planner).value()
         except RuntimeError as error:

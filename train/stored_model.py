@@ -126,11 +126,10 @@ def _of_checkpoint(run: Path, prefix: str, parallel: Parallel) -> StoredModel:
     return _OfCheckpoint(run, _config(saved.settings["model"]), tensors, saved, prefix, checkpoints.group)
 
 
-def _config(values: Mapping[str, Any]) -> CrossDiTConfig:
+def _config(stored: Mapping[str, Any]) -> CrossDiTConfig:
     """Of what JSON has made of it."""
-    return CrossDiTConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in stored.items()}
+    return CrossDiTConfig(**values)
 
 
 def _digest(files: Sequence[Path]) -> str:

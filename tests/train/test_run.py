@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from k5kernels.latents.shards import ShardWriter
 from k5kernels.offload.disk import DiskStore
 from k5kernels.planner import H100, save_profile
+from model.nano import CROSSDIT_WEIGHTS
 from model.weights import load_crossdit
 from train import run
 from train.only_training import only_training
@@ -84,7 +85,11 @@ def test_a_width_and_a_depth_replace_the_presets(latents, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(("--model-dim", "100"), "multiple of the head dim"), (("--init", "x", "--blocks", "2"), "have their own sizes")],
+    [
+        (("--model-dim", "100"), "multiple of the head dim"),
+        (("--init", str(CROSSDIT_WEIGHTS), "--blocks", "2"), "have their own sizes"),
+        (("--init", "x"), "x: no such file"),
+    ],
 )
 def test_sizes_that_cannot_be_are_refused(latents, tmp_path, options, words):
     assert_one_line(invoke(latents, tmp_path / "run", 2, *options), words)
