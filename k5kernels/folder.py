@@ -1,5 +1,6 @@
 """A folder of files that are each whole or not there: on a local disk, or wherever fsspec reaches (s3://…)."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,26 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from k5kernels.atomic import flush_folder, replacing
+
+# They have no folders: to make one would make its bucket.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"})
+# Packages whose own errors are of the store or the network, but none of the system's, and words that tell of them.
+STORE_PACKAGES = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "requests", "urllib3"})
+ADVICE = {
+    "credentials": "for S3 set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "connect": "check the network and, for a server of your own, AWS_ENDPOINT_URL",
+    "bucket does not exist": "make it, or give another",
+    "denied": "listing, reading, writing and deleting must be allowed there",
+    "forbidden": "listing, reading, writing and deleting must be allowed there",
+}
+# The system's numbers of errors that come without one.
+NUMBERS: tuple[tuple[type[OSError], int], ...] = (
+    (PermissionError, errno.EACCES),
+    (FileNotFoundError, errno.ENOENT),
+    (FileExistsError, errno.EEXIST),
+    (TimeoutError, errno.ETIMEDOUT),
+    (ConnectionError, errno.ECONNRESET),
+)
 
 
 def is_url(path: str) -> bool:
@@ -71,13 +92,29 @@ def write_whole(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """An OSError in the block that names no file leaves with this path in it."""
+    """Errors in the block leave with this path in them: those of the system that name no file, and those of a store.
+
+    A store's come as OSErrors without a number, or as none at all (no credentials, no connection): they become OSErrors
+    with a number, and where it is known what to do about them they say so.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.filename is not None or (error.errno is None and not is_url(path)):
             raise
-        raise OSError(error.errno, error.strerror, path) from error
+        raise _store_error(error, path) if is_url(path) else OSError(error.errno, error.strerror, path) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in STORE_PACKAGES:
+            raise
+        raise _store_error(error, path) from error
+
+
+def _store_error(error: Exception, path: str) -> OSError:
+    number = error.errno if isinstance(error, OSError) else None
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    number = number or next((number for kind, number in NUMBERS if isinstance(error, kind)), errno.EIO)
+    advice = next((advice for known, advice in ADVICE.items() if known in words.lower()), None)
+    return OSError(number, words if advice is None else f"{words.rstrip('.')}; {advice}", path)
 
 
 def _is_missing(path: Path) -> bool:
@@ -107,7 +144,9 @@ class Folder:
         """
         with naming(self.out):
             if self.local is None:
-                self._files.makedirs(self._root, exist_ok=True)
+                protocols = self._files.protocol
+                if OBJECT_STORES.isdisjoint([protocols] if isinstance(protocols, str) else protocols):
+                    self._files.makedirs(self._root, exist_ok=True)
                 return
             missing = list(takewhile(_is_missing, (self.local, *self.local.parents)))
             try:

@@ -133,7 +133,7 @@ class _Walk:
     def remote(self, url: str) -> bool:
         """All that a URL stands for. True: nothing is left to be done."""
         filesystem, root = filesystem_of(url)
-        with self._failing(url):
+        with self._failing(url), naming(url):
             if (info := filesystem.info(root))["type"] == "file":
                 self.listing.sources.append(Source(url, url.rsplit("/", 1)[-1], info["size"], named=True))
                 return True

@@ -36,7 +36,12 @@ class FaultyJobs:
     def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
         self._process, self.folder = process, folder
 
-    def run(self, videos: Path, out: Path, call: int = 0, action: int = 0, *options: str) -> Result:
+    @property
+    def running(self) -> int:
+        """Number of the process of the job that runs."""
+        return int(Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text())
+
+    def run(self, videos: Path | str, out: Path | str, call: int = 0, action: int = 0, *options: str) -> Result:
         """call: number of the call that fails. action: its error number, or minus the signal that ends the process."""
         arguments = ["encode", str(videos), "--vae", "none", "--out", str(out), "--clip-frames", "1", *options]
         request = {
