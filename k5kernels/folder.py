@@ -25,6 +25,7 @@ ADVICE = {
     "denied": "listing, reading, writing and deleting must be allowed there",
     "forbidden": "listing, reading, writing and deleting must be allowed there",
 }
+UNREACHABLE = "could not connect"
 # The system's numbers of errors that come without one.
 NUMBERS: tuple[tuple[type[OSError], int], ...] = (
     (PermissionError, errno.EACCES),
@@ -75,7 +76,12 @@ def local_copy(file: str) -> Iterator[str]:
     filesystem, inner = filesystem_of(file)
     with tempfile.NamedTemporaryFile(prefix="k5-") as copy:
         with naming(file):
-            filesystem.get_file(inner, copy.name)
+            try:
+                filesystem.get_file(inner, copy.name)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise OSError(error.errno, error.strerror, copy.name) from error
         yield copy.name
 
 
@@ -112,6 +118,8 @@ def naming(path: str) -> Iterator[None]:
 def _store_error(error: Exception, path: str) -> OSError:
     number = error.errno if isinstance(error, OSError) else None
     words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    if UNREACHABLE in words.lower():
+        number = errno.ENETUNREACH
     number = number or next((number for kind, number in NUMBERS if isinstance(error, kind)), errno.EIO)
     advice = next((advice for known, advice in ADVICE.items() if known in words.lower()), None)
     return OSError(number, words if advice is None else f"{words.rstrip('.')}; {advice}", path)

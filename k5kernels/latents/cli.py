@@ -35,7 +35,9 @@ def print_presets(asked: bool) -> None:
 
 def encode(
     videos: Annotated[list[str], typer.Argument(help="Videos and pictures, and folders of them, or URLs (s3://…).")],
-    vae: Annotated[Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers.")],
+    vae: Annotated[
+        Path, typer.Option(help="Weights: a safetensors file, or a VAE folder of diffusers; also FLUX's, for pictures.")
+    ],
     out: Annotated[str, typer.Option(help="Folder for the shards, or its URL (s3://…).")],
     preset: Annotated[
         str | None,
@@ -100,17 +102,17 @@ def encode(
         from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.encode import checked_mode, encoder_dtype
+        from k5kernels.latents.encoders import load
         from k5kernels.latents.job import encode_videos
         from k5kernels.latents.presets import SMALL, named_preset
         from k5kernels.latents.video import Reading, parse_colour, parse_fps
         from k5kernels.text_encoders import load_text_encoder
-        from k5kernels.vae.weights import load_encoder
 
         chosen = choose_device(device)
         base = SMALL if preset is None else named_preset(preset)
         reading = Reading(fps=parse_fps(fps or base.fps), background=parse_colour(background))
         given = None if captions is None else read_captions(captions)
-        encoder = load_encoder(vae).to(chosen, encoder_dtype(dtype, chosen))
+        encoder = load(vae, chosen, encoder_dtype(dtype, chosen))
         text_encoder = None if text_embeddings is None else load_text_encoder(text_embeddings, chosen)
         terminal = console(stderr=True)
 

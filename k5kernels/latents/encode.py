@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from k5kernels.latents.encoders import Encoder, check, dtype_of, fingerprint, latent
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
 from k5kernels.latents.text import CaptionEncoder
 from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError, buckets_of, read_clips, to_model
 from k5kernels.profiling import stage
-from k5kernels.vae import HunyuanEncoder, latent_frames
+from k5kernels.vae import latent_frames
 from k5kernels.vae.plan import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +39,7 @@ class Encoding:
     Raises ValueError for values that do not fit.
     """
 
-    encoder: HunyuanEncoder
+    encoder: Encoder
     resolution: int | tuple[Bucket, ...] = 256
     clip_frames: int = 25
     max_clips: int | None = None
@@ -50,18 +51,18 @@ class Encoding:
 
     def __post_init__(self) -> None:
         latent_frames(self.clip_frames)
-        for height, width in buckets_of(self.resolution):
-            self.encoder.plan((1, 3, self.clip_frames, height, width), self.mode, self.memory_budget)
+        for bucket in buckets_of(self.resolution):
+            check(self.encoder, self.clip_frames, bucket, self.mode, self.memory_budget)
         if self.max_clips is not None and self.max_clips < 1:
             raise ValueError(f"max_clips: expected at least 1, or None for all, got {self.max_clips}")
-        object.__setattr__(self, "fingerprint", _fingerprint(self.encoder))
+        object.__setattr__(self, "fingerprint", fingerprint(self.encoder))
 
     def settings(self) -> dict[str, Any]:
         """What the samples depend on, as JSON values."""
         resolution = self.resolution if isinstance(self.resolution, int) else [list(one) for one in self.resolution]
         settings: dict[str, Any] = {"encoder": self.fingerprint, "resolution": resolution}
         settings |= {"clip_frames": self.clip_frames, **self.reading.settings()}
-        settings |= {"mode": self.mode, "dtype": str(next(self.encoder.parameters()).dtype).removeprefix("torch.")}
+        settings |= {"mode": self.mode, "dtype": dtype_of(self.encoder)}
         optional = {
             "max_clips": self.max_clips,
             "memory_budget": self.memory_budget,
@@ -80,8 +81,8 @@ class Encoding:
 
         Raises VideoError where the latent, or what the caption is encoded to, is not finite.
         """
-        latent = self._latent(clip.frames)
-        if not latent.isfinite().all():
+        values = self._latent(clip.frames)
+        if not values.isfinite().all():
             found = f"found inf or nan in the one from frame {clip.first_frame} on"
             raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
         frames, height, width = clip.frames.shape[:3]
@@ -106,15 +107,14 @@ class Encoding:
         )
         if not all(tensor.isfinite().all() for tensor in text.values()):
             raise VideoError(f"{source.file}: expected a caption that is encoded to finite values, got inf or nan")
-        return Sample(f"{name}-{clip.first_frame:08d}", latent, record, text)
+        return Sample(f"{name}-{clip.first_frame:08d}", values, record, text)
 
     def _latent(self, frames: Tensor) -> Tensor:
         """float16 latent [16, T, h, w] of uint8 frames [F, H, W, 3]: the mean, scaled as the models take it."""
         with stage("encode clip"), torch.inference_mode():
-            mean = self.encoder.encode(to_model(frames), self.mode, self.memory_budget).mode()
-            latent = mean * self.encoder.config.scaling_factor
+            found = latent(self.encoder, to_model(frames), self.mode, self.memory_budget)
         # Outside inference mode, so that the copy can be trained on.
-        return latent[0].to("cpu", torch.float16, copy=True)
+        return found[0].to("cpu", torch.float16, copy=True)
 
 
 def checked_mode(name: str) -> Mode:
@@ -136,7 +136,7 @@ def encoder_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> list[Sample]:
+def encode_video(path: str | Path, encoder: Encoder, **settings: Any) -> list[Sample]:
     """Latents [16, T, h, w], float16, of all clips of a video.
 
     settings: those of `Encoding`. Raises VideoError where the video cannot be used or has fewer than 5 frames,
@@ -149,12 +149,3 @@ def encode_video(path: str | Path, encoder: HunyuanEncoder, **settings: Any) -> 
 
 def _short_hash(path: str, sha256: str) -> str:
     return hashlib.sha256(os.fsencode(path) + bytes.fromhex(sha256)).hexdigest()[:12]
-
-
-def _fingerprint(encoder: HunyuanEncoder) -> str:
-    """Hash of configuration and weights."""
-    digest = hashlib.sha256(repr(encoder.config).encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -5,8 +5,10 @@ import os
 
 import torch
 
-# No memory, no threads, no open files, no room on the disk: what comes next would fail too.
-ENDING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT})
+# No memory, no threads, no open files, no room on the disk, no network: what comes next would fail too.
+ENDING = frozenset(
+    {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENETUNREACH}
+)
 # How PyTorch and Python say so without a number.
 ENDING_WORDS = {
     "can't start new thread": errno.EAGAIN,

@@ -20,6 +20,7 @@ from k5kernels.folder import Folder
 from k5kernels.latents.ahead import Ahead, Stream
 from k5kernels.latents.captions import CaptionError, match_captions, sidecar_captions
 from k5kernels.latents.encode import Encoding
+from k5kernels.latents.encoders import Encoder
 from k5kernels.latents.failures import ending, told
 from k5kernels.latents.known import Known
 from k5kernels.latents.manifest import Outcome, SourceEntry
@@ -32,7 +33,6 @@ from k5kernels.latents.video import AS_MODELS, Bucket, Clip, Reading, VideoError
 from k5kernels.latents.writer import PartWriter
 from k5kernels.lock import locked, this_process
 from k5kernels.text_encoders import TextEncoder
-from k5kernels.vae import HunyuanEncoder
 from k5kernels.vae.plan import Mode
 
 # So many bytes of frames may wait of each source that is read; a longer clip waits alone.
@@ -43,7 +43,8 @@ WAITING_BYTES = 256 << 20
 class Seconds:
     """How long a run encoded, and what of that it did one after the other: wait for frames, encode, write shards.
 
-    decode: how long sources were read beside that, in all threads together.
+    decode, resize: how long sources were read and decoded beside that, and their frames cut and resized, in all threads
+    together.
     """
 
     run: float = 0.0
@@ -51,11 +52,15 @@ class Seconds:
     encode: float = 0.0
     write: float = 0.0
     decode: float = 0.0
+    resize: float = 0.0
 
     def __str__(self) -> str:
-        parts = ((name, getattr(self, name)) for name in ("encode", "wait", "write"))
-        shares = ", ".join(f"{name} {seconds / self.run:.1%}" for name, seconds in parts)
-        return f"{self.run:.1f} s: {shares}; decode {self.decode / self.run:.1%} beside it"
+        return (
+            f"{self.run:.1f} s: {self._shares('encode', 'wait', 'write')}; {self._shares('decode', 'resize')} beside it"
+        )
+
+    def _shares(self, *parts: str) -> str:
+        return ", ".join(f"{name} {getattr(self, name) / self.run:.1%}" for name in parts)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class EncodeSummary:
 
 def encode_videos(
     paths: Iterable[str | Path],
-    encoder: HunyuanEncoder,
+    encoder: Encoder,
     out: str | Path,
     *,
     resolution: int | tuple[Bucket, ...] = 256,
@@ -228,7 +233,7 @@ class _Run:
         self.changed: dict[tuple[str, str], None] = {}
         self.reader, self.decoders = SourceReader(encoding, captions.problems), decoders
         self.seconds: Callable[[], Seconds] = Seconds
-        self.spent = {"wait": 0.0, "encode": 0.0, "write": 0.0}
+        self.spent = {"wait": 0.0, "encode": 0.0, "write": 0.0, "resize": 0.0}
         self.step = Step("", 0, 0, 0, 0, 0)
 
     def run(self) -> EncodeSummary:
@@ -237,6 +242,7 @@ class _Run:
         self.summary.shards_kept = self._count_shards() - len(damaged)
         for number in damaged:
             self._restore(number)
+        self.spent = dict.fromkeys(self.spent, 0.0)
         ended = [path for path in self.mine if self.known.is_ended(path)]
         self.writer.arrive(self._new())
         self._encode(list(pairwise([*self.manifest.batches, len(self.manifest.sources)])))
@@ -272,7 +278,8 @@ class _Run:
 
             def seconds() -> Seconds:
                 run = before.run + time.perf_counter() - began
-                return Seconds(run, decode=before.decode + ahead.seconds, **self.spent)
+                resize = self.spent["resize"] - before.resize
+                return Seconds(run, decode=before.decode + ahead.seconds - resize, **self.spent)
 
             self.seconds = seconds
             streams = ahead.run(partial(self._read, number) for number in chain(*todo))
@@ -344,6 +351,7 @@ class _Run:
                 end.whole, end.failure, end.passing = read.whole, read.failure, read.passing
             if not isinstance(read, Clip):
                 continue
+            self.spent["resize"] += read.resize_seconds
             self._report(frames=read.first_frame + len(read.frames), announced=read.announced_frames)
             number += 1
             if number <= first:

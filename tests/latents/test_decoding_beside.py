@@ -65,6 +65,7 @@ def test_the_shares_of_a_runs_time_are_told(encode: Encode, encoder: CountingEnc
     assert seconds.encode >= 6 * 0.02
     assert 0 < seconds.wait + seconds.encode + seconds.write <= seconds.run
     assert seconds.decode > 0
+    assert seconds.resize > 0
     assert steps[-1].seconds.encode == pytest.approx(seconds.encode)
     assert [one.seconds.run for one in steps] == sorted(one.seconds.run for one in steps)
     assert str(seconds).startswith(f"{seconds.run:.1f} s: encode {seconds.encode / seconds.run:.1%}, wait ")

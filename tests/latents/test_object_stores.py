@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -115,6 +116,18 @@ def test_sources_at_a_url_give_the_shards_of_the_same_files_on_a_disk(
     again = encode([url], out=f"{url}/latents")
     assert (again.samples, again.failures, encoder.clips) == (expected.samples, summary.failures, 0)
     assert list(temporary.iterdir()) == []
+
+
+def test_a_full_disk_for_copies_ends_the_job_with_its_place(
+    encode: Encode, folder: Path, tmp_path: Path, store: type[Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(folder, "videos")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "get_file", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/k5-"):
+            encode([url])
+    assert encode([url]).samples == 6
 
 
 def test_a_file_at_a_url_is_taken_by_its_name(encode: Encode, folder: Path, store: type[Store]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from command_line import k5
 from encoding_jobs import CountingEncoder, Encode, contents, make_video
 from faults import COMPILER, FaultyJobs, faulty_jobs
@@ -136,6 +137,27 @@ def test_a_source_that_the_network_loses_is_told_and_the_others_are_encoded(
     server.arm()
     assert encode([url]).failures == {}
     assert sorted(sample for sample in contents(tmp_path / "out")) == sorted(contents(tmp_path / "expected"))
+
+
+def test_where_the_store_cannot_be_reached_any_more_the_run_ends(
+    encode: Encode, folder: Path, tmp_path: Path, server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one failure a source, of which there may be millions."""
+    url = put(folder, f"{bucket}/videos")
+    files = fsspec.get_filesystem_class("s3")
+    get_file = files._get_file
+
+    async def unreachable(self: Any, path: str, *arguments: Any, **options: Any) -> None:
+        if path.endswith("b.mp4"):
+            raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+        await get_file(self, path, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_get_file", unreachable)
+        code, line = run(f"{url} --out {tmp_path / 'out'}", patch)
+    assert (code, line.count("\n")) == (1, 1), line
+    assert f"check the network and, for a server of your own, AWS_ENDPOINT_URL: '{url}/b.mp4'" in line
+    assert encode([url]).samples == 6
 
 
 @pytest.mark.parametrize("first", [3, 9, 14])

@@ -1,7 +1,8 @@
 """A video cut in clips, each with what is true of the frames in it."""
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -29,7 +30,8 @@ class Clip:
     first_frame: number of the first one among the frames read. rate: frames/s, None for a picture.
     start, end: when the first one is shown, and until when the last one is [s], from the start of the file.
     shown_height, shown_width: pixels of a frame as a player shows it. colour: what it was and what was done.
-    announced_frames: how many frames the file says it has at this rate, 0 where it does not.
+    announced_frames: how many frames the file says it has at this rate, 0 where it does not. resize_seconds: what the
+    cutting and resizing of its frames took.
     """
 
     frames: Tensor
@@ -41,6 +43,7 @@ class Clip:
     shown_width: int
     colour: str
     announced_frames: int
+    resize_seconds: float = field(default=0.0, compare=False)
 
 
 def read_clips(
@@ -85,10 +88,16 @@ def _cut(
     height, width = nearest_bucket(shown_height, shown_width, resolution)
     least = 1 if opening.still else min(MIN_FRAMES, clip_frames)
     run = chain([opening], run)
-    while taken := [
-        (fit_image(shown.image, height, width, video.path), shown.start, shown.end)
-        for shown in islice(run, clip_frames)
-    ]:
+    spent = 0.0
+
+    def fitted(image: Tensor) -> Tensor:
+        nonlocal spent
+        began = time.perf_counter()
+        fit = fit_image(image, height, width, video.path)
+        spent += time.perf_counter() - began
+        return fit
+
+    while taken := [(fitted(shown.image), shown.start, shown.end) for shown in islice(run, clip_frames)]:
         count = len(taken) - (len(taken) - 1) % TEMPORAL_STRIDE
         if count < least:
             yield len(taken), None
@@ -107,9 +116,10 @@ def _cut(
                 shown_width,
                 opening.colour,
                 video.announced_frames(fps),
+                spent,
             ),
         )
-        first += len(taken)
+        first, spent = first + len(taken), 0.0
 
 
 def _rate(starts: tuple[Fraction, ...], end: Fraction, video: OpenVideo) -> Fraction:

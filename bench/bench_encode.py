@@ -1,0 +1,55 @@
+"""`k5 encode` end to end: clips a second, and which share of the time each part takes.
+
+    pytest bench/bench_encode.py -s -k nano        a minute and a half on two cores; -k full takes minutes
+
+Sources are the demo's clips, at 1280×720 and 640×272; every frame is encoded once, by random weights where the width is
+the released one. Decoding and resizing run in two threads beside the encoder, on the same cores here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.harness import machine
+from k5kernels.latents.job import encode_videos
+from k5kernels.vae import HunyuanEncoder
+from k5kernels.vae.weights import load_encoder
+from model.nano import VAE_WEIGHTS
+from train.clips import clip_path
+
+SOURCES = ("bigbuckbunny", "bikes")
+# Of a run's time.
+MOST_WAITING = 0.05
+
+
+@dataclass(frozen=True)
+class Case:
+    """clip_frames: of a clip. clips: of each source."""
+
+    clip_frames: int
+    clips: int
+
+
+CASES = {"nano": Case(25, 4), "full": Case(17, 1)}
+
+
+@pytest.mark.parametrize("width", CASES)
+def test_the_encoder_hardly_waits(width: str, tmp_path: Path) -> None:
+    case = CASES[width]
+    torch.manual_seed(0)
+    encoder = load_encoder(VAE_WEIGHTS) if width == "nano" else HunyuanEncoder().eval()
+    summary = encode_videos(
+        [clip_path(name) for name in SOURCES],
+        encoder,
+        tmp_path / "out",
+        resolution=256,
+        clip_frames=case.clip_frames,
+        max_clips=case.clips,
+    )
+    assert summary.samples == case.clips * len(SOURCES)
+    seconds = summary.seconds
+    size = f"{width} width, {summary.samples} clips of {case.clip_frames} frames at 256"
+    print(f"\n{size}: {summary.samples / seconds.run:.3g} clips/s; {seconds}; {machine()}")
+    assert seconds.wait <= MOST_WAITING * seconds.run
