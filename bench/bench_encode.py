@@ -1,12 +1,15 @@
 """`k5 encode` end to end: clips a second, and which share of the time each part takes.
 
-    pytest bench/bench_encode.py -s -k nano        a minute and a half on two cores; -k full takes minutes
+    pytest bench/bench_encode.py -s -k nano        half a minute on two cores; -k full takes minutes
+    pytest bench/bench_encode.py -s -k frame       what a thread takes to read a frame: how many an encoder needs
 
 Sources are the demo's clips, at 1280×720 and 640×272; every frame is encoded once, by random weights where the width is
 the released one. Decoding and resizing run in two threads beside the encoder, on the same cores here.
 """
 
+import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 
 from bench.harness import machine
 from k5kernels.latents.job import encode_videos
+from k5kernels.latents.video import EVERY_FRAME, read_clips, read_video, write_video
 from k5kernels.vae import HunyuanEncoder
 from k5kernels.vae.weights import load_encoder
 from model.nano import VAE_WEIGHTS
@@ -53,3 +57,29 @@ def test_the_encoder_hardly_waits(width: str, tmp_path: Path) -> None:
     size = f"{width} width, {summary.samples} clips of {case.clip_frames} frames at 256"
     print(f"\n{size}: {summary.samples / seconds.run:.3g} clips/s; {seconds}; {machine()}")
     assert seconds.wait <= MOST_WAITING * seconds.run
+
+
+@pytest.mark.parametrize(("height", "width", "resolution"), [(720, 1280, 512), (1080, 1920, 512), (1080, 1920, 1024)])
+def test_what_a_frame_takes_to_read(height: int, width: int, resolution: int, tmp_path: Path) -> None:
+    """In one thread, but for H.264's decoder, which has four."""
+    frames, _ = read_video(clip_path("bigbuckbunny"), height, width, max_frames=25)
+    write_video(tmp_path / "v.mp4", frames, Fraction(24))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        began, worked = time.perf_counter(), time.process_time()
+        (clip,) = read_clips(tmp_path / "v.mp4", resolution, 25, EVERY_FRAME)
+        taken, worked = time.perf_counter() - began, time.process_time() - worked
+    finally:
+        torch.set_num_threads(before)
+    assert len(clip.frames) == 25
+    each = [
+        f"{name} {1e3 * seconds / 25:.1f} ms"
+        for name, seconds in (
+            ("decoding", taken - clip.resize_seconds),
+            ("resizing", clip.resize_seconds),
+            ("of all cores", worked),
+        )
+    ]
+    size = "×".join(map(str, clip.frames.shape[1:3]))
+    print(f"\na frame of {height}×{width} to {size}: {', '.join(each)}; {machine()}")

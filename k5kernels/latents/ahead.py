@@ -3,6 +3,7 @@
 Whatever the threads do, items are taken in the order of the iterators and of what each of them makes.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -14,6 +15,12 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
+FEWEST, MOST = 2, 8
+
+
+def threads_beside(device: torch.device) -> int:
+    """How many threads read beside an encoder on this device: few where they take its own cores."""
+    return FEWEST if device.type == "cpu" else max(FEWEST, min(MOST, len(os.sched_getaffinity(0)) // 2))
 
 
 class Ahead(Generic[T]):

@@ -92,13 +92,20 @@ def encode(
             show_default="bfloat16 on a GPU, float32 on a CPU",
         ),
     ] = None,
-    decoders: Annotated[int, typer.Option(help="Sources that are read at once, beside the encoder.")] = 2,
+    decoders: Annotated[
+        int | None,
+        typer.Option(
+            help="Sources that are read at once, beside the encoder.",
+            show_default="2 on a CPU; on a GPU half the cores, 2 to 8",
+        ),
+    ] = None,
     device: DeviceName = None,
 ) -> None:
     """Encode videos and pictures into shards of latents; the same command goes on where it was stopped."""
     left = f"{out}: the same command goes on from what is finished"
     with one_line_stop("k5", lambda: left), one_line_errors(refused=2):
         from k5kernels.device import choose_device
+        from k5kernels.latents.ahead import threads_beside
         from k5kernels.latents.captions import read_captions
         from k5kernels.latents.display import display, left_out
         from k5kernels.latents.encode import checked_mode, encoder_dtype
@@ -136,7 +143,7 @@ def encode(
                 of=of,
                 overwrite=overwrite,
                 retry_failed=retry_failed,
-                decoders=decoders,
+                decoders=threads_beside(chosen) if decoders is None else decoders,
                 captions=given,
                 on_captions=tell_captions,
                 progress=progress,

@@ -1,5 +1,6 @@
 """Iterators that run in threads: their items come in order, few wait, and nothing is left running."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from k5kernels.latents.ahead import Ahead
+from k5kernels.latents.ahead import Ahead, threads_beside
 
 
 def size(item: int) -> int:
@@ -115,3 +116,13 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "threads"), [("cpu", 64, 2), ("cuda", 2, 2), ("cuda", 12, 6), ("cuda", 64, 8)]
+)
+def test_more_threads_read_where_the_cores_are_not_the_encoders(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert threads_beside(torch.device(device)) == threads
