@@ -2,11 +2,13 @@
 
     pytest bench/bench_encode.py -s -k nano        half a minute on two cores; -k full takes minutes
     pytest bench/bench_encode.py -s -k frame       what a thread takes to read a frame: how many an encoder needs
+    pytest bench/bench_encode.py -s -k batch       pictures one by one, as the job encodes them, against batches
 
 Sources are the demo's clips, at 1280×720 and 640×272; every frame is encoded once, by random weights where the width is
 the released one. Decoding and resizing run in two threads beside the encoder, on the same cores here.
 """
 
+import statistics
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +28,8 @@ from train.clips import clip_path
 SOURCES = ("bigbuckbunny", "bikes")
 # Of a run's time.
 MOST_WAITING = 0.05
+BATCH_BYTES = 8 << 30  # lets a batch go through at once
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,23 @@ def test_what_a_frame_takes_to_read(height: int, width: int, resolution: int, tm
     ]
     size = "×".join(map(str, clip.frames.shape[1:3]))
     print(f"\na frame of {height}×{width} to {size}: {', '.join(each)}; {machine()}")
+
+
+@pytest.mark.parametrize(("side", "count"), [(256, 8), (512, 4)])
+@torch.inference_mode()
+def test_pictures_in_a_batch(side: int, count: int) -> None:
+    encoder = load_encoder(VAE_WEIGHTS)
+    pictures = torch.rand(count, 3, 1, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert encoder.plan(pictures.shape, "stream", BATCH_BYTES).together == count
+    seconds: dict[str, list[float]] = {"one by one": [], "together": []}
+    for number in range(ROUNDS + 1):
+        began = time.perf_counter()
+        alone = torch.cat([encoder.encode(picture[None]).mode() for picture in pictures])
+        between = time.perf_counter()
+        together = encoder.encode(pictures, "stream", BATCH_BYTES).mode()
+        if number:  # the first round transforms the filters
+            seconds["one by one"].append(between - began)
+            seconds["together"].append(time.perf_counter() - between)
+    each = [f"{name} {1e3 * statistics.median(spent) / count:.0f} ms" for name, spent in seconds.items()]
+    error = float((together - alone).abs().max() / alone.std())
+    print(f"\na picture of {side}×{side}, nano, {count}: {', '.join(each)}; differ by {error:.1e} of std; {machine()}")
