@@ -117,6 +117,18 @@ def test_what_is_wrong_with_a_store_is_one_line_that_says_what_to_do(
     assert url in line
 
 
+@pytest.mark.slow
+def test_a_second_job_is_refused_while_one_writes(
+    folder: Path, server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Folder(f"{bucket}/out")
+    with lock.locked(out, "encode.lock", lock.this_process("job", 1)):
+        code, line = run(f"{folder} --out {out.out}", monkeypatch)
+    assert (code, line.count("\n")) == (2, 1), line
+    assert f"{out.out}: is being written by process" in line
+    assert run(f"{folder} --out {out.out}", monkeypatch) == (0, "")
+
+
 def test_a_bucket_that_is_only_named_is_not_made(tmp_path: Path, server: Server) -> None:
     Folder("s3://named-alone/x").create()
     assert not fsspec.filesystem("s3").exists("s3://named-alone")
