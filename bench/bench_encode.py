@@ -1,11 +1,12 @@
 """`k5 encode` end to end: clips a second, and which share of the time each part takes.
 
-    pytest bench/bench_encode.py -s -k nano        half a minute on two cores; -k full takes minutes
+    pytest bench/bench_encode.py -s -k nano        half a minute on two cores
+    pytest bench/bench_encode.py -s -k full        minutes; on a GPU, where there is one, in bfloat16 at 512
     pytest bench/bench_encode.py -s -k frame       what a thread takes to read a frame: how many an encoder needs
     pytest bench/bench_encode.py -s -k batch       pictures one by one, as the job encodes them, against batches
 
 Sources are the demo's clips, at 1280×720 and 640×272; every frame is encoded once, by random weights where the width is
-the released one. Decoding and resizing run in two threads beside the encoder, on the same cores here.
+the released one. Decoding and resizing run in threads beside the encoder, on a CPU on its cores.
 """
 
 import statistics
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 from bench.harness import machine
+from k5kernels.device import choose_device
+from k5kernels.latents.ahead import threads_beside
+from k5kernels.latents.encode import encoder_dtype
 from k5kernels.latents.job import encode_videos
 from k5kernels.latents.video import EVERY_FRAME, read_clips, read_video, write_video
 from k5kernels.vae import HunyuanEncoder
@@ -34,31 +38,36 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Case:
-    """clip_frames: of a clip. clips: of each source."""
+    """clip_frames: of a clip. clips: of each source, at most."""
 
+    resolution: int
     clip_frames: int
     clips: int
 
 
-CASES = {"nano": Case(25, 4), "full": Case(17, 1)}
+CASES = {"nano": Case(256, 25, 4), "full": Case(256, 17, 1)}
+ON_A_GPU = Case(512, 121, 2)
 
 
 @pytest.mark.parametrize("width", CASES)
 def test_the_encoder_hardly_waits(width: str, tmp_path: Path) -> None:
-    case = CASES[width]
+    device = choose_device()
+    case = CASES[width] if device.type == "cpu" else ON_A_GPU
     torch.manual_seed(0)
     encoder = load_encoder(VAE_WEIGHTS) if width == "nano" else HunyuanEncoder().eval()
+    encoder.to(device, encoder_dtype(None, device))
     summary = encode_videos(
         [clip_path(name) for name in SOURCES],
         encoder,
         tmp_path / "out",
-        resolution=256,
+        resolution=case.resolution,
         clip_frames=case.clip_frames,
         max_clips=case.clips,
+        decoders=threads_beside(device),
     )
-    assert summary.samples == case.clips * len(SOURCES)
+    assert summary.failures == {}
     seconds = summary.seconds
-    size = f"{width} width, {summary.samples} clips of {case.clip_frames} frames at 256"
+    size = f"{width} width, {device}, {summary.samples} clips of {case.clip_frames} frames at {case.resolution}"
     print(f"\n{size}: {summary.samples / seconds.run:.3g} clips/s; {seconds}; {machine()}")
     assert seconds.wait <= MOST_WAITING * seconds.run
 
