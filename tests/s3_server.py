@@ -21,7 +21,7 @@ DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access 
 
 
 def denied(environ: Environ) -> tuple[str, bytes]:
-    return "403 Forbidden", DENIED
+    return "403 Forbidden", b"" if environ["REQUEST_METHOD"] == "HEAD" else DENIED
 
 
 def cut(environ: Environ) -> None:
