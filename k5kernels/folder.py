@@ -121,6 +121,8 @@ def _store_error(error: Exception, path: str) -> OSError:
     if UNREACHABLE in words.lower():
         number = errno.ENETUNREACH
     number = number or next((number for kind, number in NUMBERS if isinstance(error, kind)), errno.EIO)
+    if words.strip("/") in path:  # all that fsspec says of what is not there
+        words = os.strerror(number)
     advice = next((advice for known, advice in ADVICE.items() if known in words.lower()), None)
     return OSError(number, words if advice is None else f"{words.rstrip('.')}; {advice}", path)
 
