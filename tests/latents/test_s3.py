@@ -169,10 +169,11 @@ def test_where_the_store_cannot_be_reached_any_more_the_run_ends(
         code, line = run(f"{url} --out {tmp_path / 'out'}", patch)
     assert (code, line.count("\n")) == (1, 1), line
     assert f"check the network and, for a server of your own, AWS_ENDPOINT_URL: '{url}/b.mp4'" in line
+    files.clear_instance_cache()
     assert encode([url]).samples == 6
 
 
-@pytest.mark.parametrize("first", [9, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 4, 14, 20))])
+@pytest.mark.parametrize("first", [9, *(pytest.param(one, marks=pytest.mark.slow) for one in (1, 20))])
 def test_a_network_that_goes_away_ends_a_run_in_one_line_and_the_next_one_goes_on(
     encode: Encode,
     folder: Path,
@@ -201,12 +202,12 @@ class KilledJobs:
         self.begun = self.ended("begun")
         make_video(videos / "0.mp4", 2, 9)
         self.expected = self.ended("begun")
-        self.requests = server.requests
 
     def ended(self, name: str) -> dict[str, bytes]:
         self.server.arm()
         result = self.jobs.run(self.videos, f"{self.bucket}/{name}")
         assert result.code == 0, result
+        self.requests = self.server.requests
         return objects(f"{self.bucket}/{name}")
 
     def check(self, request: int, after: bool) -> None:
@@ -237,5 +238,5 @@ def killed_jobs(running: Server) -> Iterator[Any]:
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_run_may_be_killed_at_any_request(killed_jobs: KilledJobs, server: Server, after: bool) -> None:
     assert killed_jobs.requests > 15
-    for request in range(1 + after, killed_jobs.requests + 1, 3):
+    for request in range(1 + 3 * after, killed_jobs.requests + 1, 7):
         killed_jobs.check(request, after)
