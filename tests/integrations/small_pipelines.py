@@ -205,6 +205,11 @@ CASES = {
         lambda: _kandinsky5("Kandinsky5T2VPipeline", visual_cond=True),
         lambda: _kandinsky5_given(**VIDEO),
     ),
+    "Kandinsky 5 I2V": Case(
+        "Kandinsky5I2VPipeline",
+        lambda: _kandinsky5("Kandinsky5I2VPipeline", _video_vae(), visual_cond=True),
+        lambda: _kandinsky5_given(image=_image(), **VIDEO | {"num_frames": 25}),  # it evens out the first four latents
+    ),
     "Kandinsky 5 T2I": Case(
         "Kandinsky5T2IPipeline",
         lambda: _kandinsky5("Kandinsky5T2IPipeline", sizes=((96, 64),)),

@@ -95,6 +95,30 @@ def test_without_guidance_there_is_one_branch(pipe):
     assert {one.branch for one in report.caches[0].passes} == {"cond"}
 
 
+def test_guidance_can_be_switched_off_and_on_midway(pipe):
+    """Each branch follows its own schedule; where it was away too long to reuse what it has, it is computed."""
+
+    def switch(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0 if 3 <= step < 5 else 3.0  # of the step after this one
+        return {}
+
+    switched = {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": []}
+    plain = generate(pipe, **switched)
+    cache = policy()
+    with accelerate(pipe, attention=None, cache=cache) as report:
+        ours = generate(pipe, **switched)
+    passes = report.caches[0].passes
+    assert schedule(report, "cond") == cache.schedule["cond"]
+    there = [step for step in range(STEPS) if not 4 <= step < 6]
+    assert [one.step for one in passes if one.branch == "uncond"] == there
+    computed = {one.step for one in passes if one.branch == "uncond" and one.computed}
+    assert cache.schedule["uncond"][4:7] == [True, False, False]
+    assert 6 in computed  # what it was to reuse, of step 4, it does not have
+    assert relative_difference(ours, plain) < 0.5
+    with accelerate(pipe, attention=None, cache=policy(threshold=0.0)):
+        assert torch.equal(generate(pipe, **switched), plain)
+
+
 def test_of_a_second_order_sampler_only_first_evaluations_are_skipped(pipe):
     pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     with accelerate(pipe, attention=None, cache=policy()) as report:
