@@ -22,6 +22,7 @@ from train.resident import SETS_ALLOCATOR
 
 ROUNDS = 9
 ROUND_SECONDS = 0.02
+LONG_SECONDS = 1.0  # of a call
 COPY = "copy"
 
 
@@ -106,16 +107,18 @@ def measure(
 
     variants: name -> call without arguments; the first is ours. check: raises where an output is wrong; then nothing
     is timed. operations: as in Row. bytes_moved: as in Row; with it a copy is timed too.
+
+    Where every variant takes longer than a second, the checked calls are the first round.
     """
-    for variant in variants.values():
-        check(variant())
-    if bytes_moved is not None:
-        variants = {**variants, COPY: copy_of(bytes_moved)}
-    calls = {label: _calls_per_round(call) for label, call in variants.items()}
-    samples: dict[str, list[float]] = {label: [] for label in variants}
-    for _ in range(rounds):
+    checked = {label: _checked(call, check) for label, call in variants.items()}
+    if bytes_moved is None and min(checked.values()) > LONG_SECONDS:
+        calls, samples = dict.fromkeys(variants, 1), {label: [1e3 * seconds] for label, seconds in checked.items()}
+    else:
+        variants = variants if bytes_moved is None else {**variants, COPY: copy_of(bytes_moved)}
+        calls, samples = {label: _calls_per_round(call) for label, call in variants.items()}, {}
+    while len(samples.get(next(iter(variants)), [])) < rounds:
         for label, call in variants.items():
-            samples[label].append(1e3 * _seconds(call, calls[label]) / calls[label])
+            samples.setdefault(label, []).append(1e3 * _seconds(call, calls[label]) / calls[label])
     return Row(name, sizes, torch.get_num_threads(), samples, operations, bytes_moved)
 
 
@@ -136,12 +139,20 @@ def compare(
     """
     name = benchmark.name.removeprefix("test_")
     row = measure(name, sizes, variants, check, operations, rounds, bytes_moved)
-    ROWS.append(row)
     benchmark.extra_info.update(machine=machine(), sizes=sizes, threads=row.threads, median_ms=row.medians())
     ours = next(iter(variants))
     # For pytest-benchmark's own table; calls that take seconds have been timed often enough.
-    again = 5 if row.medians()[ours] < 1e3 else 1
-    benchmark.pedantic(variants[ours], rounds=again, iterations=_calls_per_round(variants[ours]))
+    seconds = row.medians()[ours] / 1e3
+    benchmark.pedantic(variants[ours], rounds=5 if seconds < LONG_SECONDS else 1, iterations=_calls(seconds))
+    return keep(row, floors)
+
+
+def keep(row: Row, floors: Mapping[str, float] | None = None) -> Row:
+    """Add the row to the summary; `compare` without pytest-benchmark, for calls that take minutes.
+
+    floors: as in `compare`.
+    """
+    ROWS.append(row)
     for variant, floor in (floors or {}).items():
         median = row.ratios(variant)[1]
         assert median >= floor, f"{row.name}: {median:.2f}x {variant}, below the floor of {floor:g}x"
@@ -184,8 +195,20 @@ def machine() -> str:
     )
 
 
+def _checked(variant: Callable[[], Any], check: Callable[[Any], None]) -> float:
+    """The seconds of a call; raises where check does not take what it returned."""
+    outputs: list[Any] = []
+    seconds = _seconds(lambda: outputs.append(variant()), 1)
+    check(*outputs)
+    return seconds
+
+
 def _calls_per_round(variant: Callable[[], Any]) -> int:
-    return max(1, round(ROUND_SECONDS / max(_seconds(variant, 1), 1e-6)))
+    return _calls(_seconds(variant, 1))
+
+
+def _calls(seconds: float) -> int:
+    return max(1, round(ROUND_SECONDS / max(seconds, 1e-6)))
 
 
 def _seconds(variant: Callable[[], Any], calls: int) -> float:

@@ -87,6 +87,16 @@ def test_a_row_with_bytes_moved_says_them_and_the_bandwidth_of_ours_and_of_the_c
     assert "copy 1.000 ms 6.0 GB/s (0.50x" in row
 
 
+def test_checked_calls_are_the_first_round_where_all_take_long(rows, monkeypatch):
+    monkeypatch.setattr(harness, "LONG_SECONDS", 0.0)
+    made = []
+    variants = {name: lambda name=name: made.append(name) or torch.ones(4) for name in ("ours", "other")}
+    row = harness.keep(harness.measure("case", "[4]", variants, check, rounds=3))
+    assert rows == [row]
+    assert [len(times) for times in row.milliseconds.values()] == [3, 3]
+    assert made == ["ours", "other"] * 3
+
+
 def test_variants_take_turns(rows):
     order = []
     variants = {name: lambda name=name: order.append(name) or torch.ones(4) for name in ("ours", "other")}
