@@ -16,8 +16,9 @@ class UnpaddedConv3d(nn.Conv3d):
     """`nn.Conv3d` without padding; its filters, transformed, are kept from one call to the next.
 
     Winograd's convolution takes over in float32 on a CPU, where no gradient is asked for, with unit strides and a
-    kernel of 3 x 3 x 3. The kept filters are made again when the weight was changed, moved or loaded; a change through
-    `weight.data` is not seen. They are four times as large as the weight.
+    kernel of 3 x 3 x 3. Shapes alone decide, never threads or load, so that a clip's latents stay the same; those of an
+    installation without the C++ kernels differ by rounding. The kept filters are made again when the weight was
+    changed, moved or loaded; a change through `weight.data` is not seen. They are four times as large as the weight.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: tuple[int, int, int]) -> None:

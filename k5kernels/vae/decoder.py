@@ -124,5 +124,7 @@ class HunyuanDecoder(nn.Module):
         """The video of an unscaled latent, whole and differentiable; shapes are not checked."""
         x = self.mid_block(self.conv_in(self.post_quant_conv(latent)))
         for block in self.up_blocks:
-            x = block(x)
+            assert isinstance(block, UpBlock)  # which the type of a ModuleList does not say
+            for layer in block.layers():
+                x = layer(x)
         return normalized_convolution(self.conv_norm_out, self.conv_out, x)

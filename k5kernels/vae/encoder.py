@@ -84,7 +84,9 @@ class HunyuanEncoder(nn.Module):
         """The moments [B, 32, T, h, w] of a video, whole and differentiable; shapes are not checked."""
         x = self.conv_in(video.contiguous(memory_format=torch.channels_last_3d))
         for block in self.down_blocks:
-            x = block(x)
+            assert isinstance(block, DownBlock)  # which the type of a ModuleList does not say
+            for layer in block.layers():
+                x = layer(x)
         return self.quant_conv(normalized_convolution(self.conv_norm_out, self.conv_out, self.mid_block(x)))
 
     def plan(
@@ -136,7 +138,7 @@ class HunyuanEncoder(nn.Module):
         memory_budget: bytes for activations on the device, beyond weights, video and latents; None: no limit. What of
         `exact` does not fit waits in host memory, on a CPU in files of the folder for temporary files. `tile` cuts
         frames in tiles too where they do not fit, so that its latents depend on the budget. On a CPU in float32 the
-        convolutions keep transformed weights beside it, four times the weights, and use up to 18 MiB a thread.
+        convolutions keep transformed weights beside it, four times the weights, and use up to 20 MiB a thread.
         lookback: of `stream`: latent frames that attention sees; None: all, as in training.
         runner: of `tile`: what runs a tile (`k5kernels.vae.tile_runners`); None: operator after operator.
         Without gradients. The result depends on nothing but the arguments: no mode asks for free memory.

@@ -151,8 +151,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(channels_in, channels_out, 1) if channels_in != channels_out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = normalized_convolution(self.norm1, self.conv1, x)
-        return self.shortcut(x) + normalized_convolution(self.norm2, self.conv2, hidden)
+        # One name for what is on the way, so that each activation is freed as soon as the next one is there.
+        hidden = self.norm1.padded(x, None, self.conv1.kernel)
+        hidden = self.conv1.conv(hidden)
+        hidden = self.norm2.padded(hidden, None, self.conv2.kernel)
+        hidden = self.conv2.conv(hidden)
+        return self.shortcut(x) + hidden
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What of the block's input is added to its output."""
@@ -250,13 +254,19 @@ class Upsample(nn.Module):
         return self.conv.forward_chunk(self._copied(x, first_frames=1 if before is None else 0), before)
 
     def _copied(self, x: Tensor, first_frames: int) -> Tensor:
-        """Nearest-neighbour copies, of the first `first_frames` frames in space alone."""
+        """Nearest-neighbour copies, of the first `first_frames` frames in space alone; each is written once."""
         time, height, width = self.factor
-        x = x.repeat_interleave(height, dim=3).repeat_interleave(width, dim=4)
-        if time > 1:
-            later = x[:, :, first_frames:].repeat_interleave(time, dim=2)
-            x = torch.cat([x[:, :, :first_frames], later], dim=2)
-        return x.contiguous(memory_format=torch.channels_last_3d)
+        B, C, T, H, W = x.shape
+        alone = first_frames if time > 1 else 0
+        shape = (B, C, alone + time * (T - alone), height * H, width * W)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+        for target, source, times in (
+            (out[:, :, :alone], x[:, :, :alone], 1),
+            (out[:, :, alone:], x[:, :, alone:], time),
+        ):
+            copies = target.unflatten(4, (W, width)).unflatten(3, (H, height)).unflatten(2, (source.shape[2], times))
+            copies.copy_(source[:, :, :, None, :, None, :, None])
+        return out
 
 
 class DownBlock(nn.Module):
@@ -270,10 +280,10 @@ class DownBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in pairwise(widths)])
         self.downsamplers = nn.ModuleList([] if stride is None else [Downsample(channels_out, stride)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """In order. Who runs them holds no more than one's input; a `forward` here would keep the block's until its
+        end."""
+        return [*self.resnets, *self.downsamplers]
 
 
 class UpBlock(nn.Module):
@@ -287,7 +297,6 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(a, b, groups) for a, b in pairwise(widths)])
         self.upsamplers = nn.ModuleList([] if factor is None else [Upsample(channels_out, factor)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """As `DownBlock.layers`."""
+        return [*self.resnets, *self.upsamplers]

@@ -9,7 +9,7 @@ is kept.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,9 @@ class Activation:
         self.statistics: GroupStatistics | None = None
         self._storage, self._groups = storage, groups
 
-    def append(self, chunk: Tensor) -> None:
-        if self._groups is not None:
+    def append(self, chunk: Tensor, counts: bool = True) -> None:
+        """counts: whether its values are among those that the statistics are of."""
+        if self._groups is not None and counts:
             statistics = groupnorm_statistics(chunk, self._groups)
             self.statistics = statistics if self.statistics is None else self.statistics.merge(statistics)
         self.chunks.append(self._storage.keep(chunk))
@@ -118,16 +119,20 @@ class Activation:
 
 
 def layer_by_layer(
-    steps: Sequence[Step], chunks: Iterable[Tensor], storage: Storage, follows: bool = True
+    steps: Sequence[Step],
+    chunks: Iterable[Tensor],
+    storage: Storage,
+    openings: Collection[int] = (),
 ) -> tuple[list[Tensor], Statistics]:
     """The outputs of the last step, and the statistics that each step normalized by.
 
-    chunks: [B, C, T, H, W] each: consecutive frames of a clip, and the outputs equal those of the whole clip at once
-    but for rounding; or, where `follows` is false, clips that have nothing but the statistics in common.
+    chunks: [B, C, T, H, W] each: consecutive frames of a clip; the outputs equal those of the whole clip at once but
+    for rounding. openings: numbers of chunks that do not follow on the one before but begin as a clip of their own,
+    and do not count in the statistics.
     """
     x = Activation(storage, steps[0].groups)
-    for chunk in chunks:
-        x.append(chunk)
+    for number, chunk in enumerate(chunks):
+        x.append(chunk, number not in openings)
     residual, statistics = None, list[GroupStatistics | None]()
     for number, step in enumerate(steps):
         following = steps[number + 1].groups if number + 1 < len(steps) else None
@@ -135,14 +140,13 @@ def layer_by_layer(
         if step.opens_residual:
             residual = x
         for index, kept in enumerate(x.chunks):
-            chunk, after = step.run(kept.read(), x.statistics, before)
-            before = after if follows else None
+            chunk, before = step.run(kept.read(), x.statistics, None if index in openings else before)
             if not step.opens_residual:
                 kept.drop()
             if step.shortcut is not None and residual is not None:
                 chunk += step.shortcut(residual.chunks[index].read())
                 residual.chunks[index].drop()
-            out.append(chunk)
+            out.append(chunk, index not in openings)
         statistics.append(x.statistics)
         x = out
     outputs = [kept.read() for kept in x.chunks]

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig, latent_frames
-from k5kernels.vae.sample import Sample, sample_of
+from k5kernels.vae.sample import WINDOW_FRAMES, WINDOWS, Sample, sample_of
 from k5kernels.vae.sizes import StepSize, Volume, decoder_sizes, encoder_sizes
 from k5kernels.vae.tiling import Span, Tiling, spans_in_space, spans_in_time
 
@@ -18,8 +18,10 @@ MODES: tuple[str, ...] = get_args(Mode)
 # Frames of a chunk, the largest that fit the budget; the first chunk has one frame more where a chunk fills a latent.
 CHUNKS = (16, 8, 4, 2, 1)
 STREAM_CHUNKS = (8, 4)
+# Bytes that `stream` works with in a chunk at most where smaller chunks work with fewer, also without a budget.
+STREAM_WORK = 3 * 2**29
 MOST_TILES = 16  # along a side
-# `stream` takes clips of up to so many frames exactly: its sample of a longer one takes as much memory.
+# `stream` takes clips of up to so many frames exactly: its sample of a longer one takes about as much memory.
 EXACT_FRAMES = 33
 MIB = 2**20
 
@@ -76,9 +78,7 @@ class Plan:
     def _sample_in_words(self) -> str:
         if self.sample is None:
             return "the whole clip"
-        (first, end), pilot = self.sample.window, self.sample.pilot
-        whole = "the whole clip" if self.sample.follows else f"{len(pilot)} windows of {pilot[0][1]} frames"
-        return f"frames {first} to {end - 1}, and of {whole} at half its sides"
+        return "frames " + ", ".join(f"{first} to {end - 1}" for first, end in self.sample.windows())
 
     def drawing(self) -> str:
         """Each axis as a line a tile: a letter or digit a latent, # where the tile gives it, - where it is left out."""
@@ -121,17 +121,16 @@ def plan(
     chunks: tuple[int, ...] = (frames,)
     if mode == "tile":
         tiles, peak = _tiles(sizes, volume, memory_budget, value_bytes, tiling)
-    else:
-        choices: tuple[int, ...] = CHUNKS if mode == "exact" else STREAM_CHUNKS
-        least = choices[-1] if half == "encoder" else TEMPORAL_STRIDE
-        choices = tuple(chunk for chunk in choices if chunk >= least)
-        clip = Volume(frames if mode == "exact" else min(frames, EXACT_FRAMES), height, width)
-        chunk, resident, spilled, peak = _exact_chunk(sizes, clip, memory_budget, value_bytes, choices)
-        if clip != volume:
-            chunk, in_one_pass = _stream_chunk(sizes, volume, memory_budget, value_bytes, lookback)
-            peak = max(peak, in_one_pass)
+    elif mode == "stream" and frames > EXACT_FRAMES:
+        chunk, resident, spilled, peak = _stream_chunk(sizes, volume, memory_budget, value_bytes, lookback)
         chunks = chunk_sizes(frames, chunk)
-        sample = None if clip == volume else sample_of(frames, chunks)
+        sample = sample_of(frames, chunk)
+    else:
+        least = 1 if half == "encoder" else TEMPORAL_STRIDE
+        choices = tuple(chunk for chunk in (CHUNKS if mode == "exact" else STREAM_CHUNKS) if chunk >= least)
+        work = None if mode == "exact" else STREAM_WORK
+        chunk, resident, spilled, peak = _exact_chunk(sizes, volume, memory_budget, value_bytes, choices, work)
+        chunks = chunk_sizes(frames, chunk)
     times, rows, columns = tiles
     together = 1
     if memory_budget is not None and not spilled:
@@ -151,33 +150,60 @@ def chunk_sizes(frames: int, chunk: int) -> tuple[int, ...]:
 
 
 def _exact_chunk(
-    sizes: list[StepSize], volume: Volume, budget: int | None, value_bytes: int, choices: tuple[int, ...]
+    sizes: list[StepSize],
+    volume: Volume,
+    budget: int | None,
+    value_bytes: int,
+    choices: tuple[int, ...],
+    most_work: int | None,
 ) -> tuple[int, int | None, int, int]:
-    """Chunk, bytes that stay, bytes that leave, peak. The largest chunk is taken whose work leaves half of the budget
-    to activations; where not even the smallest one's does, that one."""
-    held = value_bytes * max(_held(size, volume) for size in sizes)
+    """Chunk, bytes that stay, bytes that leave, peak. The largest chunk is taken that works with no more than
+    `most_work` and leaves half of the budget to activations; where not even the smallest one does, that one."""
     for chunk in choices:
-        work = value_bytes * max(_work(size, volume, chunk) for size in sizes)
-        if budget is None or held + work <= budget:
-            return chunk, None, 0, held + work
-        if work <= budget // 2 or (chunk == choices[-1] and work <= budget):
-            return chunk, budget - work, held - (budget - work), budget
-    raise ValueError(_too_small(budget, work))
+        last = chunk == choices[-1]
+        if most_work is not None and not last and value_bytes * _most_work(sizes, volume, chunk) > most_work:
+            continue
+        resident, spilled, peak = _layer_by_layer(sizes, volume, budget, value_bytes, chunk)
+        if resident is None or budget is None or peak - resident <= budget // 2 or (last and peak <= budget):
+            return chunk, resident, spilled, peak
+    raise ValueError(_too_small(budget, peak))
+
+
+def _layer_by_layer(
+    sizes: list[StepSize], volume: Volume, budget: int | None, value_bytes: int, chunk: int
+) -> tuple[int | None, int, int]:
+    """Bytes that stay on the device between two steps (None: all), bytes that leave it, peak: more than the budget
+    where not even a chunk fits."""
+    peak = value_bytes * max(_held(size, volume) + _work(size, volume, chunk) for size in sizes)
+    if budget is None or peak <= budget:
+        return None, 0, peak
+    held = value_bytes * max(_held(size, volume) for size in sizes)
+    work = value_bytes * max(_work(size, volume, chunk) + _read(size, volume, chunk) for size in sizes)
+    resident = max(0, budget - work)
+    return resident, held - resident, resident + work
 
 
 def _stream_chunk(
     sizes: list[StepSize], volume: Volume, budget: int | None, value_bytes: int, lookback: int | None
-) -> tuple[int, int]:
-    """Chunk and peak of the pass by given statistics."""
+) -> tuple[int, int | None, int, int]:
+    """Chunk; of the sample, bytes that stay and bytes that leave; peak of the sample and of the pass by its
+    statistics."""
     seen = volume if lookback is None else Volume(min(volume.frames, 4 * lookback), volume.height, volume.width)
     kept = 2 * sum(seen.values(size.channels_in, size.resolution_in) for size in sizes if size.attention)
     for size in sizes:  # what convolutions keep of the chunk before
         time, _ = size.resolution_in
         kept += volume.values(size.channels_in, size.resolution_in, (size.taps - 1) * time)
+    sampled = Volume(WINDOWS * WINDOW_FRAMES, volume.height, volume.width)
     for chunk in STREAM_CHUNKS:
-        peak = value_bytes * (kept + max(_work(size, volume, chunk + 1) for size in sizes))
+        last = chunk == STREAM_CHUNKS[-1]
+        if not last and value_bytes * _most_work(sizes, volume, chunk) > STREAM_WORK:
+            continue
+        work = max(_work(size, volume, chunk) + _read(size, volume, chunk) for size in sizes)
+        peak = value_bytes * (kept + work)
+        resident, spilled, of_sample = _layer_by_layer(sizes, sampled, budget, value_bytes, chunk)
+        peak = max(peak, of_sample)
         if budget is None or peak <= budget:
-            return chunk, peak
+            return chunk, resident, spilled, peak
     raise ValueError(_too_small(budget, peak))
 
 
@@ -200,7 +226,7 @@ def _tiles(
             continue  # too many for this side
         frames = 1 + TEMPORAL_STRIDE * (times[0].stop - 1)
         tile = Volume(frames, *(SPATIAL_STRIDE * spans[0].stop for spans in (rows, columns)))
-        peak = value_bytes * max(_held(size, tile) + _work(size, tile, frames) for size in sizes)
+        peak = value_bytes * max(_of_a_tile(size, tile) for size in sizes)
         if budget is None or peak <= budget:
             return (times, rows, columns), peak
         least = peak if least is None else min(least, peak)
@@ -213,18 +239,45 @@ def _held(size: StepSize, volume: Volume) -> int:
     residual = volume.values(size.residual, size.resolution_in)
     after = volume.values(size.channels_out, size.resolution_out)
     keys_and_values = 2 * before if size.attention else 0
-    opens = after if size.residual == 0 and size.taps > 1 and size.resolution_in == size.resolution_out else 0
-    return keys_and_values + max(before + residual + opens, after)
+    return keys_and_values + max(before + residual + (after if _opens_residual(size) else 0), after)
+
+
+def _of_a_tile(size: StepSize, tile: Volume) -> int:
+    """Values that are there while a step takes a whole tile: what is kept for the residual, its input or its output,
+    and its input padded."""
+    before, after = (
+        tile.values(size.channels_in, size.resolution_in),
+        tile.values(size.channels_out, size.resolution_out),
+    )
+    padded = before + tile.values(size.channels_in, size.resolution_in, (size.taps - 1) * size.resolution_in[0])
+    keys_and_values = 2 * before if size.attention else 0
+    if _opens_residual(size):
+        return before + padded + after
+    shortcut = after if size.residual not in (0, size.channels_out) else 0
+    return keys_and_values + tile.values(size.residual, size.resolution_in) + padded + max(before, after + shortcut)
+
+
+def _opens_residual(size: StepSize) -> bool:
+    return size.residual == 0 and size.taps > 1 and size.resolution_in == size.resolution_out
 
 
 def _work(size: StepSize, volume: Volume, chunk: int) -> int:
-    """Values that a step works with while it takes a chunk: its input, that padded, and its output."""
+    """Values that a step works with while it takes a chunk, beyond its input: that padded, its output, and what it
+    has of the chunk before and keeps for the next."""
     time, _ = size.resolution_in
-    read = volume.values(size.channels_in, size.resolution_in, chunk)
-    padded = volume.values(size.channels_in, size.resolution_in, chunk + (size.taps - 1) * time)
+    padded = volume.values(size.channels_in, size.resolution_in, chunk + 3 * (size.taps - 1) * time)
     written = volume.values(size.channels_out, size.resolution_out, chunk)
     shortcut = written if size.residual not in (0, size.channels_out) else 0
-    return read + 2 * padded + written + shortcut + volume.values(size.residual, size.resolution_in, chunk)
+    return padded + written + shortcut
+
+
+def _most_work(sizes: list[StepSize], volume: Volume, chunk: int) -> int:
+    return max(_work(size, volume, chunk) for size in sizes)
+
+
+def _read(size: StepSize, volume: Volume, chunk: int) -> int:
+    """Values of a step's input, and of the residual that is added to its output, for a chunk."""
+    return volume.values(size.channels_in + size.residual, size.resolution_in, chunk)
 
 
 def _too_small(budget: int | None, needed: int | None) -> str:

@@ -60,10 +60,8 @@ def _steps_of_layer(layer: nn.Module | tuple[NormSiLU, CausalConv3d], window: in
             ]
         case MidBlock():
             return steps_of((layer.resnets[0], layer.attentions[0], layer.resnets[1]), window)
-        case DownBlock():
-            return steps_of((*layer.resnets, *layer.downsamplers), window)
-        case UpBlock():
-            return steps_of((*layer.resnets, *layer.upsamplers), window)
+        case DownBlock() | UpBlock():
+            return steps_of(layer.layers(), window)
         case FrameCausalAttention():
             return [_attention(layer, window)]
         case CausalConv3d() | Downsample() | Upsample():

@@ -1,22 +1,23 @@
 """One pass over chunks: by the clip's own statistics it is exact, and its memory does not grow with the clip."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
-from vae_models import diffusers_vae, relative_error
+from vae_models import TINIEST, diffusers_vae, relative_error
 
 from bench.peak_memory import PeakMemory
 from k5kernels.latents.video import to_model
-from k5kernels.vae import HunyuanEncoder, VAEConfig
+from k5kernels.ops.groupnorm_statistics import groupnorm_statistics
+from k5kernels.vae import HunyuanEncoder
 from k5kernels.vae.passes import Storage, layer_by_layer, one_pass
-from k5kernels.vae.sample import PILOT_FRAMES, sample_of
+from k5kernels.vae.sample import WINDOW_FRAMES, WINDOWS, sample_of
 from k5kernels.vae.tiling import Tiling
 from model.nano import VAE_WEIGHTS
 from train.clips import load_clip
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
-
-TINIEST = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +61,33 @@ def test_a_longer_clip_streams_in_half_precision_too(dtype):
 
 
 @pytest.mark.parametrize("frames", [37, 129, 133, 1001])
-def test_a_sample_is_of_the_clip_and_does_not_grow_with_it(frames):
-    sample = sample_of(frames, (9, *[8] * ((frames - 9) // 8), *[(frames - 9) % 8] * ((frames - 9) % 8 > 0)))
-    assert 0 <= sample.window[0] < sample.window[1] <= frames
-    assert sum(end - first for first, end in sample.pilot) <= PILOT_FRAMES
-    assert sample.pilot[0][0] == 0
-    assert sample.pilot[-1][1] > frames - 5
-    latents = sample.in_latents()
-    assert latents.window[1] - latents.window[0] == 3
-    assert latents.pilot[-1][1] <= 1 + (frames - 1) // 4
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_a_sample_is_spread_over_the_clip_and_does_not_grow_with_it(frames, chunk):
+    sample = sample_of(frames, chunk)
+    windows = sample.windows()
+    assert len(windows) == WINDOWS
+    for number, (first, end) in enumerate(windows):
+        assert end - first == WINDOW_FRAMES
+        assert abs((first + end) / 2 - frames * (number + 0.5) / WINDOWS) <= 4
+        assert 0 <= first < end <= frames
+    assert all(one[1] <= other[0] for one, other in pairwise(windows))
+    latents = sample.in_latents().windows()
+    assert [end - first for first, end in latents] == [3] * WINDOWS
+    assert latents[-1][1] <= 1 + (frames - 1) // 4
+
+
+def test_what_a_window_opens_with_does_not_count(encoder):
+    """Its first frame has copies before it, as no frame inside a clip has."""
+    video = random_video(1, 3, 18, 16, 16)
+    chunks, openings = video.split([1, 8, 1, 8], dim=2), {0, 2}
+    with Storage(None) as storage:
+        outputs, statistics = layer_by_layer(encoder.steps(), chunks, storage, openings)
+        first = next(found for found in statistics if found is not None)
+    halves = [encoder.conv_in(half) for half in video.split(9, dim=2)]
+    counted = groupnorm_statistics(torch.cat([half[:, :, 1:] for half in halves], dim=2), TINIEST.groups)
+    torch.testing.assert_close(first.mean, counted.mean)
+    torch.testing.assert_close(first.variance, counted.variance)
+    assert [out.shape[2] for out in outputs] == [1, 2, 1, 2]
 
 
 def test_memory_does_not_grow_with_the_clip(encoder):
@@ -84,6 +103,13 @@ def test_the_plan_knows_the_memory(encoder, mode, frames):
     planned = encoder.plan(video.shape, mode).peak_bytes
     assert peak_bytes(encoder, video, mode=mode) <= 1.1 * planned + 2 * video.nbytes
     assert peak_bytes(encoder, video, mode=mode) >= 0.4 * planned
+
+
+def test_a_long_clip_of_512_by_768_streams_in_8_gib():
+    with torch.device("meta"):
+        encoder = HunyuanEncoder().bfloat16()
+    for frames in (33, 65, 121, 241):
+        assert encoder.plan((1, 3, frames, 512, 768), "stream").peak_bytes <= 8 * 2**30
 
 
 @pytest.mark.parametrize("mode", ["exact", "stream", "tile"])

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 
 CONFIG = VAEConfig(widths=(16, 32, 64, 48), groups=8)
+TINIEST = VAEConfig(widths=(8, 8, 8, 8), groups=4, layers_per_block=1)
 TINY = VAEConfig(widths=(8, 8, 16, 16), groups=4, layers_per_block=1)
 
 
