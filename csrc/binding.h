@@ -66,12 +66,18 @@ inline Tensor with_unit_stride(const Tensor& tensor) { return unit_stride(tensor
 
 inline Tensor new_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-// Whether a kernel should write rows of `width` values of this result past the caches: where it is larger than the
-// second-level caches, and `values` at a time are aligned.
+// Whether a result is larger than the second-level caches, so that a kernel should write it past them.
+template <class T>
+bool larger_than_caches(const Tensor& out) {
+  constexpr int64_t kFewBytes = 4 << 20;
+  return out.numel() * int64_t(sizeof(T)) >= kFewBytes;
+}
+
+// Whether a kernel should write rows of `width` values of this result past the caches, `values` at a time, which must
+// be aligned.
 template <class T>
 bool past_caches(const Tensor& out, int64_t width, int64_t values = k5::kLanes) {
-  constexpr int64_t kFewBytes = 4 << 20;
-  return out.numel() * int64_t(sizeof(T)) >= kFewBytes && width % values == 0 &&
+  return larger_than_caches<T>(out) && width % values == 0 &&
          reinterpret_cast<uintptr_t>(out.const_data_ptr()) % k5::kStreamBytes == 0;
 }
 

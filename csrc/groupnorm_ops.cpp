@@ -137,9 +137,10 @@ Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& 
   const int64_t rows = batch * border.padded_frames() * border.padded_height();
   for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
-    const auto op = silu_of<T>(dense, data<double>(dense_mean), data<double>(dense_variance), dense_weight, dense_bias,
-                               out, groups, eps);
+    auto op = silu_of<T>(dense, data<double>(dense_mean), data<double>(dense_variance), dense_weight, dense_bias, out,
+                         groups, eps);
     if (format == MemoryFormat::Contiguous) {
+      op.past_caches = larger_than_caches<T>(out);  // whatever the width of a row
       parallel_for(0, rows * channels, grain(border.width), [&](int64_t first, int64_t end) {
         K5_DISPATCH(groupnorm_silu_padded_contiguous, op, border, first, end);
       });
@@ -237,7 +238,8 @@ class ChannelTerms {
 
   // Gradients of weight and bias.
   std::tuple<Tensor, Tensor> affine_gradients(const Tensor& like) const {
-    Tensor grad_weight = torch::stable::new_empty(like, {channels_}, ScalarType::Float), grad_bias = new_like(grad_weight);
+    Tensor grad_weight = torch::stable::new_empty(like, {channels_}, ScalarType::Float);
+    Tensor grad_bias = new_like(grad_weight);
     for (int64_t channel = 0; channel < channels_; channel++) {
       double of_weight = 0, of_bias = 0;
       for (int64_t sample = 0; sample < batch_; sample++) {

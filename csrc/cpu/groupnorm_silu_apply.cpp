@@ -3,23 +3,16 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "prefetch.h"
+#include "rows_past_caches.h"
 #include "scratch.h"
+#include "silu.h"
 
 namespace k5::K5_ISA {
 namespace {
 
-// As exact as results of type T need.
-template <class T>
-inline Vec8 silu(Vec8 value) {
-  return value / (exp_of_negative_for(static_cast<const T*>(nullptr), value) + 1.0f);
-}
-
-template <class T>
-inline Vec16 silu(Vec16 value) {
-  return {silu<T>(value.first), silu<T>(value.second)};
-}
-
-// What one channel of a sample is multiplied by and what is added. NaNs are plain for the sake of Ties::away.
+// What one channel of a sample is multiplied by and what is added, for `silu` of silu.h. NaNs are plain for the sake of
+// Ties::away.
 struct ChannelTerms {
   float mean, slope, bias;
 
@@ -27,43 +20,48 @@ struct ChannelTerms {
   static ChannelTerms of(const GroupNormSiLU<T>& op, int64_t group, int64_t channel) {
     const float inverse_deviation = static_cast<float>(1 / std::sqrt(op.variance[group] + op.eps));
     return {with_plain_nan(static_cast<float>(op.mean[group])),
-            with_plain_nan(inverse_deviation * op.weight[channel]), with_plain_nan(op.bias[channel])};
+            with_plain_nan(inverse_deviation * op.weight[channel] * kScaleOfZ<T>),
+            with_plain_nan(op.bias[channel] * kScaleOfZ<T>)};
   }
 
-  template <class T>
-  __attribute__((always_inline)) Vec16 activate(Vec16 x) const {
+  template <class T, class V>
+  __attribute__((always_inline)) V activate(V x) const {
     return silu<T>((x - mean) * slope + bias);
   }
 };
 
+// Positions of one channel that follow each other in memory.
+template <bool kPastCaches, class T>
+inline __attribute__((always_inline)) void activate_run(const ChannelTerms& terms, const T* x, int64_t positions,
+                                                        T* out) {
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  for_thirty_twos(positions, [&](int64_t i, auto lanes) {
+    prefetch_thirty_two(x + i + kAhead);
+    lanes.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
+  });
+}
+
 template <bool kPastCaches, class T>
 void groups_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);
   const int64_t in_group = op.channels / op.groups;
   for (int64_t number = first_group * in_group; number < end_group * in_group; number++) {
     const ChannelTerms terms = ChannelTerms::of(op, number / in_group, number % op.channels);
-    const T* x = op.x + number * op.positions;
-    T* out = op.out + number * op.positions;
-    for_sixteens(op.positions, [&](int64_t i, int, auto lanes) {
-      __builtin_prefetch(x + i + kAhead);
-      lanes.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
-    });
+    activate_run<kPastCaches>(terms, op.x + number * op.positions, op.positions, op.out + number * op.positions);
   }
   if (kPastCaches) end_of_stream();
 }
-
-constexpr int64_t kAheadPositions = 4;
 
 // One position of all channels. channels: what `groupnorm_silu_channels` wrote for the sample.
 template <bool kPastCaches, class T>
 inline __attribute__((always_inline)) void position_channels_last(const GroupNormSiLU<T>& op, const float* channels,
                                                                   const T* x, T* out) {
+  constexpr int64_t kAhead = 1024 / sizeof(T);
   const int64_t row = whole_sixteens(op.channels);
   const float *centres = channels, *slopes = centres + row, *biases = slopes + row;
-  for_sixteens(op.channels, [&](int64_t i, int, auto lanes) {
-    __builtin_prefetch(x + kAheadPositions * op.channels + i);
-    const Vec16 centred = lanes.get(x + i) - load_sixteen(centres + i);
-    const Vec16 value = centred * load_sixteen(slopes + i) + load_sixteen(biases + i);
+  for_thirty_twos(op.channels, [&](int64_t i, auto lanes) {
+    prefetch_thirty_two(x + i + kAhead);
+    const auto centred = lanes.get(x + i) - lanes.arranged(centres + i);
+    const auto value = centred * lanes.arranged(slopes + i) + lanes.arranged(biases + i);
     lanes.template set<kPastCaches, Ties::away>(out + i, silu<T>(value));
   });
 }
@@ -82,15 +80,55 @@ void positions_channels_last(const GroupNormSiLU<T>& op, const float* channels, 
 template <bool kPastCaches, class T>
 void rows_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
                                int64_t first_row, int64_t end_row) {
-  for (int64_t row = first_row; row < end_row; row++) {
-    const SourceRow source = source_row(border, row);
-    const float* of_sample = channels + source.sample * kChannelRows * whole_sixteens(op.channels);
-    const T* x = op.x + (source.sample * op.positions + source.row * border.width) * op.channels;
+  PaddedRow place = PaddedRow::at(border, first_row);
+  for (int64_t row = first_row; row < end_row; row++, place.advance(border)) {
+    const float* of_sample = channels + place.sample * kChannelRows * whole_sixteens(op.channels);
+    const T* x = op.x + (place.sample * op.positions + place.source(border) * border.width) * op.channels;
     T* out = op.out + row * border.padded_width() * op.channels;
     for (int64_t column = -border.columns; column < border.width + border.columns; column++, out += op.channels)
       position_channels_last<kPastCaches>(op, of_sample, x + clamp_to(column, border.width) * op.channels, out);
   }
   if (kPastCaches) end_of_stream();
+}
+
+// One row of a channel with copies of its ends, from the row of x.
+template <class T>
+inline __attribute__((always_inline)) void row_padded_contiguous(const ChannelTerms& terms, const Border& border,
+                                                                 const T* x, T* out) {
+  T* inner = out + border.columns;
+  activate_run<false>(terms, x, border.width, inner);
+  for (int64_t i = 1; i <= border.columns; i++) {
+    inner[-i] = inner[0];
+    inner[border.width - 1 + i] = inner[border.width - 1];
+  }
+}
+
+// Where rows of the result go that may stay in the caches.
+template <class T>
+struct Rows {
+  T* next;
+  int64_t width;
+  T* place() const { return next; }
+  void advance() { next += width; }
+  void end() const {}
+};
+
+template <class T, class Target>
+void rows_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row, int64_t end_row,
+                            Target target) {
+  PaddedRow place = PaddedRow::at(border, first_row);  // its sample is one channel of a sample
+  ChannelTerms terms{};
+  int64_t sample = -1;
+  for (int64_t row = first_row; row < end_row; row++, place.advance(border)) {
+    if (place.sample != sample) {
+      sample = place.sample;
+      terms = ChannelTerms::of(op, sample / (op.channels / op.groups), sample % op.channels);
+    }
+    row_padded_contiguous(terms, border, op.x + sample * op.positions + place.source(border) * border.width,
+                          target.place());
+    target.advance();
+  }
+  target.end();
 }
 
 }  // namespace
@@ -129,27 +167,10 @@ void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* chann
 template <class T>
 void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
                                       int64_t end_row) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);
-  const int64_t width = border.width, columns = border.columns;
-  ChannelTerms terms{};
-  int64_t sample = -1;
-  for (int64_t row = first_row; row < end_row; row++) {
-    const SourceRow source = source_row(border, row);  // its sample is one channel of a sample
-    if (source.sample != sample) {
-      sample = source.sample;
-      terms = ChannelTerms::of(op, sample / (op.channels / op.groups), sample % op.channels);
-    }
-    const T* x = op.x + source.sample * op.positions + source.row * width;
-    T* out = op.out + row * border.padded_width() + columns;
-    for_sixteens(width, [&](int64_t i, int, auto lanes) {
-      __builtin_prefetch(x + i + kAhead);
-      lanes.template set<false, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
-    });
-    for (int64_t i = 1; i <= columns; i++) {
-      out[-i] = out[0];
-      out[width - 1 + i] = out[width - 1];
-    }
-  }
+  const int64_t width = border.padded_width();
+  T* out = op.out + first_row * width;
+  op.past_caches ? rows_padded_contiguous(op, border, first_row, end_row, RowsPastCaches<T>(out, width))
+                 : rows_padded_contiguous(op, border, first_row, end_row, Rows<T>{out, width});
 }
 
 template <class T>
@@ -159,12 +180,13 @@ void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Borde
                  : rows_padded_channels_last<false>(op, border, channels, first_row, end_row);
 }
 
-#define K5_INSTANTIATE(T)                                                                \
-  template void groupnorm_silu_contiguous(const GroupNormSiLU<T>&, int64_t, int64_t);    \
-  template void groupnorm_silu_channels(const GroupNormSiLU<T>&, float*, int64_t, int64_t); \
-  template void groupnorm_silu_channels_last(const GroupNormSiLU<T>&, const float*, int64_t, int64_t);    \
+#define K5_INSTANTIATE(T)                                                                                   \
+  template void groupnorm_silu_contiguous(const GroupNormSiLU<T>&, int64_t, int64_t);                       \
+  template void groupnorm_silu_channels(const GroupNormSiLU<T>&, float*, int64_t, int64_t);                 \
+  template void groupnorm_silu_channels_last(const GroupNormSiLU<T>&, const float*, int64_t, int64_t);      \
   template void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>&, const Border&, int64_t, int64_t); \
-  template void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>&, const Border&, const float*, int64_t, int64_t);
+  template void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>&, const Border&, const float*, int64_t, \
+                                                    int64_t);
 
 K5_INSTANTIATE(float)
 K5_INSTANTIATE(BFloat16)

@@ -36,18 +36,31 @@ struct Border {
   int64_t padded_width() const { return width + 2 * columns; }
 };
 
-// Where a row of the result, numbered over its frames and samples, comes from: the sample, and the row in x.
-struct SourceRow {
-  int64_t sample, row;
-};
-
 static inline int64_t clamp_to(int64_t place, int64_t size) { return place < 0 ? 0 : place < size ? place : size - 1; }
 
-static inline SourceRow source_row(const Border& border, int64_t number) {
-  const int64_t row = number % border.padded_height(), frames = number / border.padded_height();
-  const int64_t frame = clamp_to(frames % border.padded_frames() - border.before, border.frames);
-  return {frames / border.padded_frames(), frame * border.height + clamp_to(row - border.rows, border.height)};
-}
+// A row of the result, by its place in a sample. The rows are numbered over their frames and samples.
+struct PaddedRow {
+  int64_t sample, frame, row;
+
+  static PaddedRow at(const Border& border, int64_t number) {
+    const int64_t frames = number / border.padded_height();
+    return {frames / border.padded_frames(), frames % border.padded_frames(), number % border.padded_height()};
+  }
+
+  // The row that follows.
+  void advance(const Border& border) {
+    if (++row < border.padded_height()) return;
+    row = 0;
+    if (++frame < border.padded_frames()) return;
+    frame = 0;
+    sample++;
+  }
+
+  // The row of the sample in x that this one is of.
+  int64_t source(const Border& border) const {
+    return clamp_to(frame - border.before, border.frames) * border.height + clamp_to(row - border.rows, border.height);
+  }
+};
 
 namespace portable {
 // Contiguous: whole groups, numbered batch * groups + group.
@@ -55,7 +68,7 @@ template <class T>
 void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);
 
 // Channels-last, step 1, samples: of each sample kChannelRows rows of `whole_sixteens(channels)` floats, in the order
-// of a row of T: the channels' means, weight / deviation, and biases.
+// of a row of T: the channels' means, weight / deviation, and biases, the last two as `silu` of silu.h takes them.
 template <class T>
 void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample);
 

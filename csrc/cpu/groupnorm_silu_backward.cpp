@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "prefetch.h"
 #include "scratch.h"
+#include "silu.h"
 
 namespace k5::K5_ISA {
 namespace {
@@ -11,23 +13,17 @@ namespace {
 // How grad_x is written, if at all.
 enum class Write { nothing, through_caches, past_caches };
 
-// grad * silu'(z); silu' = s * (1 + z * (1 - s)), s the sigmoid. As exact as sums over what
-// belongs to T need.
-template <class T>
-inline Vec8 through_silu(Vec8 grad, Vec8 z) {
-  const Vec8 s = 1.0f / (exp_of_negative_for_sums(static_cast<const T*>(nullptr), z) + 1.0f);
-  return grad * (s * (1.0f + z * (1.0f - s)));
-}
-
-template <class T>
-inline Vec16 through_silu(Vec16 grad, Vec16 z) {
-  return {through_silu<T>(grad.first, z.first), through_silu<T>(grad.second, z.second)};
-}
-
 // Where the values of a group are near each other, `inverse` is large: what cancels must be rounded alike before it.
-template <class Factor>
-inline Vec16 x_gradient(Vec16 gradient, Vec16 centred, Factor weight, Factor linear, Factor constant, Factor inverse) {
+template <class V, class Factor>
+inline V x_gradient(V gradient, V centred, Factor weight, Factor linear, Factor constant, Factor inverse) {
   return (rounded(gradient * weight) - centred * linear - constant) * inverse;
+}
+
+inline void add_to(Vec32& sums, Vec32 values) { sums = sums + values; }
+inline void add_to(Vec32& sums, Vec16 values) { sums.first = sums.first + values; }
+
+inline float sum_of(Vec32 sums) {
+  return sum((sums.first.first + sums.first.second) + (sums.second.first + sums.second.second));
 }
 
 template <bool kAddUp, Write kWrite, class T>
@@ -38,28 +34,28 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
     const int64_t sample = number / op.channels, channel = number % op.channels;
     const float* terms = op.terms + sample * kTerms * op.channels + channel;
     const auto term = [&](Term row) { return terms[row * op.channels]; };
-    const float centre = term(kCentre), slope = term(kSlope), bias = term(kBias);
+    const float centre = term(kCentre), slope = term(kSlope) * kScaleOfZ<T>, bias = term(kBias) * kScaleOfZ<T>;
     const float weight = term(kWeight), linear = term(kLinear), constant = term(kConstant), inverse = term(kInverse);
     double sum_of_all = 0, centred_sum_of_all = 0;
     for (int64_t start = 0; start < op.positions; start += kPiece) {
       const int64_t offset = number * op.positions + start, count = std::min(kPiece, op.positions - start);
       const T *grad = op.grad + offset, *x = op.x + offset;
-      Vec16 sums[kSums] = {}, centred_sums[kSums] = {};
-      for_sixteens(count, [&](int64_t i, int part, auto lanes) {
-        __builtin_prefetch(x + i + kAhead);
-        __builtin_prefetch(grad + i + kAhead);
-        const Vec16 centred = lanes.get(x + i) - centre;
-        const Vec16 gradient = through_silu<T>(lanes.get(grad + i), centred * slope + bias);
+      Vec32 sums{}, centred_sums{};
+      for_thirty_twos(count, [&](int64_t i, auto lanes) {
+        prefetch_thirty_two(x + i + kAhead);
+        prefetch_thirty_two(grad + i + kAhead);
+        const auto centred = lanes.get(x + i) - centre;
+        const auto gradient = through_silu<T>(lanes.get(grad + i), centred * slope + bias);
         if constexpr (kAddUp) {
-          sums[part] = sums[part] + gradient;
-          centred_sums[part] = centred_sums[part] + gradient * centred;
+          add_to(sums, gradient);
+          add_to(centred_sums, gradient * centred);
         }
         if constexpr (kWrite != Write::nothing)
           lanes.template set<kWrite == Write::past_caches, Ties::away>(
               op.grad_x + offset + i, x_gradient(gradient, centred, weight, linear, constant, inverse));
       });
-      sum_of_all += sum_of_parts(sums);
-      centred_sum_of_all += sum_of_parts(centred_sums);
+      sum_of_all += sum_of(sums);
+      centred_sum_of_all += sum_of(centred_sums);
     }
     if constexpr (kAddUp) {
       float* sums = op.sums + sample * 2 * op.channels + channel;
@@ -70,43 +66,69 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
   if (kWrite == Write::past_caches) end_of_stream();
 }
 
+// The terms of a sample in the order of a row of T, slope and bias as `through_silu` takes them.
+template <class T>
+class ArrangedTerms {
+ public:
+  ArrangedTerms(const float* terms, int64_t channels)
+      : terms_(terms), channels_(channels), row_(whole_sixteens(channels)), arranged_(kTerms * row_) {}
+
+  void set_sample(int64_t sample) {
+    if (sample == sample_) return;
+    sample_ = sample;
+    for (int64_t term = 0; term < kTerms; term++)
+      arrange<T>(arranged_.data + term * row_, terms_ + (sample * kTerms + term) * channels_, channels_);
+    for (const Term term : {kSlope, kBias})
+      for (int64_t i = 0; i < row_; i++) arranged_.data[term * row_ + i] *= kScaleOfZ<T>;
+  }
+
+  const float* row(Term term) const { return arranged_.data + term * row_; }
+
+ private:
+  const float* const terms_;
+  const int64_t channels_, row_;
+  const ZeroedFloats arranged_;
+  int64_t sample_ = -1;
+};
+
+// The gradient of x where kWrite says so, and the sums of each chunk where asked for.
 template <bool kAddUp, Write kWrite, class T>
 void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk) {
-  constexpr int64_t kAheadPositions = 4;
-  const int64_t C = op.channels, row = whole_sixteens(C);
-  const ZeroedFloats arranged((kTerms + 2) * row);  // in the order of a row of T
-  float *const sums = arranged.data + kTerms * row, *const centred_sums = sums + row;
-  int64_t sample = -1;
+  constexpr int64_t kAhead = 1024 / sizeof(T);
+  const int64_t C = op.channels;
+  ArrangedTerms<T> terms(op.terms, C);
+  const float *const centre = terms.row(kCentre), *const slope = terms.row(kSlope), *const bias = terms.row(kBias);
+  const float *const weight = terms.row(kWeight), *const linear = terms.row(kLinear);
+  const float *const constant = terms.row(kConstant), *const inverse = terms.row(kInverse);
+  const ZeroedFloats of_chunk(2 * whole_sixteens(C));
+  float *const sums = of_chunk.data, *const centred_sums = sums + whole_sixteens(C);
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
-    if (chunk.sample != sample) {
-      sample = chunk.sample;
-      for (int64_t term = 0; term < kTerms; term++)
-        arrange<T>(arranged.data + term * row, op.terms + (sample * kTerms + term) * C, C);
-    }
+    terms.set_sample(chunk.sample);
     for (int64_t position = chunk.first; position < chunk.end; position++) {
-      const T *grad = op.grad + position * C, *x = op.x + position * C;
-      for_sixteens(C, [&](int64_t i, int, auto lanes) {
-        __builtin_prefetch(x + kAheadPositions * C + i);
-        __builtin_prefetch(grad + kAheadPositions * C + i);
-        const auto term = [&](Term which) { return load_sixteen(arranged.data + which * row + i); };
-        const Vec16 centred = lanes.get(x + i) - term(kCentre);
-        const Vec16 gradient = through_silu<T>(lanes.get(grad + i), centred * term(kSlope) + term(kBias));
+      const T *const grad = op.grad + position * C, *const x = op.x + position * C;
+      T* const grad_x = kWrite == Write::nothing ? nullptr : op.grad_x + position * C;
+      for_thirty_twos(C, [=](int64_t i, auto lanes) {
+        prefetch_thirty_two(x + kAhead + i);
+        prefetch_thirty_two(grad + kAhead + i);
+        const auto centred = lanes.get(x + i) - lanes.arranged(centre + i);
+        const auto gradient =
+            through_silu<T>(lanes.get(grad + i), centred * lanes.arranged(slope + i) + lanes.arranged(bias + i));
         if constexpr (kAddUp) {
-          store_sixteen(sums + i, load_sixteen(sums + i) + gradient);
-          store_sixteen(centred_sums + i, load_sixteen(centred_sums + i) + gradient * centred);
+          lanes.set_arranged(sums + i, lanes.arranged(sums + i) + gradient);
+          lanes.set_arranged(centred_sums + i, lanes.arranged(centred_sums + i) + gradient * centred);
         }
         if constexpr (kWrite != Write::nothing)
           lanes.template set<kWrite == Write::past_caches, Ties::away>(
-              op.grad_x + position * C + i, x_gradient(gradient, centred, term(kWeight), term(kLinear),
-                                                       term(kConstant), term(kInverse)));
+              grad_x + i, x_gradient(gradient, centred, lanes.arranged(weight + i), lanes.arranged(linear + i),
+                                     lanes.arranged(constant + i), lanes.arranged(inverse + i)));
       });
     }
     if constexpr (kAddUp)
       for_sixteens(C, [&](int64_t i, int, auto lanes) {
-        float* of_chunk = op.sums + number * 2 * C + i;
-        lanes.template set_floats<T>(of_chunk, load_sixteen(sums + i));
-        lanes.template set_floats<T>(of_chunk + C, load_sixteen(centred_sums + i));
+        float* target = op.sums + number * 2 * C + i;
+        lanes.template set_floats<T>(target, load_sixteen(sums + i));
+        lanes.template set_floats<T>(target + C, load_sixteen(centred_sums + i));
         store_sixteen(sums + i, Vec16{});
         store_sixteen(centred_sums + i, Vec16{});
       });
@@ -114,26 +136,33 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
   if (kWrite == Write::past_caches) end_of_stream();
 }
 
-}  // namespace
+// Calls run<kAddUp, kWrite>() as the operator asks for.
+template <class T, class Run>
+void as_asked(const GroupNormSiLUBackward<T>& op, const Run& run) {
+  if (!op.grad_x) return run.template operator()<true, Write::nothing>();
+  if (op.past_caches)
+    return op.sums ? run.template operator()<true, Write::past_caches>()
+                   : run.template operator()<false, Write::past_caches>();
+  return op.sums ? run.template operator()<true, Write::through_caches>()
+                 : run.template operator()<false, Write::through_caches>();
+}
 
-#define K5_CHOOSE(function, op, first, end)                                                        \
-  if (!(op).grad_x) return function<true, Write::nothing>(op, first, end);                         \
-  if ((op).past_caches)                                                                            \
-    return (op).sums ? function<true, Write::past_caches>(op, first, end)                          \
-                     : function<false, Write::past_caches>(op, first, end);                        \
-  return (op).sums ? function<true, Write::through_caches>(op, first, end)                         \
-                   : function<false, Write::through_caches>(op, first, end);
+}  // namespace
 
 template <class T>
 void groupnorm_silu_backward_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel,
                                         int64_t end_channel) {
-  K5_CHOOSE(channels_contiguous, op, first_channel, end_channel)
+  as_asked(op, [&]<bool kAddUp, Write kWrite>() {
+    channels_contiguous<kAddUp, kWrite>(op, first_channel, end_channel);
+  });
 }
 
 template <class T>
 void groupnorm_silu_backward_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk,
                                            int64_t end_chunk) {
-  K5_CHOOSE(chunks_channels_last, op, first_chunk, end_chunk)
+  as_asked(op, [&]<bool kAddUp, Write kWrite>() {
+    chunks_channels_last<kAddUp, kWrite>(op, first_chunk, end_chunk);
+  });
 }
 
 #define K5_INSTANTIATE(T)                                                                                 \

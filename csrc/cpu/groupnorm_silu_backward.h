@@ -18,8 +18,8 @@ enum Term : int64_t { kCentre, kSlope, kBias, kWeight, kLinear, kConstant, kInve
 //     grad_x = (g * weight - c * linear - constant) * inverse        where grad_x is not null
 //     sums   = sum(g), sum(g * c) over positions                     where sums is not null
 //
-// sums: [batch, 2, channels]; in channels-last [batch, chunks_of(positions), 2, channels]. past_caches: whether to write
-// grad_x by `stream` of vec.h.
+// sums: [batch, 2, channels]; in channels-last [batch, chunks_of(positions), 2, channels]. past_caches: whether to
+// write grad_x by `stream` of vec.h.
 template <class T>
 struct GroupNormSiLUBackward {
   const T* grad;

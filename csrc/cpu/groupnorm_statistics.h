@@ -34,8 +34,8 @@ static inline PositionsChunk chunk_at(int64_t number, int64_t positions) {
   return {sample, sample * positions + start, sample * positions + end};
 }
 
-// The gradient of x from those of the statistics: constant + linear * (x - centre), of each channel of each sample. terms
-// [batch, 3, channels]: centre, linear, constant. past_caches: whether to write grad_x by `stream` of vec.h.
+// The gradient of x from those of the statistics: constant + linear * (x - centre), of each channel of each sample.
+// terms [batch, 3, channels]: centre, linear, constant. past_caches: whether to write grad_x by `stream` of vec.h.
 template <class T>
 struct GroupNormStatisticsBackward {
   const T* x;

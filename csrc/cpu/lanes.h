@@ -75,7 +75,7 @@ inline Vec8 from_memory_order(Vec8 values) {
 }
 
 // Sixteen values of a row of T, in its order (`Vec16` of vec.h). `floats`: floats that belong to the row; `set_floats`
-// writes such.
+// writes such. `arranged`: of a row that is in its order already, with room for whole vectors.
 struct AllSixteen {
   template <class T>
   Vec16 get(const T* source) const {
@@ -85,6 +85,8 @@ struct AllSixteen {
   Vec16 floats(const float* source) const {
     return in_order_of<T>(load_sixteen(source));
   }
+  Vec16 arranged(const float* source) const { return load_sixteen(source); }
+  void set_arranged(float* target, Vec16 values) const { store_sixteen(target, values); }
   template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Vec16 values) const {
     if constexpr (kPastCaches) {
@@ -107,6 +109,8 @@ struct AllSixteen {
 // The last `count` < 16 values of a row; zeros are got for the others.
 struct LastSixteen {
   int64_t count;
+  Vec16 arranged(const float* source) const { return load_sixteen(source); }
+  void set_arranged(float* target, Vec16 values) const { store_sixteen(target, values); }
   template <class T>
   Vec16 get(const T* source) const {
     const Buffer<T> buffer(source, count);
@@ -152,6 +156,36 @@ inline __attribute__((always_inline)) void for_sixteens(int64_t width, const Vis
   if (i < width) visit(i, 1, LastSixteen{width - i});
 }
 
+// Thirty-two values, as AllSixteen has sixteen.
+struct AllThirtyTwo {
+  static constexpr int64_t kHalf = 2 * kLanes;
+  template <class T>
+  Vec32 get(const T* source) const {
+    return {load_sixteen(source), load_sixteen(source + kHalf)};
+  }
+  Vec32 arranged(const float* source) const { return get(source); }
+  void set_arranged(float* target, Vec32 values) const { set<false>(target, values); }
+  template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
+  void set(T* target, Vec32 values) const {
+    AllSixteen{}.set<kPastCaches, kTies>(target, values.first);
+    AllSixteen{}.set<kPastCaches, kTies>(target + kHalf, values.second);
+  }
+};
+
+// Calls visit(i, lanes) for every thirty-two values of a row, then for the sixteens that are left: for long
+// computations, whose constants do not fit the registers and are loaded for each block.
+template <class Visit>
+inline __attribute__((always_inline)) void for_thirty_twos(int64_t width, const Visit& visit) {
+  constexpr int64_t kHalf = 2 * kLanes;
+  int64_t i = 0;
+  for (; i + 2 * kHalf <= width; i += 2 * kHalf) visit(i, AllThirtyTwo{});
+  if (i + kHalf <= width) {
+    visit(i, AllSixteen{});
+    i += kHalf;
+  }
+  if (i < width) visit(i, LastSixteen{width - i});
+}
+
 inline float sum_of_parts(const Vec16 (&parts)[kSums]) {
   static_assert(kSums == 2);
   return sum((parts[0].first + parts[0].second) + (parts[1].first + parts[1].second));
@@ -185,12 +219,12 @@ struct AllPairs {
   Vec16 any(const T* source) const {
     return load_sixteen(source);
   }
-  template <bool kPastCaches, class T>
+  template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Pairs pairs) const {
     if constexpr (kPastCaches) {
-      stream_pairs(target, pairs);
+      stream_pairs<kTies>(target, pairs);
     } else {
-      store_pairs(target, pairs);
+      store_pairs<kTies>(target, pairs);
     }
   }
 };
@@ -216,10 +250,10 @@ struct LastPairs {
     const Buffer<T> buffer(source, 2 * count);
     return load_sixteen(buffer.values);
   }
-  template <bool kPastCaches, class T>
+  template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Pairs pairs) const {
     T buffer[2 * kLanes];
-    store_pairs(buffer, pairs);
+    store_pairs<kTies>(buffer, pairs);
     std::memcpy(target, buffer, 2 * count * sizeof(T));
   }
 };

@@ -11,6 +11,13 @@ namespace {
 // many are outstanding, the request is dropped.
 constexpr int kInOrder = 3, kMayDrop = 2;
 
+// The cache lines that thirty-two values begin in.
+template <class T>
+inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) {
+  __builtin_prefetch(values);
+  if constexpr (sizeof(T) == sizeof(float)) __builtin_prefetch(values + 16);
+}
+
 // A queue of rows that are needed soon. They are prefetched a few cache lines at a time, between products: all at once
 // they would delay the loads of the current computation.
 class Prefetch {

@@ -23,12 +23,17 @@ struct SplitRow {
 class SplitRows {
  public:
   SplitRows(int64_t rows, int64_t width) : half_(width / 2 + kLanes), floats_(rows * 2 * half_) {}
-  SplitRow operator[](int64_t row) const { return {floats_.data + 2 * row * half_, floats_.data + (2 * row + 1) * half_}; }
+  SplitRow operator[](int64_t row) const {
+    return {floats_.data + 2 * row * half_, floats_.data + (2 * row + 1) * half_};
+  }
 
  private:
   const int64_t half_;
   const ZeroedFloats floats_;
 };
+
+// For the sake of Ties::away.
+inline Pairs plain(Pairs pairs) { return {with_plain_nan(pairs.even), with_plain_nan(pairs.odd)}; }
 
 template <class T>
 inline const T* head_at(const Heads<T>& heads, int64_t batch, int64_t token, int64_t head) {
@@ -53,13 +58,13 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
   const SplitRows rows(3, op.width);
   const SplitRow to_even = rows[0], to_odd = rows[1], weights = rows[2];
   const ZeroedFloats inverse_rms(whole_heads(op.heads));
-  for_pairs(op.width, [&](int64_t i, auto lanes) { weights.set(i, lanes.template floats<T>(op.weight + i)); });
+  for_pairs(op.width, [&](int64_t i, auto lanes) { weights.set(i, plain(lanes.template floats<T>(op.weight + i))); });
   for (int64_t row = first_row; row < end_row; row++) {
     const int64_t batch = row / op.sequence, token = row % op.sequence;
     const float *cos = op.cos + token * (op.width / 2), *sin = op.sin + token * (op.width / 2);
     for_pairs(op.width, [&](int64_t i, auto lanes) {
       const Pairs weight = weights.get(i);
-      const Vec8 c = lanes.template half<T>(cos + i / 2), s = lanes.template half<T>(sin + i / 2);
+      const auto [c, s] = plain(Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)});
       to_even.set(i, Pairs{weight.even * c, -weight.odd * s});
       to_odd.set(i, Pairs{weight.even * s, weight.odd * c});
     });
@@ -68,7 +73,6 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
       const T* x = head_at(op.x, batch, token, head);
       Vec16 squares = {};
       for_pairs(op.width, [&](int64_t i, auto lanes) {
-        __builtin_prefetch(x + step + i);
         const Vec16 value = lanes.any(x + i);
         squares = squares + value * value;
       });
@@ -80,9 +84,11 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
       T* out = op.out + (row * op.heads + head) * op.width;
       const float inverse = inverse_rms.data[head];
       for_pairs(op.width, [&](int64_t i, auto lanes) {
+        __builtin_prefetch(x + step + i);
         const Pairs value = lanes.get(x + i), even = to_even.get(i), odd = to_odd.get(i);
-        lanes.template set<kPastCaches>(out + i, Pairs{(value.even * even.even + value.odd * even.odd) * inverse,
-                                                       (value.even * odd.even + value.odd * odd.odd) * inverse});
+        lanes.template set<kPastCaches, Ties::away>(
+            out + i, Pairs{(value.even * even.even + value.odd * even.odd) * inverse,
+                           (value.even * odd.even + value.odd * odd.odd) * inverse});
       });
     }
   }
@@ -96,7 +102,7 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
   const SplitRows rows(4, op.width), rotated(op.heads, op.width);
   const SplitRow weight = rows[0], trig = rows[1], of_token = rows[2], of_piece = rows[3];
   const ZeroedFloats inverse_rms(whole_heads(op.heads)), dots(whole_heads(op.heads));
-  for_pairs(op.width, [&](int64_t i, auto lanes) { weight.set(i, lanes.template floats<T>(op.weight + i)); });
+  for_pairs(op.width, [&](int64_t i, auto lanes) { weight.set(i, plain(lanes.template floats<T>(op.weight + i))); });
   for (int64_t piece = first_piece; piece < end_piece; piece++) {
     for_pairs(op.width, [&](int64_t i, auto) { of_piece.set(i, Pairs{}); });
     const int64_t all = op.batch * op.sequence, first = piece * kPieceRows;
@@ -104,7 +110,7 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
       const int64_t batch = row / op.sequence, token = row % op.sequence;
       const float *cos = op.cos + token * (op.width / 2), *sin = op.sin + token * (op.width / 2);
       for_pairs(op.width, [&](int64_t i, auto lanes) {
-        trig.set(i, Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)});
+        trig.set(i, plain(Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)}));
         of_token.set(i, Pairs{});
       });
       const bool last = token + 1 == op.sequence;
@@ -115,7 +121,6 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
         Vec8 even_squares = {}, odd_squares = {}, even_dots = {}, odd_dots = {};
         for_pairs(op.width, [&](int64_t i, auto lanes) {
           __builtin_prefetch(x + step + i);
-          __builtin_prefetch(grad + grad_step + i);
           const Pairs value = lanes.get(x + i), gradient = lanes.get(grad + i), w = weight.get(i), turn = trig.get(i);
           const Vec8 even = gradient.even * turn.even + gradient.odd * turn.odd;
           const Vec8 odd = gradient.odd * turn.even - gradient.even * turn.odd;
@@ -133,11 +138,14 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
         const T* x = head_at(op.x, batch, token, head);
         T* grad_x = op.grad_x + (row * op.heads + head) * op.width;
         const SplitRow kept = rotated[head];
+        const T* grad = head_at(op.grad, batch, token, head);
         const float inverse = inverse_rms.data[head], projection = dots.data[head] / op.width * inverse * inverse;
         for_pairs(op.width, [&](int64_t i, auto lanes) {
+          __builtin_prefetch(grad + grad_step + i);
           const Pairs value = lanes.get(x + i), r = kept.get(i), w = weight.get(i), sums = of_token.get(i);
-          lanes.template set<kPastCaches>(grad_x + i, Pairs{(r.even * w.even - value.even * projection) * inverse,
-                                                            (r.odd * w.odd - value.odd * projection) * inverse});
+          lanes.template set<kPastCaches, Ties::away>(
+              grad_x + i, Pairs{(r.even * w.even - value.even * projection) * inverse,
+                                (r.odd * w.odd - value.odd * projection) * inverse});
           of_token.set(i, Pairs{sums.even + r.even * (value.even * inverse), sums.odd + r.odd * (value.odd * inverse)});
         });
       }

@@ -12,7 +12,7 @@ namespace {
 template <class T>
 struct Zeroed {
   explicit Zeroed(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
-    for (int64_t i = 0; i < size; i++) data[i] = 0;
+    for (int64_t i = 0; i < size; i++) data[i] = T{};
   }
   ~Zeroed() { ::operator delete(data, std::align_val_t(64)); }
   Zeroed(const Zeroed&) = delete;

@@ -86,6 +86,7 @@ static inline HVec8 rounded_to_bfloat16(Vec8 value) { return narrow(round_to_upp
 
 // A NaN with a lower half of zero in place of any other.
 static inline float with_plain_nan(float value) { return value == value ? value : bits_as<float>(0x7fc00000u); }
+static inline Vec8 with_plain_nan(Vec8 value) { return value == value ? value : splat(bits_as<float>(0x7fc00000u)); }
 
 static inline void store(BFloat16* target, Vec8 value) {
   const HVec8 half = rounded_to_bfloat16(value);
@@ -116,6 +117,17 @@ static inline void stream(BFloat16* target, Vec8 value) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(target), (__m128i)rounded_to_bfloat16(value));
 #else
   store(target, value);
+#endif
+}
+
+// The 64 bytes of a cache line, from one aligned place to another.
+static inline void stream_line(void* target, const void* source) {
+#ifdef __AVX2__
+  for (int64_t half = 0; half < 2; half++)
+    _mm256_stream_si256(static_cast<__m256i*>(target) + half,
+                        _mm256_load_si256(static_cast<const __m256i*>(source) + half));
+#else
+  std::memcpy(target, source, 64);
 #endif
 }
 
@@ -171,11 +183,14 @@ static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.
 static inline Vec8 reordered(Vec8 value) { return K5_SHUFFLE(value, value, 0, 1, 4, 5, 2, 3, 6, 7); }
 static inline Pairs reordered(Pairs pairs) { return {reordered(pairs.even), reordered(pairs.odd)}; }
 
+// kTies: of numbers that are rounded; floats are not.
+template <Ties kTies = Ties::to_even>
 static inline void store_pairs(float* target, Pairs pairs) {
   store(target, low_half(pairs));
   store(target + kLanes, high_half(pairs));
 }
 
+template <Ties kTies = Ties::to_even>
 static inline void stream_pairs(float* target, Pairs pairs) {
   stream(target, low_half(pairs));
   stream(target + kLanes, high_half(pairs));
@@ -216,20 +231,63 @@ static inline void stream_pairs(BFloat16* target, Pairs pairs) {
 // Sixteen values of a row, in the order that costs their type least: floats as in memory, of bfloat16 those of even
 // places first. `in_order_of<T>` brings floats that belong to a row of T into its order, `from_order_of<T>` undoes
 // that.
-struct Vec16 {
-  Vec8 first, second;
+template <class V>
+struct Twice {
+  V first, second;
 };
+using Vec16 = Twice<Vec8>;
+
+// Two Vec16 that follow each other.
+using Vec32 = Twice<Vec16>;
 
 // The length of a row of `width` values, rounded up to whole ones.
 static inline int64_t whole_sixteens(int64_t width) { return (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
-static inline Vec16 operator+(Vec16 a, Vec16 b) { return {a.first + b.first, a.second + b.second}; }
-static inline Vec16 operator-(Vec16 a, Vec16 b) { return {a.first - b.first, a.second - b.second}; }
-static inline Vec16 operator*(Vec16 a, Vec16 b) { return {a.first * b.first, a.second * b.second}; }
-static inline Vec16 operator+(Vec16 a, float b) { return {a.first + b, a.second + b}; }
-static inline Vec16 operator-(Vec16 a, float b) { return {a.first - b, a.second - b}; }
-static inline Vec16 operator*(Vec16 a, float b) { return {a.first * b, a.second * b}; }
-static inline Vec16 rounded(Vec16 product) { return {rounded(product.first), rounded(product.second)}; }
+// Both halves take each step of a computation together, so that a constant is loaded once for both.
+template <class V>
+static inline Twice<V> operator+(Twice<V> a, Twice<V> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <class V>
+static inline Twice<V> operator-(Twice<V> a, Twice<V> b) {
+  return {a.first - b.first, a.second - b.second};
+}
+template <class V>
+static inline Twice<V> operator*(Twice<V> a, Twice<V> b) {
+  return {a.first * b.first, a.second * b.second};
+}
+template <class V>
+static inline Twice<V> operator/(Twice<V> a, Twice<V> b) {
+  return {a.first / b.first, a.second / b.second};
+}
+template <class V>
+static inline Twice<V> operator+(Twice<V> a, float b) {
+  return {a.first + b, a.second + b};
+}
+template <class V>
+static inline Twice<V> operator-(Twice<V> a, float b) {
+  return {a.first - b, a.second - b};
+}
+template <class V>
+static inline Twice<V> operator*(Twice<V> a, float b) {
+  return {a.first * b, a.second * b};
+}
+template <class V>
+static inline Twice<V> operator-(float a, Twice<V> b) {
+  return {a - b.first, a - b.second};
+}
+template <class V>
+static inline Twice<V> operator/(float a, Twice<V> b) {
+  return {a / b.first, a / b.second};
+}
+template <class V>
+static inline Twice<V> operator-(Twice<V> a) {
+  return {-a.first, -a.second};
+}
+template <class V>
+static inline Twice<V> rounded(Twice<V> product) {
+  return {rounded(product.first), rounded(product.second)};
+}
 
 static inline Vec16 load_sixteen(const float* source) { return {load(source), load(source + kLanes)}; }
 static inline Vec16 load_sixteen(const BFloat16* source) {
@@ -291,47 +349,58 @@ static inline Vec8 clamped(Vec8 value, float limit) {
   return value < splat(-limit) ? splat(-limit) : value;
 #endif
 }
+template <class V>
+static inline Twice<V> clamped(Twice<V> value, float limit) {
+  return {clamped(value.first, limit), clamped(value.second, limit)};
+}
+
+// Adding it rounds a number to an integer, which then stands in the low bits: 1.5 * 2^23.
+constexpr float kMagic = 12582912.0f;
+
+// value * 2^whole, of the whole number to which kMagic was added.
+static inline Vec8 scaled_by_power(Vec8 value, Vec8 whole_and_magic) {
+  return bits_as<Vec8>(bits_as<UVec8>(value) + (bits_as<UVec8>(whole_and_magic) << 23));
+}
+template <class V>
+static inline Twice<V> scaled_by_power(Twice<V> value, Twice<V> whole_and_magic) {
+  return {scaled_by_power(value.first, whole_and_magic.first), scaled_by_power(value.second, whole_and_magic.second)};
+}
 
 // e^value, accurate to about one unit in the last place; values are clamped to ±87. value = whole · ln(2) + rest with
-// |rest| <= ln(2) / 2, and e^rest is a polynomial, the one of its degree that is nearest.
-static inline Vec8 exp(Vec8 value) {
+// |rest| <= ln(2) / 2, and e^rest is a polynomial, the one of its degree that is nearest. V: Vec8, Vec16 or
+// Vec32, here and below.
+template <class V>
+static inline __attribute__((always_inline)) V exp(V value) {
   value = clamped(value, 87.0f);
-  const Vec8 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const Vec8 shifted = value * 1.44269504f + magic;
-  const Vec8 whole = shifted - magic;
-  const Vec8 rest = value - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, for accuracy
-  Vec8 polynomial = splat(1.3836845e-3f);
-  for (const float coefficient : {8.3748158e-3f, 4.1668222e-2f, 0.16666420f, 0.49999991f, 1.0f, 1.0f})
+  const V shifted = value * 1.44269504f + kMagic;
+  const V whole = shifted - kMagic;
+  const V rest = value - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, for accuracy
+  V polynomial = rest * 1.3836845e-3f + 8.3748158e-3f;
+  for (const float coefficient : {4.1668222e-2f, 0.16666420f, 0.49999991f, 1.0f, 1.0f})
     polynomial = polynomial * rest + coefficient;
-  // The whole number, which stands in the low bits of `shifted`, added to the exponent.
-  return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
+  return scaled_by_power(polynomial, shifted);
 }
 
-// e^-value for what belongs to values in bfloat16. Degree 5: to a relative error of 1e-7 where |value| is below 5, else
-// of |value| * 2e-8. Degree 4: to 3e-6, a thousandth of a rounding to bfloat16.
-template <int kDegree>
-static inline Vec8 rough_exp_of_negative(Vec8 value) {
+// 2^value for what belongs to values in bfloat16; values are clamped to ±126. Degree 5: to a relative error of 1e-7.
+// Degree 4: to 3e-6, a thousandth of a rounding to bfloat16.
+template <int kDegree, class V>
+static inline __attribute__((always_inline)) V rough_exp2(V value) {
   static_assert(kDegree == 4 || kDegree == 5);
-  value = clamped(value, 87.0f);
-  const Vec8 magic = splat(12582912.0f);
-  const Vec8 shifted = value * -1.44269504f + magic;
-  const Vec8 rest = value * -1.44269504f - (shifted - magic);
-  Vec8 polynomial = splat(kDegree == 5 ? 1.3276470e-3f : 9.5701013e-3f);
+  value = clamped(value, 126.0f);
+  const V shifted = value + kMagic;
+  const V rest = value - (shifted - kMagic);
   if constexpr (kDegree == 5) {
-    for (const float coefficient : {9.6755410e-3f, 5.5507131e-2f, 0.24022120f, 0.69314694f, 1.0000001f})
+    V polynomial = rest * 1.3276470e-3f + 9.6755410e-3f;
+    for (const float coefficient : {5.5507131e-2f, 0.24022120f, 0.69314694f, 1.0000001f})
       polynomial = polynomial * rest + coefficient;
+    return scaled_by_power(polynomial, shifted);
   } else {
-    for (const float coefficient : {5.5917863e-2f, 0.24024744f, 0.69312179f, 0.99999928f})
+    V polynomial = rest * 9.5701013e-3f + 5.5917863e-2f;
+    for (const float coefficient : {0.24024744f, 0.69312179f, 0.99999928f})
       polynomial = polynomial * rest + coefficient;
+    return scaled_by_power(polynomial, shifted);
   }
-  return bits_as<Vec8>(bits_as<UVec8>(polynomial) + (bits_as<UVec8>(shifted) << 23));
 }
-
-// e^-value, as exact as a result that is rounded to T needs it, and as float32 sums of what belongs to T need it.
-static inline Vec8 exp_of_negative_for(const float*, Vec8 value) { return exp(-value); }
-static inline Vec8 exp_of_negative_for(const BFloat16*, Vec8 value) { return rough_exp_of_negative<4>(value); }
-static inline Vec8 exp_of_negative_for_sums(const float*, Vec8 value) { return exp(-value); }
-static inline Vec8 exp_of_negative_for_sums(const BFloat16*, Vec8 value) { return rough_exp_of_negative<5>(value); }
 
 // log2(value) for positive normal numbers, accurate to about two units in the last place; NaN for NaN. value =
 // 2^exponent · m with m in [sqrt(1/2), sqrt(2)); log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).

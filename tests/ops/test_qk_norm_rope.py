@@ -8,6 +8,7 @@ from operator_checks import (
     assert_compiled_equals_eager,
     assert_equals_its_parts,
     assert_thread_count_changes_no_bit,
+    nan_with_all_bits_set,
     outputs_and_gradients,
 )
 from tolerances import assert_matches
@@ -129,6 +130,19 @@ def test_opcheck_passes(isa, device, dtype):
     torch.library.opcheck(torch.ops.k5.qk_norm_rope, (*differentiable, cos, sin, eps))
     grads = (torch.randn_like(q), torch.randn_like(k))
     torch.library.opcheck(torch.ops.k5.qk_norm_rope_backward, (*grads, q, k, q_weight, k_weight, cos, sin, eps))
+
+
+@pytest.mark.parametrize("place", ["q_weight", "cos", "sin"])
+def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa, place):
+    q, k, *tensors, eps = inputs(1, 3, 2, 14, torch.bfloat16, weight_dtype=torch.float32)
+    named = dict(zip(("q_weight", "k_weight", "cos", "sin"), tensors, strict=True))
+    named[place].view(-1)[1] = nan_with_all_bits_set()
+    q_out, _, grad_q, *_ = outputs_and_gradients(qk_norm_rope, (q, k, *named.values(), eps), DIFFERENTIABLE)
+    tokens, pair = (slice(None), slice(0, 2)) if place == "q_weight" else (slice(1), slice(2, 4))
+    # The gradient of a head has a mean over it.
+    for result, of_nan in ((q_out, (0, tokens, slice(None), pair)), (grad_q, (0, tokens))):
+        assert result[of_nan].isnan().all()
+        assert result.isnan().sum() == result[of_nan].numel()
 
 
 def test_one_compiled_graph_serves_all_sizes(device):
