@@ -196,14 +196,15 @@ def counted_passes(model: Any) -> Iterator[list[int]]:
 
 # Those of cache-dit come last: it changes the class of the pipeline.
 @pytest.mark.parametrize("rival", RIVALS)
-def test_psnr_at_the_same_number_of_computed_passes(pipe, uncached, rival, say):
+def test_psnr_at_no_more_computed_passes(pipe, uncached, rival, say):
+    """Ours as recommended for 2.5 passes a computed one, where all gaps between computed steps are alike."""
     if "cache-dit" in rival and find_spec("cache_dit") is None:
         say(f"{rival}: not measured, `pip install cache-dit==1.5.3` first")
         pytest.skip("cache-dit is not installed")
     with counted_passes(pipe.transformer) as ran, RIVALS[rival](pipe, STEPS):
         theirs = generate(pipe)
     assert len(ran) < 2 * STEPS
-    with accelerate(pipe, attention=None, cache=our_cache(speedup=2 * STEPS / len(ran))) as report:
+    with accelerate(pipe, attention=None, cache=our_cache(speedup=MOST_BY_TWO)) as report:
         ours = generate(pipe)
     computed = len(report.caches[0].passes) - report.caches[0].skipped
     found = decibels(ours, uncached), decibels(theirs, uncached)
