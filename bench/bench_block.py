@@ -19,6 +19,7 @@ LITE = MODEL_SIZES["video_lite"]
 SHORT, LONG = TokenLayout(((31, 16, 24),)), TokenLayout(((31, 24, 32),))
 SMALL = TokenLayout(((3, 16, 24),))
 TRAINED = TokenLayout(((8, 16, 24),))  # no more, so that the row takes minutes; with more NABLA gains more
+NATIVE = AttentionConfig("native")
 TENTH, FIFTH = AttentionConfig("nabla", thr=0.5), AttentionConfig("nabla", thr=0.66)
 BLOCKS = 4
 ROUNDS = 5  # of calls that take half a minute
@@ -62,9 +63,9 @@ def test_forward_dense():
     theirs = diffusers_block(block)
     row = measure(
         "forward_dense",
-        f"S {SHORT.tokens}, float32",
+        f"S {SHORT.tokens}, float32, engine native",
         {
-            "ours": lambda: block(inputs.x, inputs.context()),
+            "ours": lambda: block(inputs.x, inputs.context(NATIVE)),
             "diffusers": lambda: run_diffusers(theirs, inputs),
         },
         near_the_first(OF_BFLOAT16),

@@ -94,7 +94,7 @@ PACKAGES = {
 
 def test_pytorchs_attention_and_nabla_run_on_every_machine_and_the_others_say_what_is_missing():
     engines = {engine.name: engine for engine in info.machine().engines}
-    assert set(engines) == {"sdpa", "nabla", "flex", *PACKAGES}
+    assert set(engines) == {"sdpa", "native", "nabla", "flex", *PACKAGES}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("sdpa", "nabla"):
         assert engines[name] == info.AttentionEngine(name, device, True, f"runs on {device}")

@@ -129,29 +129,34 @@ def _dense_backward(layout: TokenLayout, grad: Tensor, q: Tensor, k: Tensor, *re
     return 2.5 * _dense(layout, q, k)
 
 
-def _sparse(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *rest: Any) -> float:
-    """offsets: [B or 1, h or 1, N_b + 1], of which the last says how many blocks are kept."""
-    B, h, _, D = q.shape
-    kept = offsets[..., -1].expand(B, h) - offsets[..., 0].expand(B, h)
-    return 4.0 * D * layout.block_side**4 * float(kept.sum())
+def _sparse(
+    layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, indices: Tensor, block_starts: Tensor,
+    *rest: Any,
+) -> float:  # fmt: skip
+    """offsets, indices: of a BlockMask, for all samples and heads or for each."""
+    lengths, counts = block_starts.diff(), offsets.diff(dim=-1)
+    queries = lengths.expand(counts.shape).flatten().repeat_interleave(counts.flatten())
+    alike = q.shape[0] * q.shape[1] // (counts.shape[0] * counts.shape[1])
+    return 4.0 * q.shape[-1] * alike * float((queries * lengths[indices]).sum())
 
 
 def _sparse_backward(
     layout: TokenLayout, grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    offsets: Tensor, *rest: Any,
+    *lists: Any,
 ) -> float:  # fmt: skip
-    return 2.5 * _sparse(layout, q, k, v, offsets)
+    return 2.5 * _sparse(layout, q, k, v, *lists)
 
 
 def _bits(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, bits: Tensor, offsets: Tensor, *rest: Any) -> float:
-    return _sparse(layout, q, k, v, offsets)
+    """offsets: [B, h, N_b + 1], of which the last says how many blocks are kept; as if all were whole."""
+    return 4.0 * q.shape[-1] * layout.block_side**4 * float((offsets[..., -1] - offsets[..., 0]).sum())
 
 
 def _bits_backward(
     layout: TokenLayout, grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    bits: Tensor, offsets: Tensor, *rest: Any,
+    *lists: Any,
 ) -> float:  # fmt: skip
-    return 2.5 * _sparse(layout, q, k, v, offsets)
+    return 2.5 * _bits(layout, q, k, v, *lists)
 
 
 # What PyTorch's counter does not know.

@@ -7,6 +7,7 @@ from k5kernels.attention.engine import Call, Engine
 from k5kernels.attention.flash import FlashAttention2, FlashAttention3, FlashAttention4
 from k5kernels.attention.flex import Flex
 from k5kernels.attention.nabla import Nabla
+from k5kernels.attention.native import Native
 from k5kernels.attention.sage import SageAttention
 from k5kernels.attention.sdpa import SDPA
 from k5kernels.block_mask import BlockMask
@@ -27,6 +28,7 @@ ENGINES: dict[str, Engine] = {
         FlashAttention2(),
         SageAttention(),
         SDPA(),
+        Native(),
         Nabla(),
         Flex(),
     )
@@ -96,12 +98,13 @@ def attention(
     """Attention by the engine named: [B, h, S, D] in the dtype of q (under autocast in autocast's).
 
     q, k, v: [B, h, S, D], one floating dtype; keys and values may have another S where there is no layout.
-    engine: a name of `ENGINES`: "sdpa", "flash2", "flash3", "flash4" and "sage" are dense, "nabla" is block-sparse and
-    needs the layout, "flex" is the same by PyTorch's FlexAttention. "auto" is an exact dense one: FlashAttention where
-    it is installed and takes this call, else "sdpa"; `choose_engine` says when a clip wants another. layout: of
-    self-attention; with several clips dense attention stays inside each. thr, sta: of "nabla" and "flex", as in
-    `nabla_attention`. mask: for "sdpa" without a layout a bool tensor that broadcasts to [B, h, S, S_k], true where a
-    query reads a key; for "nabla" and "flex" a BlockMask in place of the one they would build.
+    engine: a name of `ENGINES`: "sdpa", "native" (on CPUs, with a layout), "flash2", "flash3", "flash4" and "sage" are
+    dense, "nabla" is block-sparse and needs the layout, "flex" is the same by PyTorch's FlexAttention. "auto" is an
+    exact dense one: FlashAttention where it is installed and takes this call, else "sdpa"; `choose_engine` says when a
+    clip wants another. layout: of self-attention; with several clips dense attention stays inside each.
+    thr, sta: of "nabla" and "flex", as in `nabla_attention`. mask: for "sdpa" without a layout a bool tensor that
+    broadcasts to [B, h, S, S_k], true where a query reads a key; for "nabla" and "flex" a BlockMask in place of the one
+    they would build.
 
     Raises ValueError where an argument is wrong, and its subclass EngineUnavailableError where the engine cannot run
     the call: the package is missing, or the device, dtype, head dim, mask or backward is not one it has.

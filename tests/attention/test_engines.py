@@ -8,7 +8,7 @@ import pytest
 import torch
 from block_masks import random_mask, same_clip
 from dense_attention import over_tokens, random_tokens
-from tolerances import assert_matches
+from tolerances import assert_error_bounded, assert_matches
 from torch.nn.functional import scaled_dot_product_attention
 
 from k5kernels import TokenLayout, block_sparse_attention, nabla_attention
@@ -20,6 +20,7 @@ from k5kernels.attention import (
     attention,
     choose_engine,
     engine,
+    native,
     register_engine,
 )
 from k5kernels.attention.engine import _constant
@@ -134,6 +135,43 @@ def test_dense_with_a_layout_stays_inside_each_clip(device):
         assert_matches(attention(q, k, v, name, CLIPS), scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
+with_kernel = pytest.mark.skipif(not native.HAS_KERNEL, reason="installed without a C++ compiler")
+
+
+@with_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clips", [(1, 1, 1), (1, 8, 8), (1, 5, 13), [(2, 9, 17), (1, 8, 20)]], ids=str)
+def test_this_librarys_dense_attention_is_exact_at_every_length_forward_and_backward(clips, dtype):
+    layout = TokenLayout(clips)
+    q, k, v = (x.requires_grad_() for x in random_tokens(layout, 2, 3, 24, dtype=dtype))
+    mask = over_tokens(same_clip(layout), layout)
+    grad = torch.randn(q.shape).to(dtype)
+    results = []
+    for tensors, run in (
+        ((q, k, v), lambda q, k, v: attention(q, k, v, "native", layout)),
+        ((q, k, v), lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask)),
+        (
+            [x.detach().double().requires_grad_() for x in (q, k, v)],
+            lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        ),
+    ):
+        out = run(*tensors)
+        results.append((out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))))
+    for ours, eager, exact in zip(*results, strict=True):
+        assert_error_bounded(ours, eager, exact)
+
+
+def test_this_librarys_dense_attention_needs_its_kernel_and_a_layout(monkeypatch):
+    q, k, v = random_tokens(CLIPS, 1, 1, 16)
+    with pytest.raises(EngineUnavailableError, match="layout: it needs the TokenLayout of the sequence, got None"):
+        attention(q, k, v, "native")
+    with pytest.raises(EngineUnavailableError, match="it takes float32 and bfloat16, the tensors are float64"):
+        attention(q.double(), k.double(), v.double(), "native", CLIPS)
+    monkeypatch.setattr(native, "HAS_KERNEL", False)
+    with pytest.raises(EngineUnavailableError, match=r"'native': this library was installed without a C\+\+ compiler"):
+        attention(q, k, v, "native", CLIPS)
+
+
 def test_nabla_is_nabla_attention_or_takes_a_mask_of_ones_own(device):
     q, k, v = random_tokens(CLIPS, 2, 3, 16, device=device)
     assert torch.equal(attention(q, k, v, "nabla", CLIPS), nabla_attention(q, k, v, CLIPS, 0.9))
@@ -190,7 +228,7 @@ def test_an_engine_that_cannot_run_is_refused_with_the_reason_and_those_that_can
     words = f"engine {name!r}: it runs on CUDA, the tensors are on cpu; 'sdpa' can run this call"
     with pytest.raises(EngineUnavailableError, match=words):
         attention(q, k, v, name)
-    with pytest.raises(EngineUnavailableError, match="'sdpa' or 'nabla' can run this call"):
+    with pytest.raises(EngineUnavailableError, match="'sdpa' or 'native' or 'nabla' can run this call"):
         attention(q, k, v, name, CLIPS)
 
 
@@ -261,7 +299,7 @@ def test_an_engine_of_ones_own_is_asked_for_by_its_name_and_never_chosen():
         attention(*(x.bfloat16() for x in (q, k, v)), "halves")
 
 
-@pytest.mark.parametrize("name", ["auto", "sdpa", "nabla"])
+@pytest.mark.parametrize("name", ["auto", "sdpa", "native", "nabla"])
 def test_a_name_that_is_taken_is_refused(name):
     taken = Halves()
     taken.name = name
@@ -285,7 +323,7 @@ def test_the_engine_is_chosen_and_run_inside_a_compiled_function_in_one_graph(mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q, k, v = random_tokens(CLIPS, 1, 2, 16, dtype=torch.bfloat16)
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, "auto", CLIPS), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q, k, v), v if runs == "flash2" else attention(q, k, v, "sdpa", CLIPS))
+    assert torch.equal(compiled(q, k, v), v if runs == "flash2" else attention(q, k, v, runs, CLIPS))
 
 
 def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
@@ -293,7 +331,8 @@ def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
     block_mask = random_mask(CLIPS, 1, 1)
     token_mask = torch.ones(CLIPS.tokens, CLIPS.tokens, dtype=torch.bool)
     with pytest.raises(
-        ValueError, match="engine: expected one of auto, flash3, flash4, flash2, sage, sdpa, nabla, flex, got 'flash'"
+        ValueError,
+        match="engine: expected one of auto, flash3, flash4, flash2, sage, sdpa, native, nabla, flex, got 'flash'",
     ):
         attention(q, k, v, "flash")
     with pytest.raises(ValueError, match="layout: it needs the TokenLayout of the sequence, got None"):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from bench.profile.__main__ import app
 from bench.profile.parts import Part, Parts, Roof
 from k5kernels import TokenLayout, block_sparse_attention, nabla_mask
+from k5kernels.attention import attention
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout(((2, 16, 16),))
@@ -43,6 +44,15 @@ def test_sparse_attention_has_the_operations_of_its_kept_blocks():
     assert sparse["k5.block_sparse_attention_backward"].operations == pytest.approx(2.5 * mask.density * of_dense)
     assert dense["aten._scaled_dot_product_flash_attention_for_cpu"].operations == of_dense
     assert dense["aten._scaled_dot_product_flash_attention_for_cpu_backward"].operations == 2.5 * of_dense
+
+
+def test_attention_to_every_block_has_the_operations_of_dense_attention_on_a_grid_of_any_sides():
+    ragged = TokenLayout(((3, 9, 13),))
+    q, k, v = (torch.randn(2, 3, ragged.tokens, 16) for _ in range(3))
+    every = nabla_mask(q[:1], k[:1], ragged, 1.0)
+    ours = found(lambda: block_sparse_attention(q, k, v, every))["k5.block_sparse_attention"]
+    dense = found(lambda: attention(q, k, v, "native", ragged))["k5.block_sparse_attention"]
+    assert ours.operations == dense.operations == 4 * 2 * 3 * ragged.tokens**2 * 16
 
 
 def test_the_roof_is_the_slower_of_products_and_memory():

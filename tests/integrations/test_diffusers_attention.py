@@ -35,7 +35,7 @@ def leaves_no_trace(model: nn.Module) -> AbstractContextManager[None]:
 
 @pytest.mark.usefixtures("stock_rounding")
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("engine", ["nabla", "sdpa", "auto"])
+@pytest.mark.parametrize("engine", ["nabla", "native", "sdpa", "auto"])
 def test_attention_that_keeps_everything_gives_the_stock_result(transformer, engine, batch):
     expected = run(transformer, batch)
     with accelerate(transformer, attention=engine, thr=1.0):
@@ -132,7 +132,9 @@ def test_auto_turns_to_dense_where_the_mask_is_too_dense_to_gain_by_it(transform
 
 def test_an_engine_that_is_not_there_is_refused_with_the_reason_and_what_can_run(transformer):
     before = snapshot(transformer)
-    with pytest.raises(EngineUnavailableError, match=r"attention='flash4': it runs on CUDA.* here sdpa, nabla can"):
+    with pytest.raises(
+        EngineUnavailableError, match=r"attention='flash4': it runs on CUDA.* here sdpa, native, nabla can"
+    ):
         accelerate(transformer, attention="flash4")
     assert snapshot(transformer) == before
 

@@ -15,6 +15,7 @@ from k5kernels.integrations.diffusers.attention import VisualSelfAttention
 from k5kernels.integrations.diffusers.models import Heads
 from k5kernels.ops.block_sparse_attention import block_sparse_attention_lse
 from k5kernels.ops.nabla_mask import nabla_mask
+from k5kernels.token_layout import TokenLayout
 
 
 class JointAttention(VisualSelfAttention):
@@ -75,7 +76,8 @@ class JointAttention(VisualSelfAttention):
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(visual, words, strict=True))
         S = visual[0].shape[2]
         if not config.sparse:
-            out = attention(q, k, v, config.engine)
+            # Dense attention asks of a layout which tokens are a clip; here all are.
+            out = attention(q, k, v, config.engine, TokenLayout((1, 1, q.shape[2])))
             return out[:, :, :S], out[:, :, S:]
         layout = self.shared.layout
         assert layout is not None
