@@ -342,7 +342,7 @@ def test_arguments_that_do_not_fit_the_engine_are_refused_by_name():
     with pytest.raises(ValueError, match=r"mask: it takes a bool tensor, got a BlockMask.*'nabla' can run this call"):
         attention(q, k, v, "sdpa", CLIPS, mask=block_mask)
     for name in ("auto", "sdpa"):
-        with pytest.raises(ValueError, match="mask: it takes a tensor or a layout, got both; no engine can run"):
+        with pytest.raises(ValueError, match=r"mask: it takes a tensor or a layout, got both;.*no engine can run"):
             attention(q, k, v, name, CLIPS, mask=token_mask)
     with pytest.raises(ValueError, match="q: expected a floating"):
         attention(q[:, :, 1:], k, v, "sdpa", CLIPS)

@@ -1,17 +1,20 @@
 """The profile of a step counts the work of its parts, and writes a table, a file and a picture."""
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner, Result
 
-from bench.profile.__main__ import app
+from bench.profile.__main__ import HEADER, app, rows
 from bench.profile.parts import Part, Parts, Roof
 from k5kernels import TokenLayout, block_sparse_attention, nabla_mask
 from k5kernels.attention import attention
+from k5kernels.terminal import table
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout(((2, 16, 16),))
@@ -59,6 +62,16 @@ def test_the_roof_is_the_slower_of_products_and_memory():
     roof = Roof(operations=100.0, bandwidth=10.0)
     assert roof.share(Part("forward", "a", seconds=4.0, operations=200.0, bytes=10.0)) == 0.5
     assert roof.share(Part("forward", "b", seconds=4.0, operations=100.0, bytes=40.0)) == 1.0
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    parts = [Part("forward", "aten._scaled_dot_product_flash_attention_for_cpu", 1, 12.345678, 1.2e12, 1e9)]
+    parts.append(Part("forward", "aten.mm", 12, 10.0, 9e11, 1e9))
+    printed = Console(width=80, file=StringIO())
+    printed.print(table("a block", HEADER, rows(parts, Roof(1e11, 1e10))))
+    lines = printed.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(" 12346 " in line and "_for_cpu" in line for line in lines)
 
 
 def run(*words: str, out: Path) -> Result:
