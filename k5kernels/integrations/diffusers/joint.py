@@ -77,7 +77,7 @@ class JointAttention(VisualSelfAttention):
         S = visual[0].shape[2]
         if not config.sparse:
             # Dense attention asks of a layout which tokens are a clip; here all are.
-            out = attention(q, k, v, config.engine, TokenLayout((1, 1, q.shape[2])))
+            out = attention(q, k, v, config.engine, TokenLayout(((1, 1, q.shape[2]),)))
             return out[:, :, :S], out[:, :, S:]
         layout = self.shared.layout
         assert layout is not None
