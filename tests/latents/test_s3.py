@@ -81,9 +81,8 @@ def test_sources_and_shards_in_s3_are_those_of_a_disk(
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    """(exit code, stderr without the lines of progress) of `k5 encode …`, with a client that knows nothing yet."""
+    """(exit code, stderr without the lines of progress) of `k5 encode …`."""
     monkeypatch.setattr(weights, "load_encoder", lambda path: CountingEncoder())
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
     result = k5(f"encode {command} --vae none --clip-frames 5 --samples-per-shard 2", columns=400)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, "".join(line for line in result.stderr.splitlines(True) if line.startswith("k5: "))
@@ -97,8 +96,17 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("at", ["out", pytest.param("videos", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    ("wrong", "at"),
+    [
+        ("credentials", "out"),
+        ("bucket", "out"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("permission", "out"), ("server", "out"), ("credentials", "videos"), ("permission", "videos"))
+        ),
+    ],
+)
 def test_what_is_wrong_with_a_store_is_one_line_that_says_what_to_do(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, wrong: str, at: str
 ) -> None:
@@ -115,6 +123,7 @@ def test_what_is_wrong_with_a_store_is_one_line_that_says_what_to_do(
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"none")
     videos, out = (tmp_path / "videos", url) if at == "out" else (url, tmp_path / "out")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     code, line = run(f"{videos} --out {out}", monkeypatch)
     assert (code, line.count("\n")) == (1, 1), line
     assert WRONG[wrong] in line
@@ -135,6 +144,7 @@ def test_a_second_job_is_refused_while_one_writes(
     assert run(f"{folder} --out {out.out}", monkeypatch) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_source_that_the_network_loses_is_told_and_the_others_are_encoded(
     encode: Encode, folder: Path, tmp_path: Path, server: Server, bucket: str
 ) -> None:
@@ -166,6 +176,7 @@ def test_where_the_store_cannot_be_reached_any_more_the_run_ends(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "_get_file", unreachable)
+        files.clear_instance_cache()
         code, line = run(f"{url} --out {tmp_path / 'out'}", patch)
     assert (code, line.count("\n")) == (1, 1), line
     assert f"check the network and, for a server of your own, AWS_ENDPOINT_URL: '{url}/b.mp4'" in line
