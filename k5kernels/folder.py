@@ -13,27 +13,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from k5kernels.atomic import flush_folder, replacing
+from k5kernels.store_errors import is_of_a_store, store_error
 
 # They have no folders: to make one would make its bucket.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss"})
-# Packages whose own errors are of the store or the network, but none of the system's, and words that tell of them.
-STORE_PACKAGES = frozenset({"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "requests", "urllib3"})
-ADVICE = {
-    "credentials": "for S3 set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "connect": "check the network and, for a server of your own, AWS_ENDPOINT_URL",
-    "bucket does not exist": "make it, or give another",
-    "denied": "listing, reading, writing and deleting must be allowed there",
-    "forbidden": "listing, reading, writing and deleting must be allowed there",
-}
-UNREACHABLE = "could not connect"
-# The system's numbers of errors that come without one.
-NUMBERS: tuple[tuple[type[OSError], int], ...] = (
-    (PermissionError, errno.EACCES),
-    (FileNotFoundError, errno.ENOENT),
-    (FileExistsError, errno.EEXIST),
-    (TimeoutError, errno.ETIMEDOUT),
-    (ConnectionError, errno.ECONNRESET),
-)
 
 
 def is_url(path: str) -> bool:
@@ -108,23 +91,11 @@ def naming(path: str) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None or (error.errno is None and not is_url(path)):
             raise
-        raise _store_error(error, path) if is_url(path) else OSError(error.errno, error.strerror, path) from error
+        raise store_error(error, path) if is_url(path) else OSError(error.errno, error.strerror, path) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in STORE_PACKAGES:
+        if not is_of_a_store(error):
             raise
-        raise _store_error(error, path) from error
-
-
-def _store_error(error: Exception, path: str) -> OSError:
-    number = error.errno if isinstance(error, OSError) else None
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    if UNREACHABLE in words.lower():
-        number = errno.ENETUNREACH
-    number = number or next((number for kind, number in NUMBERS if isinstance(error, kind)), errno.EIO)
-    if words.strip("/") in path:  # all that fsspec says of what is not there
-        words = os.strerror(number)
-    advice = next((advice for known, advice in ADVICE.items() if known in words.lower()), None)
-    return OSError(number, words if advice is None else f"{words.rstrip('.')}; {advice}", path)
+        raise store_error(error, path) from error
 
 
 def _is_missing(path: Path) -> bool:
