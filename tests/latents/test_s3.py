@@ -213,12 +213,13 @@ class KilledJobs:
         self.begun = self.ended("begun")
         make_video(videos / "0.mp4", 2, 9)
         self.expected = self.ended("begun")
+        self.requests = self.last
 
     def ended(self, name: str) -> dict[str, bytes]:
         self.server.arm()
         result = self.jobs.run(self.videos, f"{self.bucket}/{name}")
         assert result.code == 0, result
-        self.requests = self.server.requests
+        self.last = self.server.requests
         return objects(f"{self.bucket}/{name}")
 
     def check(self, request: int, after: bool) -> None:
