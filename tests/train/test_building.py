@@ -9,7 +9,7 @@ from small_crossdit import CONFIG, random_model
 from tiny_stage import TINY, tiny_loop
 
 from bench.gloo_processes import on_processes
-from model.crossdit import CrossDiT
+from model.crossdit import CrossDiT, Modulation
 from model.weights import save_crossdit
 from train.building import build_model
 from train.parallel import ALONE
@@ -30,6 +30,17 @@ def test_random_weights_are_those_of_a_fresh_model_and_so_are_the_draws_behind_t
     assert_equal(made.state_dict(), fresh)
     assert made.training
     assert all(parameter.requires_grad for parameter in made.parameters())
+
+
+def test_a_modulation_that_is_zero_at_first_draws_all_the_same_and_seeds_keep_their_models():
+    torch.manual_seed(0)
+    torch.nn.Linear(4, 6)
+    following = torch.rand(3)
+    torch.manual_seed(0)
+    layer = Modulation(4, 2, 3).out_layer
+    assert torch.equal(torch.rand(3), following)
+    assert not layer.weight.any()
+    assert not layer.bias.any()
 
 
 def test_a_model_starts_from_weights_in_any_dtype_as_float32(tmp_path):
