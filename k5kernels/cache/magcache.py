@@ -56,7 +56,8 @@ class MagCache:
     ratios: for every branch, the calibrated ratio of each step from the second on. threshold: bound on the summed
     error of a run of skipped steps. max_skips: longest such run. retention: share of the steps, from the first, that
     always run, as the last one does. The defaults are the released models'. extrapolate: 0 reuses the last residual as
-    it is; w above 0 also goes w times as far as the change between the last two computed ones leads, 1 in full.
+    it is; w above 0 also goes w times as far as the change between the last two computed ones leads, 1 in full, but no
+    more steps ahead than lie between those two: what two neighbours differ by says little of three steps later.
     together: whether all branches run on the same steps, by the mean of their ratios; they then err alike, and their
     difference, which guidance takes, errs less.
 
@@ -236,12 +237,12 @@ class MagCache:
         return bool(kept) and last_computed <= kept[-1].step < step
 
     def _residual_at(self, name: str, step: int) -> Residual:
-        """The last residual, moved on along the change since the one before it."""
+        """The last residual, moved on along the change since the one before it, once that change at most."""
         *earlier, last = self._kept[name]
         if not earlier:
             return last.residual
         before = earlier[-1]
-        weight = self.extrapolate * (step - last.step) / (last.step - before.step)
+        weight = self.extrapolate * min(1.0, (step - last.step) / (last.step - before.step))
         return tuple(
             now if now is None or then is None else torch.lerp(now, then, -weight)
             for now, then in zip(last.residual, before.residual, strict=True)

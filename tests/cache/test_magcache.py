@@ -366,15 +366,18 @@ def extrapolated(ratios, extrapolate, residual_of, steps=10):
     return [float(out[0, 0, 0]) for out in outputs], ran
 
 
-def test_a_residual_that_changes_evenly_is_extrapolated_exactly():
+def test_a_residual_that_changes_evenly_is_extrapolated_exactly_no_further_than_it_leads_back():
     outputs, ran = extrapolated([1.0] * 9, 1.0, lambda step: 3.0 + 2.0 * step)
     assert ran == [0, 1, 4, 7, 9]
-    assert outputs == pytest.approx([3.0 + 2.0 * step for step in range(10)])
+    expected = [3.0 + 2.0 * step for step in range(10)]
+    expected[3] = expected[2]  # two steps from step 1, which is one from step 0
+    assert outputs == pytest.approx(expected)
 
 
 def test_half_of_the_extrapolation_is_half_way():
     outputs, _ = extrapolated([1.0] * 9, 0.5, lambda step: 2.0 * step)
-    assert outputs[2:4] == pytest.approx([2.0 + 1.0, 2.0 + 2.0])
+    assert outputs[2:4] == pytest.approx([2.0 + 1.0, 2.0 + 1.0])
+    assert outputs[5:7] == pytest.approx([8.0 + 1.0, 8.0 + 2.0])
 
 
 @given(st.lists(st.floats(0.9, 1.1), min_size=1, max_size=30), st.integers(0, 4), st.sampled_from([0.0, 0.2, 0.5]))
