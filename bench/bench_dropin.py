@@ -233,17 +233,17 @@ def eager_blocks(model: Any) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("theirs", [True, False], ids=["diffusers' MagCache", "ours"])
-def test_visual_blocks_that_run_eager_although_compiled(pipe, theirs, say, monkeypatch):
+def test_visual_blocks_that_run_eager_although_compiled(pipe, theirs, say):
     """Under `compile_repeated_blocks` with a cache on."""
     torch._dynamo.reset()
-    # Noted blocks are not one code any more for the compiler: it compiles each, for each length of text.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
     other = type(pipe)(**pipe.components | {"transformer": copy.deepcopy(pipe.transformer)})
     other.set_progress_bar_config(disable=True)
     every, eager = eager_blocks(other.transformer)
     other.transformer.compile_repeated_blocks(backend="eager")
     ours: dict[str, Any] = {"attention": None, "cache": our_cache(speedup=1.5)}
-    with mag_cache_with_contexts(other, FEW) if theirs else accelerate(other, **ours):
+    caching = mag_cache_with_contexts(other, FEW) if theirs else accelerate(other, **ours)
+    # Noted blocks are not one code any more for the compiler: it compiles each, for each length of text.
+    with torch._dynamo.config.patch(recompile_limit=100), caching:
         generate(other, steps=FEW)
     say(f"{'diffusers MagCache' if theirs else 'ours'}: {len(eager)} of {len(every)} visual blocks ran eager")
     assert 0 < len(every) < 2 * FEW * len(pipe.transformer.visual_transformer_blocks)
