@@ -16,8 +16,9 @@ from typing import Any, Final
 import torch
 import torch.multiprocessing
 
-# With the modules that PyTorch would else load in each process, when the first of them is used.
-LOADED = ["bench.harness", "train.crossdit_stage", "train.loop", "torch._dynamo", "torch.distributed.tensor"]
+# "train" quiets PyTorch before it is loaded. With the modules that PyTorch would else load in each process, when the
+# first of them is used.
+LOADED = ["train", "bench.harness", "train.crossdit_stage", "train.loop", "torch._dynamo", "torch.distributed.tensor"]
 FORKSERVER: Final = "forkserver"
 ANSWER = "answer.json"
 

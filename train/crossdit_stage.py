@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from k5kernels.attention import DENSE, AttentionConfig
 from k5kernels.latents.shards import LATENT_CHANNELS
@@ -15,7 +16,7 @@ from k5kernels.text_condition import TextCondition
 from k5kernels.vae.config import SPATIAL_STRIDE
 from model.crossdit import CrossDiT
 from model.flow_matching import flow_matching_loss
-from train.latents import LatentSet, Resolution
+from train.latents import LatentBatch, LatentSet, Resolution
 from train.optimizer import adamw
 from train.parallel import ALONE, Parallel
 from train.stage import Loss, Stage
@@ -103,6 +104,17 @@ def check_resolutions(data: LatentSet, config: FlowMatching) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """batch: of all processes together. own: the samples of it that this one takes. text: of those. given: bool [B],
+    the samples whose first latent frame is given."""
+
+    batch: LatentBatch
+    text: TextCondition
+    given: Tensor
+    own: slice
+
+
 @dataclass
 class Work:
     """What a stage has done: (samples, tokens of one) of every batch, and how long the data took."""
@@ -139,9 +151,9 @@ class CrossDiTStage(Stage):
         settings = crossdit_settings(config, model.config, start) | {"data": data.description}
         super().__init__(settings, model, {"adamw": optimizer}, config.ema_decay)
 
-    def loss(self, step: int, generator: torch.Generator) -> Loss:
-        """The loss of a batch, some samples without their caption, some with their first frame given."""
-        config, began = self.config, time.perf_counter()
+    def draw(self, generator: torch.Generator) -> Drawn:
+        """A batch, some samples without their caption, some with their first frame given."""
+        config = self.config
         images = self._on_images(generator)
         size, own = config.batch_of(images), self.own[images]
         batch = self.data.draw(
@@ -157,20 +169,26 @@ class CrossDiTStage(Stage):
         if batch.latents.shape[1] == 1:
             given = torch.zeros_like(given)  # a single frame that is given leaves nothing to learn
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            text = self.encode_text(captions[own])
-            self._work.data_seconds += time.perf_counter() - began
-            self._work.batches.append((size, batch.tokens))
+            return Drawn(batch, self.encode_text(captions[own]), given, own)
+
+    def loss(self, step: int, generator: torch.Generator) -> Loss:
+        """The loss of the batch that the step draws."""
+        config, began = self.config, time.perf_counter()
+        drawn = self.draw(generator)
+        self._work.data_seconds += time.perf_counter() - began
+        self._work.batches.append((len(drawn.batch.captions), drawn.batch.tokens))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             loss = flow_matching_loss(
                 self.model,
-                batch.latents,
-                text,
+                drawn.batch.latents,
+                drawn.text,
                 generator,
-                first_frame=given,
+                first_frame=drawn.given,
                 scheduler_scale=config.scheduler_scale,
                 attention=config.attention,
-                own=own,
+                own=drawn.own,
             )
-        return Loss(loss, batch.samples)
+        return Loss(loss, drawn.batch.samples)
 
     def _on_images(self, generator: torch.Generator) -> bool:
         """Whether a step is on images alone."""

@@ -6,6 +6,7 @@ import typer
 
 from k5kernels.planner import HardwareProfile, Memory
 from k5kernels.planner.candidates import Problem
+from k5kernels.planner.extensions import Extensions
 from k5kernels.planner.search import search
 from k5kernels.planner.shapes import ClipShape, ModelShape
 from k5kernels.planner.values import term_words
@@ -41,14 +42,16 @@ def print_run(planned: Run, profile: HardwareProfile) -> None:
 def print_stage_layout(settings: Settings, profile: HardwareProfile, gpus: int) -> None:
     """Print the layout of the stage's steps on clips that takes the fewest GPU-hours, by the planner.
 
-    Raises ValueError where the settings name no resolutions, NothingFitsError where no layout is possible.
+    Raises ValueError as `workload_of`, NothingFitsError where no layout is possible.
     """
-    if settings.resolutions is None:
-        raise ValueError("resolutions: expected those to plan for, got none: give --latents to plan for their sizes")
-    clips = [(ClipShape(*resolution(size), settings.frames or 1), w) for size, w in settings.resolutions.items()]
-    model = ModelShape.of(PRESETS[settings.preset])
-    workload = Workload(model, tuple(clips), settings.batch, settings.steps, settings.nabla_thr)
-    best = search(Problem(workload, gpus, profile.memory_bytes, profile=profile), keep=1).best
+    problem = Problem(
+        workload_of(settings),
+        gpus,
+        profile.memory_bytes,
+        extensions=Extensions(ema=True, buffers=True),
+        profile=profile,
+    )
+    best = search(problem, keep=1).best
     typer.echo(f"{settings.name} on {profile.name}: {best.layout}")
     typer.echo(
         f"a step takes {best.step.total_ms / 1e3:,.2f} s; {settings.steps:,} steps "
@@ -56,6 +59,21 @@ def print_stage_layout(settings: Settings, profile: HardwareProfile, gpus: int) 
     )
     total, limit = best.memory.total_bytes / GIB, profile.memory_bytes / GIB
     typer.echo(f"memory {total:,.2f} of {limit:,.2f} GiB a GPU: {_terms(best.memory)}")
+
+
+def workload_of(settings: Settings) -> Workload:
+    """What the stage trains on in its steps on clips, or on images where it trains on nothing else.
+
+    Raises ValueError where the settings leave the sizes to the data.
+    """
+    if settings.resolutions is None:
+        raise ValueError("resolutions: expected those to plan for, got none: give --latents to plan for their sizes")
+    frames = 1 if settings.training.image_share == 1 else settings.frames
+    if frames is None:
+        raise ValueError("frames: expected those of a clip to plan for, got null: give --latents to plan for theirs")
+    clips = [(ClipShape(*resolution(size), frames), weight) for size, weight in settings.resolutions.items()]
+    model = ModelShape.of(PRESETS[settings.preset])
+    return Workload(model, tuple(clips), settings.batch, settings.steps, settings.nabla_thr)
 
 
 def _terms(memory: Memory[float]) -> str:

@@ -55,12 +55,14 @@ class Log:
 
 @dataclass
 class Interval:
-    """The steps since the last row. losses: of those that were taken. left_out: the samples of each that was not."""
+    """The steps since the last row. losses: of those that were taken. left_out: the samples of each that was not.
+    communication: the share of collectives in a step, None where it is not known."""
 
     losses: list[float] = field(default_factory=list)
     left_out: list[Sequence[str]] = field(default_factory=list)
     step_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    communication: float | None = None
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -79,11 +81,13 @@ class Interval:
     def row(self, step: int) -> dict[str, Any]:
         """The row after this step; `left_out` and the samples are in it where a step was."""
         steps = len(self.losses) + len(self.left_out)
+        step_ms = self.step_seconds * 1e3 / steps
         row: dict[str, Any] = {
             "step": step,
             "loss": round(fmean(self.losses), 5) if self.losses else None,
-            "step_ms": round(self.step_seconds * 1e3 / steps, 1),
-            "checkpoint_ms": round(self.checkpoint_seconds * 1e3, 1),
+            "step_ms": round(step_ms, 1),
+            "communication_ms": None if self.communication is None else round(self.communication * step_ms, 2),
+            "checkpoint_ms": round(self.checkpoint_seconds * 1e3 / steps, 2),
         }
         if self.left_out:
             samples = sorted({sample for samples in self.left_out for sample in samples})

@@ -3,7 +3,8 @@
 import json
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from k5kernels.profiling import stage
 from k5kernels.terminal import Stopped, complain
 from train.checkpoint import KEEP, CheckpointError, Checkpoints, Saved
+from train.communication import communication_share
 from train.log import Interval, Log
 from train.parallel import ALONE, Parallel, whole
 from train.progress import ProgressLine
@@ -25,6 +27,7 @@ from train.stopping import StopRequest, noting_stops
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
 NONFINITE_LIMIT = 3
+Measure = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class NonFiniteError(ValueError):
@@ -111,26 +114,30 @@ class Loop:
         self,
         out: Path,
         every: int,
-        measure: Callable[[], Mapping[str, Any]] = dict,
+        measure: Measure = dict,
         *,
         set_on_resume: bool = False,
         keep: int = KEEP,
         nonfinite_limit: int = NONFINITE_LIMIT,
+        trace_communication: bool = True,
+        after_row: Callable[[int], None] | None = None,
     ) -> None:
         """Train to the end of the schedule, from the folder's newest whole checkpoint where there is one.
 
         Every `every` steps and at the end, out/log.jsonl gets a row with the mean loss and time of the steps since the
-        row before and what `measure`, called on every process, returns on the first. out/checkpoints gets a checkpoint,
-        which is written while training goes on; the newest `keep` stay. It is begun only once the next step's loss and
-        gradients are finite: parameters that a step has ruined never take the place of good ones. A step whose loss or
-        gradients are not finite is left out, and the log names its samples; `nonfinite_limit` of them in a row end the
-        training.
+        row before and what `measure`, called on every process with that, returns on the first. out/checkpoints gets a
+        checkpoint, which is written while training goes on; the newest `keep` stay. It is begun only once the next
+        step's loss and gradients are finite: parameters that a step has ruined never take the place of good ones. A
+        step whose loss or gradients are not finite is left out, and the log names its samples; `nonfinite_limit` of
+        them in a row end the training.
 
         SIGTERM and Ctrl-C end it between two steps, by Stopped, when the steps that are done are saved.
 
-        set_on_resume: go on from a checkpoint of other settings with this run's. Raises CheckpointError where the
-        checkpoint cannot be gone on from, NonFiniteError where training cannot go on, OSError where nothing can be
-        written; the checkpoints then stay.
+        set_on_resume: go on from a checkpoint of other settings with this run's. trace_communication: of many
+        processes, trace the last step before each row, for the share of collectives; no other profiler may be recording
+        then. after_row: called on every process, with the number of steps done, behind each row of the log. Raises
+        CheckpointError where the checkpoint cannot be gone on from, NonFiniteError where training cannot go on, OSError
+        where nothing can be written; the checkpoints then stay.
         """
         out.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(out / CHECKPOINTS, keep, self.parallel)
@@ -138,7 +145,7 @@ class Loop:
         self._resume(self.checkpoints, set_on_resume)
         with noting_stops() as self._stop:
             try:
-                self._train(Log(out / LOG), every, measure, nonfinite_limit)
+                self._train(Log(out / LOG), every, measure, after_row, nonfinite_limit, trace_communication)
                 self._prove(nonfinite_limit)
                 self._begin_save()
             except NonFiniteError as error:
@@ -163,14 +170,23 @@ class Loop:
         """
         return self._resume(Checkpoints(folder, parallel=self.parallel), set_on_resume)
 
-    def _train(self, log: Log, every: int, measure: Callable[[], Mapping[str, Any]], nonfinite_limit: int) -> None:
+    def _train(
+        self,
+        log: Log,
+        every: int,
+        measure: Measure,
+        after_row: Callable[[int], None] | None,
+        nonfinite_limit: int,
+        trace_communication: bool,
+    ) -> None:
         """The steps that are left."""
         if self.parallel.first:
             log.keep_until(self.done)
         interval, in_a_row = Interval(), 0
         with ProgressLine(self.schedule.steps, self.done, self.parallel.first) as shown:
             while self.done < self.schedule.steps:
-                with interval.step():
+                row_follows = (self.done + 1) % every == 0 or self.done + 1 == self.schedule.steps
+                with self._traced(interval, row_follows and trace_communication), interval.step():
                     try:
                         interval.losses.append(self.backward())
                         in_a_row = 0
@@ -187,13 +203,27 @@ class Loop:
                     with interval.step():
                         self.update()
                 shown.step(self.done)
-                if self.done % every == 0 or self.done == self.schedule.steps:
-                    measured = measure()
+                if row_follows:
+                    row = interval.row(self.done)
+                    row |= measure(row)
                     if self.parallel.first:
-                        row = {**interval.row(self.done), **measured}
                         log.append(row)
                         shown.row(row)
+                    if after_row is not None:
+                        after_row(self.done)
                     interval = Interval()
+
+    @contextmanager
+    def _traced(self, interval: Interval, trace: bool) -> Iterator[None]:
+        """Where it is to be traced, what share of the step in the block is communication, a mean over the processes."""
+        if self.parallel.world == 1:
+            interval.communication = 0.0
+        if self.parallel.world == 1 or not trace:
+            yield
+            return
+        with communication_share(self.stage.device) as share:
+            yield
+        interval.communication = self.parallel.mean(torch.tensor(share.value)).item()
 
     def _save_if_due(self, every: int) -> None:
         """The parameters are good: they have just given a finite loss and finite gradients."""

@@ -44,8 +44,8 @@ def step_operations(shape: ModelShape, samples: int, tokens: int, density: float
 
 @dataclass
 class Measuring:
-    """Called for every row: what happened since the row before. peak: operations a second of all processes' devices.
-    prediction: goes into every row as it is.
+    """Called for every row, with what it has so far: what happened since the row before. peak: operations a second of
+    all processes' devices. prediction: goes into every row as it is.
     """
 
     stage: CrossDiTStage
@@ -62,7 +62,7 @@ class Measuring:
         """Take note of a NABLA mask."""
         self.densities.append(mask.density)
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         density = self.parallel.mean(torch.tensor(fmean(self.densities or [1.0]))).item()
         self.densities.clear()
         work = self.stage.take_work()
@@ -70,8 +70,10 @@ class Measuring:
         seconds, self._since = now - self._since, now
         shape = ModelShape.of(self.stage.model.config)
         operations = sum(step_operations(shape, samples, tokens, density) for samples, tokens in work.batches)
+        data_ms, communication_ms = work.data_seconds * 1e3 / max(1, len(work.batches)), row["communication_ms"]
         return {
-            "data_ms": round(work.data_seconds * 1e3 / max(1, len(work.batches)), 2),
+            "data_ms": round(data_ms, 2),
+            "compute_ms": None if communication_ms is None else round(row["step_ms"] - data_ms - communication_ms, 2),
             "tokens_per_s": round(sum(samples * tokens for samples, tokens in work.batches) / seconds, 1),
             "mfu": round(operations / seconds / self.peak, 4),
             "peak_bytes": peak_bytes(self.stage.device),

@@ -6,6 +6,7 @@ The learning rate is constant over the first half, then falls to zero. Training 
 bits of the result depend on the processor's bf16 kernels.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def main(
     stage = VAEStage(VAE(NANO_VAE).to(chosen), training, steps)
     averaged = deepcopy(stage.model)
 
-    def measure() -> dict[str, Any]:
+    def measure(row: Mapping[str, Any]) -> dict[str, Any]:
         stage.average.copy_to(averaged)
         return {"psnr_db": held_out_psnr(averaged.encoder, averaged.decoder, held_out)}
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from k5kernels.planner import HardwareProfile, Memory, ModelShape, step_time_terms
 from k5kernels.planner.candidates import Problem
 from k5kernels.planner.cluster_layout import ClusterLayout
+from k5kernels.planner.density import nabla_density
 from k5kernels.planner.extensions import Extensions
 from k5kernels.planner.memory import beside_block_inputs, training_memory
 from k5kernels.planner.search import NothingFitsError, search
@@ -17,6 +19,10 @@ from k5kernels.presets import CrossDiTConfig
 from k5kernels.vae.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from model.crossdit import CrossDiT
 from train.crossdit_stage import FlowMatching
+from train.latents import LatentSet
+from train.parallel import Parallel
+from train.resident import resident_bytes
+from train.settings import Settings
 
 GIB = 2**30
 LOADED_BYTES = 0.07 * GIB  # by PyTorch with the first step, set to measured runs like the two below
@@ -138,3 +144,37 @@ def nearest_layout(run: Run, profile: HardwareProfile) -> str:
 def _clip(run: Run, grid: Grid) -> ClipShape:
     frames = min(grid[0], run.training.latent_frames or grid[0])
     return ClipShape(SPATIAL_STRIDE * grid[1], SPATIAL_STRIDE * grid[2], 1 + TEMPORAL_STRIDE * (frames - 1))
+
+
+def planned_run(settings: Settings, data: LatentSet, sizes: CrossDiTConfig, parallel: Parallel) -> Run:
+    """What decides the time and the memory of a step, for the planner."""
+    config = settings.training
+    drawn = [data.weights(images if config.image_share else None, config.resolutions) for images in (False, True)]
+    return Run(
+        sizes,
+        config,
+        drawn[0],
+        settings.checkpointing,
+        nabla_density(settings.nabla_thr),
+        layout_of(parallel, config.batch),
+        settings.offload,
+        drawn[1] if config.image_share else {},
+    )
+
+
+def layout_of(parallel: Parallel, batch: int) -> ClusterLayout:
+    """The processes as the planner counts them: its shards are those of the weights, over which sequences run too."""
+    return ClusterLayout(
+        parallel.shard * parallel.sequence, parallel.replicate, parallel.sequence, batch // parallel.data_ranks
+    )
+
+
+def in_log(run: Run, profile: HardwareProfile, device: torch.device) -> dict[str, Any]:
+    """What every row of the log has of the prediction; before the model is on the device."""
+    base = resident_bytes(device)
+    return {
+        "predicted_ms": float(f"{predicted_ms(run, profile):.4g}"),
+        "predicted_bytes": round(base + predicted_memory(run).total_bytes),
+        "base_bytes": base,
+        "hardware": profile.name,
+    }

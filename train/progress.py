@@ -10,6 +10,7 @@ from k5kernels.terminal import console
 
 GIB = 2**30
 MINUTE, HOUR = 60, 3600
+PARTS = ("data", "compute", "communication", "checkpoint")  # of a step's time
 
 
 class ProgressLine:
@@ -52,14 +53,17 @@ class ProgressLine:
 
 
 def row_in_words(row: Mapping[str, Any], steps: int | None = None) -> str:
-    """Loss, time of a step beside the predicted one, tokens a second, MFU and memory of a row, as far as it has them.
+    """Loss, time of a step beside the predicted one and its parts, tokens a second, MFU and memory of a row, as far as
+    it has them.
 
     steps: of the training, for the time that is left at this row's pace; None leaves it out.
     """
     loss = row.get("loss")
     words = ["no step was taken" if loss is None else f"loss {loss:.4f}", f"{row['step_ms']:,.0f} ms a step"]
     if "predicted_ms" in row:
-        words[-1] += f" (predicted {row['predicted_ms']:,.0f})"
+        words[-1] += f" (predicted {row['predicted_ms']:,.0f} on {row['hardware']})"
+    if row.get("compute_ms") is not None:
+        words.append(" + ".join(f"{part} {row[f'{part}_ms']:,.0f}" for part in PARTS))
     if "tokens_per_s" in row:
         words.append(f"{row['tokens_per_s']:,.0f} tokens/s")
     if "mfu" in row:

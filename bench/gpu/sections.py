@@ -187,7 +187,7 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "graph": (graph, 40),
     "waits": (waits, 40),
     "vae": (vae, 120),
-    "train": (train, 120),
+    "train": (train, 240),
     "schedules": (schedules, 60),
     # Kernels that have not run: each in a process of its own, so that one that hangs costs its seconds.
     "hopper": (partial(hopper, pairs=False), 60),

@@ -12,13 +12,14 @@ import torch
 import typer
 from full_disk import FULL_DISK, needs_full_disk
 from latent_samples import sample
+from matplotlib.pyplot import imread
 from tiny_stage import tiny_stage
 from typer.testing import CliRunner
 
 from k5kernels.latents.shards import ShardWriter
 from k5kernels.offload.disk import DiskStore
 from k5kernels.planner import H100, save_profile
-from model.nano import CROSSDIT_WEIGHTS
+from model.nano import CROSSDIT_WEIGHTS, VAE_WEIGHTS
 from model.weights import load_crossdit
 from train import run
 from train.only_training import only_training
@@ -58,6 +59,17 @@ def test_trains_logs_and_writes_weights(latents, tmp_path):
     events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
     # Of the second step alone: eight blocks, each of which is computed again in the backward.
     assert sum(event["name"] == "visual block" and event["ph"] == "X" for event in events) == 8
+
+
+def test_with_the_vae_it_draws_samples_below_the_losses(latents, tmp_path):
+    result = invoke(latents, tmp_path / "run", 4, "--vae", str(VAE_WEIGHTS), "--samples", "2")
+    assert result.exit_code == 0, result.output
+    drawn = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert drawn == ["step-000002.png", "step-000004.png"]
+    assert f"step 4: {tmp_path}/run/samples/step-000004.png" in result.stdout
+    assert imread(tmp_path / "run" / "loss.png").shape[0] > 600  # 420 without
+    assert invoke(latents, tmp_path / "other", 4, "--samples", "2").exit_code == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_goes_on_from_its_checkpoint(latents, tmp_path):
@@ -148,6 +160,7 @@ def broken(path, content):
         (("--captions", "nowhere.json"), "nowhere.json"),
         (("--hardware", "nowhere.json"), "nowhere.json"),
         (("--init", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--vae", "nowhere.safetensors"), "nowhere.safetensors"),
         (("--learning-rate", "0"), "learning_rate: expected a positive number"),
         (("--learning-rate", "nan"), "learning_rate: expected a positive number"),
         (("--device", "tpu"), "tpu"),

@@ -1,18 +1,25 @@
 """`python -m train.soup`: weighted averages of models that are alike, and one line where they are not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 from full_disk import fill_disk_under, needs_full_disk
+from latent_samples import sample
 from safetensors.torch import load_file
 from small_crossdit import CONFIG, random_model
 from tiny_stage import tiny_loop
 from typer.testing import CliRunner
 
+from k5kernels.attention import DENSE
+from k5kernels.latents.shards import ShardWriter
+from k5kernels.text_condition import TextCondition
 from model.weights import load_crossdit, save_crossdit
 from train import soup
+from train.evaluation import probe_loss
+from train.latents import LatentSet, read_shards
 from train.stored_model import open_model
 
 app = typer.Typer()
@@ -121,6 +128,39 @@ def test_greedy_keeps_what_lowers_the_loss_and_is_never_worse_than_the_best(mode
         [0.0, 0.0, 1.0],
         0.0,
     )
+
+
+def test_greedy_chooses_by_the_loss_on_the_latents_it_is_given(models, tmp_path, monkeypatch):
+    def encode(captions):
+        tokens = torch.ones(len(captions), 2, CONFIG.in_text_dim)
+        return TextCondition(tokens, None, torch.ones(len(captions), CONFIG.in_text_dim2))
+
+    monkeypatch.setattr(soup, "MiniLMTextEncoder", lambda device: SimpleNamespace(encode=encode))
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    with ShardWriter(held_out / "00000.tar") as shard:
+        shard.write(sample("a.mp4", (2, 4, 4)))
+    out = tmp_path / "soup.safetensors"
+    result = invoke(*models, "--out", out, "--greedy", "--latents", held_out)
+    assert result.exit_code == 0, result.output
+    data = LatentSet(read_shards(held_out), {})
+    alone = [probe_loss(load_crossdit(path), data, encode, DENSE) for path in models]
+    chosen = probe_loss(load_crossdit(out), data, encode, DENSE)
+    assert result.stdout.startswith(f"validation loss {chosen:.5f}\n")
+    assert chosen <= min(alone)
+    best = alone.index(min(alone))
+    assert not result.stdout.splitlines()[1 + best].startswith("0.0000")
+
+
+def test_of_a_run_the_averaged_weights_are_taken(tmp_path):
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        save_crossdit(tmp_path / str(seed) / "crossdit.safetensors", random_model(seed=seed))
+    out = tmp_path / "soup.safetensors"
+    assert invoke(tmp_path / "0", tmp_path / "1", "--out", out).exit_code == 0
+    averaged = [random_model(seed=seed).state_dict() for seed in range(2)]
+    for name, tensor in load_crossdit(out).state_dict().items():
+        torch.testing.assert_close(tensor, (averaged[0][name] + averaged[1][name]) / 2, rtol=1e-6, atol=1e-7)
 
 
 def test_of_a_run_the_raw_weights_are_those_of_its_newest_checkpoint(tmp_path):
