@@ -47,8 +47,8 @@ from train.only_training import only_training
 from train.parallel import processes, whole_state
 from train.pictures import draw_losses
 from train.prediction import GIB, in_log, planned_run
-from train.samples import Samples, strips
 from train.same_settings import check_settings
+from train.samples import Samples, strips
 from train.settings import Settings, make_settings
 from train.stages import stage_values
 from train.stored_model import WEIGHTS, open_model
