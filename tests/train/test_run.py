@@ -61,7 +61,8 @@ def test_trains_logs_and_writes_weights(latents, tmp_path):
     assert sum(event["name"] == "visual block" and event["ph"] == "X" for event in events) == 8
 
 
-def test_with_the_vae_it_draws_samples_below_the_losses(latents, tmp_path):
+def test_with_the_vae_it_draws_samples_below_the_losses(latents, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.samples.STEPS", 2)
     result = invoke(latents, tmp_path / "run", 4, "--vae", str(VAE_WEIGHTS), "--samples", "2")
     assert result.exit_code == 0, result.output
     drawn = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())

@@ -92,6 +92,7 @@ def sharded_losses(folder: Path) -> list[list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_model_all_take_part_and_the_first_one_draws():
     plain, drawing = on_processes(2, sharded_losses)
     assert len(plain) == 2
