@@ -75,13 +75,13 @@ def _measure_passes(run: Run, size: Size) -> None:
     block = shaped_block(config_of(size)).to(run.device, torch.bfloat16)
     inputs = block_inputs(config_of(size), TokenLayout((size.clip,)), run.device, torch.bfloat16)
     context = inputs.context(NABLA)
-    offload = ActivationOffload()
+    offload, depth = ActivationOffload(), DEEP if run.device.type == "cuda" else BLOCKS
 
     def passes(around: AbstractContextManager) -> Tensor:
         x = inputs.x.detach().requires_grad_()
         out = x
         with around:
-            for _ in range(DEEP):
+            for _ in range(depth):
                 out = checkpoint(lambda tokens: block(tokens, context), out, use_reentrant=False)
         block.zero_grad(set_to_none=False)
         out.float().square().mean().backward()
@@ -90,8 +90,8 @@ def _measure_passes(run: Run, size: Size) -> None:
 
     variants = {"kept": lambda: passes(nullcontext()), "offloaded": lambda: passes(offload)}
     assert torch.equal(variants["kept"](), variants["offloaded"]()), "gradients with offload differ"
-    run.measure(f"{DEEP} blocks, forward and backward", size, variants, mask=MASK)
-    _measure_memory(run, size, f"memory beyond weights of {DEEP} blocks", variants)
+    run.measure(f"{depth} blocks of equal weights, forward and backward", size, variants, mask=MASK)
+    _measure_memory(run, size, f"memory beyond weights of {depth} blocks of equal weights", variants)
 
 
 def _measure_memory(run: Run, size: Size, section: str, variants: Mapping[str, Callable[[], Any]]) -> None:
