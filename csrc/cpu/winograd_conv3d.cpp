@@ -35,14 +35,15 @@ constexpr int64_t kSumLength = 64;
 
 // Where a block stands.
 struct Block {
-  int64_t sample, first_frame, frames, first_tile, tiles;
+  int64_t sample, first_frame, frames, first_tile, tiles, first_channel;
 };
 
 Block block_at(const WinogradConv3d& op, int64_t number) {
-  const int64_t first_tile = number % op.tile_blocks() * op.tiles, rest = number / op.tile_blocks();
+  const int64_t first_channel = number % op.channel_blocks() * op.block_channels, of_all = number / op.channel_blocks();
+  const int64_t first_tile = of_all % op.tile_blocks() * op.tiles, rest = of_all / op.tile_blocks();
   const int64_t first_frame = rest % op.frame_blocks() * op.block_frames;
   return {rest / op.frame_blocks(), first_frame, smaller(op.block_frames, op.frames - first_frame), first_tile,
-          smaller(op.tiles, op.tiles_of_frame() - first_tile)};
+          smaller(op.tiles, op.tiles_of_frame() - first_tile), first_channel};
 }
 
 // inputs[plane][frame][tile][channel]: of all frames that the block's outputs need, the 36 points and the first value.
@@ -83,8 +84,8 @@ void multiply(const WinogradConv3d& op, const Block& block, const float* inputs,
   const int64_t rows = block.frames * block.tiles, depth = op.channels_in;
   const int64_t tap_step = block.tiles * depth;
   for (int64_t plane = 0; plane < kWinogradPlanes; plane++)
-    for (int64_t channel = 0; channel < op.channels_out; channel += kPanel) {
-      const float* panel = op.filters + (plane * op.channels_out + channel) * kTaps * depth;
+    for (int64_t channel = 0; channel < op.block_channels; channel += kPanel) {
+      const float* panel = op.filters + (plane * op.channels_out + block.first_channel + channel) * kTaps * depth;
       const float* from = inputs + plane * op.input_step();
       float* to = outputs + plane * op.output_step() + channel;
       for_tiles(rows, [&]<int Rows>(int64_t row) __attribute__((always_inline)) {
@@ -95,9 +96,9 @@ void multiply(const WinogradConv3d& op, const Block& block, const float* inputs,
             Tile<Rows>::add_product(tile, from + row * depth + tap * tap_step + k, depth, 1,
                                     panel + (tap * depth + k) * kPanel, kPanel, smaller(kSumLength, depth - k));
             if (first)
-              Tile<Rows>::write(tile, to + row * op.channels_out, op.channels_out);
+              Tile<Rows>::write(tile, to + row * op.block_channels, op.block_channels);
             else
-              Tile<Rows>::add_to(tile, to + row * op.channels_out, op.channels_out);
+              Tile<Rows>::add_to(tile, to + row * op.block_channels, op.block_channels);
             first = false;
           }
       });
@@ -110,18 +111,18 @@ void transform_outputs(const WinogradConv3d& op, const Block& block, const float
     for (int64_t i = 0; i < block.tiles; i++) {
       const int64_t tile = block.first_tile + i;
       const int64_t top = tile / op.tile_columns() * kWinogradTile, left = tile % op.tile_columns() * kWinogradTile;
-      const float* from = outputs + (frame * block.tiles + i) * op.channels_out;
+      const float* from = outputs + (frame * block.tiles + i) * op.block_channels;
       float* to = op.out + (block.sample * op.frames + block.first_frame + frame) * frame_step + top * row_step +
-                  left * op.channels_out;
+                  left * op.channels_out + block.first_channel;
       const int64_t rows = smaller(kWinogradTile, op.height - top), columns = smaller(kWinogradTile, op.width - left);
-      for (int64_t channel = 0; channel < op.channels_out; channel += kLanes) {
+      for (int64_t channel = 0; channel < op.block_channels; channel += kLanes) {
         Vec8 half[6][4];  // [column][output row]
         for (int64_t column = 0; column < 6; column++) {
           Vec8 m[6];
           for (int64_t row = 0; row < 6; row++) m[row] = load(from + (row * 6 + column) * op.output_step() + channel);
           transform_output(m, half[column]);
         }
-        const Vec8 of_all = load(from + 36 * op.output_step() + channel) + load(op.bias + channel);
+        const Vec8 of_all = load(from + 36 * op.output_step() + channel) + load(op.bias + block.first_channel + channel);
         for (int64_t row = 0; row < rows; row++) {
           const Vec8 m[6] = {half[0][row], half[1][row], half[2][row], half[3][row], half[4][row], half[5][row]};
           Vec8 y[4];

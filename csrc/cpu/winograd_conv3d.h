@@ -19,27 +19,30 @@ constexpr int64_t kWinogradTile = 4, kWinogradIn = 6, kWinogradPlanes = 37, kTap
 // [3 * channels_in][16]. out: [batch, frames, height, width, channels_out]. channels_in is a multiple of 8, channels_out
 // of 16.
 //
-// A block is `tiles` tiles of 4 x 4 outputs, in row-major order, of `block_frames` frames.
+// A block is `tiles` tiles of 4 x 4 outputs, in row-major order, of `block_frames` frames, and `block_channels` of
+// channels_out: a multiple of 16 that divides it.
 struct WinogradConv3d {
   const float* x;
   const float* filters;
   const float* bias;
   float* out;
   int64_t frames, height, width, channels_in, channels_out;
-  int64_t tiles, block_frames;
+  int64_t tiles, block_frames, block_channels;
 
   int64_t tile_columns() const { return (width + kWinogradTile - 1) / kWinogradTile; }
   int64_t tiles_of_frame() const { return (height + kWinogradTile - 1) / kWinogradTile * tile_columns(); }
   int64_t tile_blocks() const { return (tiles_of_frame() + tiles - 1) / tiles; }
   int64_t frame_blocks() const { return (frames + block_frames - 1) / block_frames; }
+  int64_t channel_blocks() const { return channels_out / block_channels; }
   // Values of the block at one of the points, and a cache line between them and the next point's: without it the planes
   // would often stand a multiple of 4 KiB apart, and push each other out of the cache.
   int64_t input_step() const { return (block_frames + kTaps - 1) * tiles * channels_in + kPlaneGap; }
-  int64_t output_step() const { return block_frames * tiles * channels_out + kPlaneGap; }
+  int64_t output_step() const { return block_frames * tiles * block_channels + kPlaneGap; }
   int64_t scratch() const { return kWinogradPlanes * (input_step() + output_step()); }
 };
 
-// Block number (sample * frame_blocks + frame block) * tile_blocks + tile block. scratch: scratch() floats.
+// Block number ((sample * frame_blocks + frame block) * tile_blocks + tile block) * channel_blocks + channel block.
+// scratch: scratch() floats.
 namespace portable {
 void winograd_conv3d(const WinogradConv3d& op, int64_t block, float* scratch);
 }
