@@ -52,6 +52,14 @@ def test_many_blocks_in_time_and_space_are_joined_without_a_seam(isa):
     assert error_of(out, F.conv3d(x.double(), weight.double(), bias.double())) < 1e-5
 
 
+@pytest.mark.parametrize("channels", [(8, 256), (24, 512), (16, 1024), (8, 272)])
+@pytest.mark.parametrize("size", [(1, 5, 6), (3, 2, 9)])
+def test_few_blocks_are_cut_along_the_channels_without_a_seam(isa, channels, size):
+    x, weight, bias = inputs(*channels, size)
+    out = winograd_conv3d(x, winograd_filters(weight), bias)
+    assert error_of(out, F.conv3d(x.double(), weight.double(), bias.double())) < 1e-5
+
+
 def test_the_reference_takes_the_weight_back_from_its_filters():
     x, weight, bias = inputs(16, 32, (2, 5, 6))
     expected = F.conv3d(x.double(), weight.double(), bias.double())

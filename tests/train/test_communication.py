@@ -14,7 +14,7 @@ from train.communication import exposed_ns, spans
 from train.log import Log
 from train.parallel import Parallel, processes
 
-STEPS, DELAY_MS = 4, 40.0
+STEPS, DELAY_MS = 4, 200.0  # so long that it is most of a step: no share that is the same in every step passes
 
 
 def test_what_others_hide_does_not_count():
