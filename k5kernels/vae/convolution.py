@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from k5kernels.ops.library import OPERATORS
 from k5kernels.ops.winograd_conv3d import CHANNELS_IN, CHANNELS_OUT, TAPS, winograd_conv3d, winograd_filters
 
+# Winograd's tiles are squares; where a frame fills less than this share of its tiles, too many products are wasted.
+TILE, LEAST_FILLED = 4, 0.4
+
 
 class UnpaddedConv3d(nn.Conv3d):
     """`nn.Conv3d` without padding; its filters, transformed, are kept from one call to the next.
@@ -38,7 +41,8 @@ class UnpaddedConv3d(nn.Conv3d):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return False
-        return min(x.shape[2:]) >= TAPS
+        height, width = (side - TAPS + 1 for side in x.shape[3:])
+        return height * width >= LEAST_FILLED * (-(-height // TILE) * -(-width // TILE) * TILE * TILE)
 
     def _filters_now(self) -> Tensor:
         weight = self.weight

@@ -48,11 +48,6 @@ def test_without_gradients_winograd_takes_over(calls):
     assert len(calls) == 1
 
 
-def test_winograd_takes_a_frame_smaller_than_a_tile_too(calls):
-    assert_is_its_weights(convolution_of(), random_input(size=(3, 3, 4)))
-    assert len(calls) == 1
-
-
 def test_filters_are_transformed_once(monkeypatch):
     conv, x = convolution_of(), random_input()
     assert_is_its_weights(conv, x)
@@ -132,8 +127,9 @@ def test_weights_loaded_in_inference_mode_are_seen(calls):
         (convolution_of(channels_out=3), random_input()),
         (convolution_of().bfloat16(), random_input().bfloat16()),
         (convolution_of().double(), random_input().double()),
+        (convolution_of(), random_input(size=(3, 3, 4))),
     ],
-    ids=["stride", "pointwise", "channels in", "channels out", "bfloat16", "float64"],
+    ids=["stride", "pointwise", "channels in", "channels out", "bfloat16", "float64", "a frame smaller than a tile"],
 )
 def test_elsewhere_the_plain_convolution_stays(calls, conv, x):
     with torch.no_grad():
