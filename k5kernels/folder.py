@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,14 @@ class Folder:
         """Bytes of each file, by name; folders are left out."""
         with naming(self.out):
             if self.local is not None:
+                sizes = {}
                 with os.scandir(self.local) as entries:
-                    return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                    for entry in entries:
+                        # Another process may give a file its name, or remove it, while the folder is read.
+                        with suppress(FileNotFoundError):
+                            if entry.is_file():
+                                sizes[entry.name] = entry.stat().st_size
+                return sizes
             self._files.invalidate_cache()
             found = self._files.ls(self._root, detail=True)
             return {one["name"].rsplit("/", 1)[-1]: one["size"] for one in found if one["type"] == "file"}

@@ -1,6 +1,8 @@
 """A folder of whole files: on the disk and elsewhere, and what an error says."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,25 @@ def test_what_is_written_is_read_and_listed(folder: Folder) -> None:
     assert folder.sizes() == {"two": 0}
     folder.create()
     assert folder.sizes() == {"two": 0}
+
+
+def test_a_file_that_another_process_takes_away_while_the_folder_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(tmp_path)
+    for name in ("first", "second", "third"):
+        folder.write(name, b"12")
+    scan = os.scandir
+
+    @contextmanager
+    def scan_and_lose(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with scan(path) as entries:
+            found = list(entries)
+        (tmp_path / "second").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scan_and_lose)
+    assert folder.sizes() == {"first": 2, "third": 2}
 
 
 def test_missing_file_is_named(folder: Folder) -> None:
