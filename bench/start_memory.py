@@ -15,6 +15,7 @@ import typer
 
 from bench.gloo_processes import on_processes
 from bench.harness import machine
+from k5_command import stop_in_one_line
 from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import console, table
 from model.crossdit import CrossDiT
@@ -67,4 +68,5 @@ def main(most: Annotated[int, typer.Option(min=2, help="processes, at most")] = 
 
 
 if __name__ == "__main__":
+    stop_in_one_line("bench.start_memory")
     typer.run(main)
