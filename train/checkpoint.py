@@ -289,7 +289,7 @@ class _Writer(FileSystemWriter):
     """Writes beside the checkpoint's name; rank 0 gives the name when all ranks have written, and removes old ones."""
 
     def __init__(self, path: Path, done: int, settings: Mapping[str, Any], keep: int) -> None:
-        # Nothing is copied ahead: what is written is in host memory. Its files, all of them, see that they are on the disk.
+        # Nothing is copied ahead: what is written is in host memory. Its files see that they are on the disk.
         super().__init__(_partial(path), sync_files=False, per_thread_copy_ahead=0)
         self.final, self.done, self.settings, self.keep = path, done, settings, keep
         self.fs = self.files = _HashedFiles()

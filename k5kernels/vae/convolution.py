@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from k5kernels.ops.library import OPERATORS
 from k5kernels.ops.winograd_conv3d import CHANNELS_IN, CHANNELS_OUT, TAPS, winograd_conv3d, winograd_filters
 
-# Winograd's tiles are squares. A frame that fills less than this share of them is small: little time is to be gained, and
-# Winograd's rounding would take `exact` of a deep model beyond its 1e-5.
+# Winograd's tiles are squares. A frame that fills less than this share of them is small: little time is to be gained,
+# and Winograd's rounding would take `exact` of a deep model beyond its 1e-5.
 TILE, LEAST_FILLED = 4, 0.4
 
 
