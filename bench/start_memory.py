@@ -6,6 +6,7 @@ gloo processes of this machine, each its own shard. What is measured is the most
 over what it held before, of the rank with the most.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,24 +17,15 @@ import typer
 from bench.gloo_processes import on_processes
 from bench.harness import machine
 from k5_command import stop_in_one_line
-from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import console, table
 from model.crossdit import CrossDiT
+from model.presets import PRESETS
 from train.building import build_model
 from train.parallel import processes, shard_model
 from train.resident import peak_bytes, resident_bytes
 
 CPU = torch.device("cpu")
-MODEL = CrossDiTConfig(
-    model_dim=768,
-    time_dim=256,
-    ff_dim=3072,
-    text_blocks=2,
-    visual_blocks=10,
-    axes_dims=(16, 24, 24),
-    in_text_dim=384,
-    in_text_dim2=384,
-)
+MODEL = replace(PRESETS["nano"], model_dim=768, time_dim=256, ff_dim=3072, text_blocks=2, visual_blocks=10)
 MIB = 2**20
 
 
