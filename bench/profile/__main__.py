@@ -17,7 +17,7 @@ import typer
 from matplotlib import pyplot
 
 from bench.harness import machine
-from bench.profile.parts import Part, Parts, Roof, measure_roof
+from bench.profile.parts import Part, Parts, Roof, RoofMeter
 from bench.shaped_block import BlockInputs, block_inputs, shaped_block
 from k5_command import stop_in_one_line
 from k5kernels import TokenLayout
@@ -35,9 +35,9 @@ NAME_LETTERS = 24
 
 
 def profile(
-    block: VisualBlock, inputs: BlockInputs, attention: AttentionConfig, backward: bool, device: torch.device
+    block: VisualBlock, inputs: BlockInputs, attention: AttentionConfig, backward: bool, meter: RoofMeter
 ) -> list[Part]:
-    """Of one block's step, median times of the rounds, the longest part first."""
+    """Of one block's step, median times of the rounds, the longest part first. The meter measures in every round."""
 
     def step(enter: Callable[[str], object]) -> None:
         enter("forward")
@@ -52,7 +52,8 @@ def profile(
     with torch.set_grad_enabled(backward):
         step(str)  # warms up: kernels are compiled, masks of the layout are kept
         for _ in range(ROUNDS):
-            with Parts(device, inputs.layout) as parts:
+            meter.measure()
+            with Parts(x.device, inputs.layout) as parts:
                 step(parts.enter)
             rounds.append(parts)
     for key, part in rounds[0].found.items():
@@ -80,19 +81,30 @@ def _cut(name: str) -> str:
 
 def _cells(name: str, parts: list[Part], roof: Roof, whole: float) -> list[str]:
     seconds = sum(part.seconds for part in parts)
-    share = sum(roof.share(part) * part.seconds for part in parts) / seconds
     return [
         name,
         str(sum(part.calls for part in parts)),
         f"{1e3 * seconds:.1f}" if seconds < 1 else f"{1e3 * seconds:.0f}",
         f"{seconds / whole:.1%}",
-        f"{sum(part.operations for part in parts) / 1e9:.1f}",
-        f"{sum(part.bytes for part in parts) / 1e9:.2f}",
-        f"{share:.0%}",
+        _rate(parts, seconds),
+        f"{roof.share(parts):.0%}",
     ]
 
 
-HEADER = ["part", "calls", "ms", "of step", "GFLOP", "GB", "of roof"]
+def _rate(parts: list[Part], seconds: float) -> str:
+    """Of floating-point operations where the parts have any, else of bytes."""
+    if operations := sum(part.operations for part in parts):
+        return f"{operations / seconds / 1e9:.0f} GFLOP/s"
+    return f"{sum(part.bytes for part in parts) / seconds / 1e9:.1f} GB/s"
+
+
+def limit(parts: list[Part], roof: Roof) -> str:
+    """How near the whole step is to what its limits alone would take, as one line."""
+    seconds, least = sum(part.seconds for part in parts), sum(roof.least(part) for part in parts)
+    return f"the step takes {seconds:.3g} s, its limits alone {least:.3g} s: {least / seconds:.1%} of the limit"
+
+
+HEADER = ["part", "calls", "ms", "of step", "rate", "of limit"]
 
 
 def draw(path: Path, title: str, parts: list[Part], roof: Roof) -> None:
@@ -103,7 +115,7 @@ def draw(path: Path, title: str, parts: list[Part], roof: Roof) -> None:
     names = [f"{part.phase} {part.name}" for part in shown]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.3 * len(shown)))
     axes.barh(names, [1e3 * part.seconds for part in shown], color="lightgrey", label="time")
-    axes.barh(names, [1e3 * part.seconds * roof.share(part) for part in shown], label="least time under the roof")
+    axes.barh(names, [1e3 * roof.least(part) for part in shown], label="least time under the roof")
     axes.set(xlabel="ms", title=title)
     axes.legend(loc="lower right")
     figure.savefig(path, bbox_inches="tight", dpi=110)
@@ -142,16 +154,22 @@ def main(
         config = AttentionConfig(attention, thr=thr)
         block = shaped_block(MODEL_SIZES[preset]).to(where, DTYPES[dtype])
         inputs = block_inputs(MODEL_SIZES[preset], layout, where, DTYPES[dtype])
-        roof = measure_roof(where, DTYPES[dtype])
-        parts = profile(block, inputs, config, backward, where)
+        meter = RoofMeter(where, DTYPES[dtype])
+        parts = profile(block, inputs, config, backward, meter)
+        roof = meter.roof()
         title = f"{preset} block, {attention}, S {layout.tokens}, {dtype}, {torch.get_num_threads()} threads"
         out.mkdir(parents=True, exist_ok=True)
         found = {"machine": machine(), "step": title, "roof": asdict(roof), "parts": [asdict(part) for part in parts]}
         (out / "profile.json").write_text(json.dumps(found, indent=1))
         draw(out / "profile.png", title, parts, roof)
-        under = {"product TFLOP/s": roof.operations / 1e12, "copy GB/s": roof.bandwidth / 1e9}
+        limits = {
+            "limits: product GFLOP/s": roof.operations / 1e9,
+            "attention GFLOP/s": roof.attention / 1e9,
+            "copy GB/s": roof.bandwidth / 1e9,
+        }
         console().print(machine())
-        console().print(table(title, HEADER, rows(parts, roof), under))
+        console().print(table(title, HEADER, rows(parts, roof), limits))
+        console().print(limit(parts, roof))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The parts of a step: its operators, each timed alone, with the floating-point operations and bytes it needs."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from math import prod
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from bench.fma_peak import FmaPeak
 from k5kernels import TokenLayout
 
 
@@ -30,15 +32,21 @@ class Part:
 
 @dataclass(frozen=True)
 class Roof:
-    """Measured here: floating-point operations/s of a large matrix product, bytes/s of a large copy."""
+    """Measured here: floating-point operations/s of a large matrix product, bytes/s of a large copy, and
+    floating-point operations/s that attention can reach."""
 
     operations: float
     bandwidth: float
+    attention: float
 
-    def share(self, part: Part) -> float:
-        """The least time the part could take under this roof, against the time it took."""
-        least = max(part.operations / self.operations, part.bytes / self.bandwidth)
-        return least / part.seconds
+    def least(self, part: Part) -> float:
+        """The seconds that the part takes at least under this roof."""
+        rate = self.attention if "attention" in part.name else self.operations
+        return max(part.operations / rate, part.bytes / self.bandwidth)
+
+    def share(self, parts: Sequence[Part]) -> float:
+        """The least time the parts could take under this roof, against the time they took."""
+        return sum(self.least(part) for part in parts) / sum(part.seconds for part in parts)
 
 
 class Parts(TorchDispatchMode):
@@ -88,27 +96,40 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """Of this device, by a product of 4096² matrices and a copy of 512 MiB; the best of five each."""
-    side, size = 4096, 2**29
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return Roof(
-        2 * side**3 / _best(device, lambda: left @ right), 2 * size / _best(device, lambda: target.copy_(source))
-    )
+@dataclass
+class _Rate:
+    call: Callable[[], Any]
+    work: float
+    found: list[float] = field(default_factory=list)
 
 
-def _best(device: torch.device, call: Callable[[], Any]) -> float:
-    call()
-    times = []
-    for _ in range(5):
-        synchronize(device)
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+class RoofMeter:
+    """Measures a roof beside a step, so that other load on the machine lowers both: a product of 4096² matrices, a copy
+    of 512 MiB and on a CPU multiplications and additions in registers, once a call of `measure`."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        side, size = 4096, 2**29
+        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        self._device = device
+        self._rates = [_Rate(lambda: left @ right, 2 * side**3), _Rate(lambda: target.copy_(source), 2 * size)]
+        if device.type == "cpu":
+            peak = FmaPeak()
+            self._rates.append(_Rate(peak, peak.operations))
+
+    def measure(self) -> None:
+        for rate in self._rates:
+            synchronize(self._device)
+            began = time.perf_counter()
+            rate.call()
+            synchronize(self._device)
+            rate.found.append(rate.work / (time.perf_counter() - began))
+
+    def roof(self) -> Roof:
+        """Medians of what was measured. Attention's limit is the product's, or that of registers where it is higher."""
+        product, copy, *registers = (median(rate.found) for rate in self._rates)
+        return Roof(product, copy, max(product, *registers))
 
 
 def _bytes(tree: Any) -> float:

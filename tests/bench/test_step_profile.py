@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner, Result
 
-from bench.profile.__main__ import HEADER, app, rows
+from bench.profile.__main__ import HEADER, app, limit, rows
 from bench.profile.parts import Part, Parts, Roof
 from k5kernels import TokenLayout, block_sparse_attention, nabla_mask
 from k5kernels.attention import attention
@@ -58,17 +58,36 @@ def test_attention_to_every_block_has_the_operations_of_dense_attention_on_a_gri
     assert ours.operations == dense.operations == 4 * 2 * 3 * ragged.tokens**2 * 16
 
 
-def test_the_roof_is_the_slower_of_products_and_memory():
-    roof = Roof(operations=100.0, bandwidth=10.0)
-    assert roof.share(Part("forward", "a", seconds=4.0, operations=200.0, bytes=10.0)) == 0.5
-    assert roof.share(Part("forward", "b", seconds=4.0, operations=100.0, bytes=40.0)) == 1.0
+ROOF = Roof(operations=100.0, bandwidth=10.0, attention=200.0)
+
+
+def test_the_limit_is_the_slower_of_products_and_memory():
+    assert ROOF.share([Part("forward", "a", seconds=4.0, operations=200.0, bytes=10.0)]) == 0.5
+    assert ROOF.share([Part("forward", "b", seconds=4.0, operations=100.0, bytes=40.0)]) == 1.0
+
+
+def test_attention_has_a_limit_of_its_own():
+    assert ROOF.share([Part("forward", "k5.block_sparse_attention", seconds=4.0, operations=200.0)]) == 0.25
+
+
+def test_a_step_stands_as_near_its_limit_as_its_parts_together():
+    product = Part("forward", "aten.mm", 1, seconds=4.0, operations=300.0)
+    copy = Part("forward", "aten.clone", 1, seconds=1.0, bytes=5.0)
+    assert limit([product, copy], ROOF) == "the step takes 5 s, its limits alone 3.5 s: 70.0% of the limit"
+
+
+def test_rates_are_of_operations_or_else_of_bytes():
+    product = Part("forward", "aten.mm", 1, seconds=4.0, operations=3e11, bytes=1e9)
+    copy = Part("forward", "aten.clone", 1, seconds=1.0, bytes=5e9)
+    cells = rows([product, copy], Roof(1e11, 1e10, 1e11))
+    assert [row[-2:] for row in cells[:2]] == [["75 GFLOP/s", "75%"], ["5.0 GB/s", "50%"]]
 
 
 def test_the_table_fits_a_terminal_of_80_columns():
     parts = [Part("forward", "aten._scaled_dot_product_flash_attention_for_cpu", 1, 12.345678, 1.2e12, 1e9)]
     parts.append(Part("forward", "aten.mm", 12, 10.0, 9e11, 1e9))
     printed = Console(width=80, file=StringIO())
-    printed.print(table("a block", HEADER, rows(parts, Roof(1e11, 1e10))))
+    printed.print(table("a block", HEADER, rows(parts, Roof(1e11, 1e10, 2e11))))
     lines = printed.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert any(" 12346 " in line and "_for_cpu" in line for line in lines)
@@ -83,6 +102,7 @@ def test_a_step_is_profiled_forward_and_backward(tmp_path):
     done = run("--backward", out=tmp_path)
     assert done.exit_code == 0, done.output
     assert "whole" in done.stdout
+    assert "% of the limit" in done.stdout.splitlines()[-1]
     written = json.loads((tmp_path / "profile.json").read_text())
     names = {(part["phase"], part["name"]) for part in written["parts"]}
     assert {("forward", "aten.addmm"), ("forward", "k5.nabla_mask")} <= names
