@@ -6,13 +6,14 @@ mask that is the same for all samples is stored once (B_m = 1), and so is one th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from k5kernels.token_layout import TokenLayout
 
@@ -157,7 +158,16 @@ class BlockMask:
         return one.to_dense()[0, 0].cpu().numpy()
 
 
-torch.export.register_dataclass(BlockMask, serialized_type_name="k5kernels.BlockMask")
+def _flatten(mask: BlockMask) -> tuple[list[Tensor], TokenLayout]:
+    return [mask.offsets, mask.indices], mask.layout
+
+
+def _unflatten(tensors: Iterable[Tensor], layout: TokenLayout) -> BlockMask:
+    offsets, indices = tensors
+    return BlockMask(offsets, indices, layout)
+
+
+pytree.register_pytree_node(BlockMask, _flatten, _unflatten)
 
 
 def row_offsets(counts: Tensor) -> Tensor:

@@ -77,8 +77,7 @@ class TokenLayout:
 
     def block_grid(self, clip: int) -> Clip:
         """(T, rows, columns) of the blocks of the clip with this number."""
-        T, H, W = self.clips[clip]
-        return T, _ceil_div(H, self.block_side), _ceil_div(W, self.block_side)
+        return _blocks_of(self.clips[clip], self.block_side)
 
     def block_starts(self, device: torch.device | str = "cpu") -> Tensor:
         """The first token of each block, then S: int64 [N_b + 1]."""
@@ -99,9 +98,6 @@ class TokenLayout:
     def inverse_permutation(self, device: torch.device | str = "cpu") -> Tensor:
         """For each row-major token its position in fractal order: int64 [S]."""
         return _shared(_inverse_permutation, self, device)
-
-
-torch.utils._pytree.register_constant(TokenLayout)
 
 
 def block_tokens(block_starts: Tensor, max_block_tokens: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +144,11 @@ def _is_grid(clip: object) -> bool:
     return isinstance(clip, (tuple, list)) and len(clip) == 3 and all(_is_integer(side) and side >= 1 for side in clip)
 
 
+def _blocks_of(clip: Clip, block_side: int) -> Clip:
+    T, H, W = clip
+    return T, _ceil_div(H, block_side), _ceil_div(W, block_side)
+
+
 def _ceil_div(length: int, side: int) -> int:
     return (length + side - 1) // side
 
@@ -187,20 +188,21 @@ def _inverse_permutation(layout: TokenLayout, device: torch.device) -> Tensor:
 
 
 def _block_lengths(clip: Clip, block_side: int, device: torch.device) -> Tensor:
-    T, H, W = clip
-    heights = _side_lengths(H, block_side, device)
-    widths = _side_lengths(W, block_side, device)
-    return (heights[:, None] * widths).flatten().repeat(T)
-
-
-def _side_lengths(length: int, block_side: int, device: torch.device) -> Tensor:
-    starts = torch.arange(_ceil_div(length, block_side), device=device) * block_side
-    return (length - starts).clamp(max=block_side)
+    _, H, W = clip
+    _, y, x = _places(_blocks_of(clip, block_side), device)
+    return (H - y * block_side).clamp(max=block_side) * (W - x * block_side).clamp(max=block_side)
 
 
 def _clip_block_coordinates(layout: TokenLayout, number: int, device: torch.device) -> Tensor:
-    t, y, x = torch.meshgrid(*(torch.arange(side, device=device) for side in layout.block_grid(number)), indexing="ij")
-    return torch.stack([torch.full_like(t, number), t, y, x], dim=-1).flatten(0, 2)
+    t, y, x = _places(layout.block_grid(number), device)
+    return torch.stack([torch.full_like(t, number), t, y, x], dim=-1)
+
+
+def _places(grid: Clip, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(t, y, x) of each block of a grid, by arithmetic: broadcasting symbolic sizes would ask which of them are 1."""
+    T, rows, columns = grid
+    number = torch.arange(T * rows * columns, device=device)
+    return number // (rows * columns), number // columns % rows, number % columns
 
 
 def _clip_permutation(clip: Clip, block_side: int, device: torch.device) -> Tensor:

@@ -71,6 +71,7 @@ class CrossDiT(nn.Module):
     before the backward asks for them (§6.1); None keeps them here.
     exchange: for processes that share each sequence: each computes its piece of the tokens, and all get the velocity
     of the whole.
+    Compiled, it is one graph for clips of every length and size; docs/design.md says how.
     """
 
     def __init__(self, config: CrossDiTConfig):

@@ -38,7 +38,9 @@ def check_modulation(name: str, modulation: Tensor, x: Tensor, clip_starts: Sequ
     """Raise ValueError where `modulation` fits no x [B, S, d] of these clips."""
     clips = len(clip_starts) - 1
     rows = (x.shape[0] * clips, x.shape[2])
-    if modulation.shape not in (x.shape, rows) or not modulation.is_floating_point():
+    # Compared one by one: in a graph of symbolic sizes `in` compares symbols, not sizes.
+    fits = modulation.shape == x.shape or modulation.shape == rows
+    if not fits or not modulation.is_floating_point():
         per_row = "a sample" if clips == 1 else f"for each of the layout's {clips} clips, of each sample"
         raise ValueError(
             f"{name}: expected a floating {list(rows)} (one row {per_row}) or {list(x.shape)} (one a token), "

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -296,20 +295,6 @@ def test_autocast_trains_with_modulation_in_float32():
     assert all(p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         assert relative_difference(out, velocity(model, x, time, text)) < 0.05
-
-
-@pytest.mark.slow  # a quarter of a minute each; packed sequences are compiled in every run
-@pytest.mark.parametrize("attention", [DENSE, NABLA], ids=["dense", "nabla"])
-@torch.no_grad()
-def test_compiled_in_one_graph_gives_the_same_at_every_size(attention):
-    torch._dynamo.reset()
-    model = random_model(replace(CONFIG, visual_blocks=1))
-    compiled = torch.compile(partial(velocity, model), fullgraph=True, dynamic=True, backend="eager")
-    for batch, grid, length in [(1, (2, 18, 6), 5), (2, (3, 12, 20), 7), (2, (5, 4, 34), 4)]:
-        x, time, text = inputs(batch, grid, length=length)
-        expected = velocity(model, x, time, text, rope_scale=ROPE_SCALE, attention=attention)
-        actual = compiled(x, time, text, rope_scale=ROPE_SCALE, attention=attention)
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_input_is_refused_with_what_was_expected():
