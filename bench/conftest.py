@@ -23,8 +23,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not harness.ROWS:
         return
     terminalreporter.section("medians; in brackets how many times ours is as fast: median and quartiles of the rounds")
-    terminalreporter.write_line(
-        f"{harness.machine()}; {harness.ROUNDS} interleaved rounds; {harness.memory_in_words()}"
-    )
+    terminalreporter.write_line(f"{harness.machine()}; rounds interleaved; {harness.memory_in_words()}")
     for row in harness.ROWS:
         terminalreporter.write_line(str(row))

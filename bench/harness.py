@@ -45,6 +45,9 @@ class Row:
     def medians(self) -> dict[str, float]:
         return {name: statistics.median(times) for name, times in self.milliseconds.items()}
 
+    def rounds(self) -> int:
+        return len(next(iter(self.milliseconds.values())))
+
     def ratios(self, variant: str) -> tuple[float, float, float]:
         """How many times ours is as fast as the variant (for each operation, where they are given): the lower
         quartile, the median and the upper quartile over the rounds."""
@@ -71,7 +74,8 @@ class Row:
                 part += f" ({middle:.2f}x, {low:.2f} to {high:.2f})"
             parts.append(part)
         moved = f"  {self.bytes_moved / 1e6:.0f} MB moved" if self.bytes_moved else ""
-        return f"{self.name}  {self.sizes}{moved}  {self.threads} threads:  {'  '.join(parts)}"
+        timed = f"{self.threads} threads, {self.rounds()} rounds"
+        return f"{self.name}  {self.sizes}{moved}  {timed}:  {'  '.join(parts)}"
 
 
 ROWS: list[Row] = []

@@ -57,6 +57,7 @@ def test_a_ratio_below_its_floor_fails_and_names_both_figures_with_the_row_kept(
 
 def test_ratios_are_those_of_the_rounds():
     row = harness.Row("case", "[4]", 1, {"ours": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 4.0]})
+    assert "1 threads, 3 rounds" in str(row)
     assert row.medians() == {"ours": 2.0, "other": 4.0}
     assert row.ratios("other") == (1.5, 2.0, 2.5)
 
