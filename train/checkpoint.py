@@ -310,6 +310,7 @@ class _Writer(FileSystemWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **settings: Any) -> None:
         """The first of what the saving thread does."""
         _give_way()
+        torch.serialization.set_crc32_options(False)  # in this thread: SHA-256 covers every byte, and `load` checks none
         super().set_up_storage_writer(is_coordinator, *arguments, **settings)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

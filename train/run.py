@@ -198,7 +198,7 @@ def train(
     """Train to the end of the schedule, with pictures of it in the folder.
 
     measuring: gives every row of the log what it has beside the loss. drawing: samples, where there is a VAE. trace:
-    for the share of communication. options: of `Loop.run`.
+    for the share of communication. limits: as `Loop.run` takes them, `set_on_resume` too.
     """
 
     def draw(done: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from k5kernels.device import device_of
@@ -109,7 +108,7 @@ class Stage(ABC):
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict({"state": states[name], "param_groups": optimizer.state_dict()["param_groups"]})
         for name, tensor in state.items():
-            here = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            here = own_shard(tensor)
             if not here.isfinite().all() or (name.endswith(".step") and (here < 0).any()):
                 raise ValueError(f"{name}: expected finite numbers and steps from 0, got others")
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,14 @@ def test_it_is_written_at_a_lower_priority_than_the_training_has(tmp_path, monke
     save(tmp_path, 1)
     assert min(written_at) > before
     assert priority() == before
+
+
+def test_torch_computes_no_checksums_of_its_own_while_one_is_written_and_does_elsewhere(path, tmp_path):
+    with zipfile.ZipFile(path / SHARD) as last_tensor:
+        assert last_tensor.testzip() is not None
+    torch.save(WEIGHTS, tmp_path / "elsewhere")
+    with zipfile.ZipFile(tmp_path / "elsewhere") as others:
+        assert others.testzip() is None
 
 
 def test_the_newest_stay(tmp_path):
