@@ -22,30 +22,27 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from k5kernels.atomic import flush_folder, replacing
+from train.marked_files import FileMark, MarkedFiles, mark_of
 from train.parallel import ALONE, Parallel
 from train.ranks import everywhere, on_first
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 FORMAT = 2  # of the folder; another one is another program's or another version's
 MANIFEST = "checkpoint.json"
@@ -79,14 +76,6 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class FileMark:
-    """What tells a file from a damaged one."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Saved:
     """A checkpoint in its folder. done: steps behind it. settings: what the run was made with, as JSON."""
 
@@ -99,7 +88,7 @@ class Saved:
         """Read file number `first` and each `every`-th after it; raises CheckpointError where one is not as written."""
         for name in sorted(self.files)[first::every]:
             try:
-                same = _mark(self.path / name) == self.files[name]
+                same = mark_of(self.path / name) == self.files[name]
             except OSError as error:
                 raise _damaged(self.path, error) from error
             if not same:
@@ -292,7 +281,7 @@ class _Writer(FileSystemWriter):
         # Nothing is copied ahead: what is written is in host memory. Its files see that they are on the disk.
         super().__init__(_partial(path), sync_files=False, per_thread_copy_ahead=0)
         self.final, self.done, self.settings, self.keep = path, done, settings, keep
-        self.fs = self.files = _HashedFiles()
+        self.fs = self.files = MarkedFiles()
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """One copy of each tensor in host memory; torch's own stager makes two of a DTensor."""
@@ -310,7 +299,7 @@ class _Writer(FileSystemWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **settings: Any) -> None:
         """The first of what the saving thread does."""
         _give_way()
-        torch.serialization.set_crc32_options(False)  # in this thread: SHA-256 covers every byte, and `load` checks none
+        torch.serialization.set_crc32_options(False)  # of this thread; `load` checks none, and SHA-256 all
         super().set_up_storage_writer(is_coordinator, *arguments, **settings)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -351,48 +340,13 @@ class _Writer(FileSystemWriter):
             for result in written
             if isinstance(result, _MarkedResult)
         }
-        _write_manifest(partial, self.done, self.settings, files | {INDEX: _mark(partial / INDEX)})
+        _write_manifest(partial, self.done, self.settings, files | {INDEX: mark_of(partial / INDEX)})
         flush_folder(partial)
         os.replace(partial, self.final)
         flush_folder(self.final.parent)
         for path in _steps(self.final.parent)[self.keep :]:
             os.replace(path, _partial(path))  # a kill in between leaves no half of a checkpoint
             shutil.rmtree(_partial(path), ignore_errors=True)  # or at the next start
-
-
-class _HashedFile(io.BufferedWriter):
-    """A file that is written from its beginning to its end, and on the disk when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"))
-        self.digest = hashlib.sha256()
-
-    def write(self, data: "ReadableBuffer", /) -> int:
-        self.digest.update(data)
-        return super().write(data)
-
-    def close(self) -> None:
-        try:
-            if not self.closed:
-                self.flush()
-                os.fsync(self.fileno())
-        finally:
-            super().close()
-
-
-class _HashedFiles(FileSystem):
-    """marks: of the files that have been written, by name; nothing is read back for them."""
-
-    def __init__(self) -> None:
-        self.marks: dict[str, FileMark] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """Open a file to write."""
-        path = Path(path)
-        with _HashedFile(path) as file:
-            yield file
-        self.marks[path.name] = FileMark(path.stat().st_size, file.digest.hexdigest())
 
 
 class _Reader(FileSystemReader):
@@ -440,12 +394,6 @@ def _number(path: Path) -> int:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
-
-
-def _mark(path: Path) -> FileMark:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileMark(file.tell(), digest)
 
 
 def _write_manifest(path: Path, done: int, settings: Mapping[str, Any], files: Mapping[str, FileMark]) -> None:

@@ -11,8 +11,9 @@ import torch
 from many_cases import refusal, tally
 from mutations import mutate_bytes
 
-from train.checkpoint import INDEX, _mark, _read_manifest, _write_manifest, step_name
+from train.checkpoint import INDEX, _read_manifest, _write_manifest, step_name
 from train.loop import Loop
+from train.marked_files import mark_of
 from train.same_settings import check_settings
 from train.schedule import Schedule
 from train.stage import Loss, Stage
@@ -69,7 +70,7 @@ class DamagedCheckpoint:
         (path / name).write_bytes(mutate_bytes(self.files[name], draw))
         if checksums_right:
             saved = _read_manifest(path)
-            marks = {name: _mark(path / name) for name in saved.files}
+            marks = {name: mark_of(path / name) for name in saved.files}
             _write_manifest(path, saved.done, saved.settings, marks)
 
         def resume() -> None:

@@ -78,12 +78,13 @@ def assert_refused(path: Path, *words: str) -> None:
 
 def write_again(path: Path, **change) -> None:
     """Change the description of a checkpoint and make its checksum right again, as another program might."""
-    from train.checkpoint import _digest, _mark
+    from train.checkpoint import _digest
+    from train.marked_files import mark_of
 
     content = json.loads((path / "checkpoint.json").read_text()) | change
     del content["sha256"]
     for name in content["files"]:
-        content["files"][name] = vars(_mark(path / name))
+        content["files"][name] = vars(mark_of(path / name))
     (path / "checkpoint.json").write_text(json.dumps({"sha256": _digest(content), **content}))
 
 
