@@ -3,7 +3,8 @@
     python -m bench.start_memory
 
 gloo processes of this machine, each its own shard. What is measured is the most memory that a process has held (VmHWM),
-over what it held before, of the rank with the most.
+over what it held before, of the rank with the most. Before it each has made a small model: what PyTorch loads of itself
+with the first one is no part of it. Linux alone.
 """
 
 from dataclasses import replace
@@ -17,27 +18,34 @@ import typer
 from bench.gloo_processes import on_processes
 from bench.harness import machine
 from k5_command import stop_in_one_line
+from k5kernels.presets import CrossDiTConfig
 from k5kernels.terminal import console, table
 from model.crossdit import CrossDiT
 from model.presets import PRESETS
 from train.building import build_model
 from train.parallel import processes, shard_model
-from train.resident import peak_bytes, resident_bytes
+from train.resident import forget_peak, peak_bytes, resident_bytes
 
 CPU = torch.device("cpu")
 MODEL = replace(PRESETS["nano"], model_dim=768, time_dim=256, ff_dim=3072, text_blocks=2, visual_blocks=10)
+SMALL = replace(MODEL, model_dim=64, time_dim=32, ff_dim=64, text_blocks=1, visual_blocks=1)
 MIB = 2**20
 
 
 def started(folder: Path, whole_first: bool) -> float:
     """MiB that the ranks' start takes at most."""
-    with processes(CPU, where=f"file://{folder / 'store'}") as parallel:
-        before = resident_bytes()
+
+    def make(config: CrossDiTConfig) -> CrossDiT:
         if whole_first:
             torch.manual_seed(0)
-            model = shard_model(CrossDiT(MODEL), parallel)
-        else:
-            model = build_model(MODEL, None, 0, parallel)
+            return shard_model(CrossDiT(config), parallel)
+        return build_model(config, None, 0, parallel)
+
+    with processes(CPU, where=f"file://{folder / 'store'}") as parallel:
+        make(SMALL)
+        forget_peak()
+        before = resident_bytes()
+        model = make(MODEL)
         taken = torch.tensor(float(peak_bytes() - before))
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         del model

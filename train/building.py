@@ -69,19 +69,28 @@ def build_model(
 
 
 def random_weights(config: CrossDiTConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of a fresh model, on the CPU, of one layer at a time."""
+    """(name, weight) of a fresh model, on the CPU, of one layer at a time: they are valid until the next layer's.
+
+    All layers are drawn in the same memory. Were it freed for each, glibc would keep up to most of it: where tensors of
+    such sizes are made and freed in turn, it seldom finds room for one in what another has left.
+    """
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = CrossDiT(config)
+    largest = max(sum(weight.numel() for weight in layer.parameters(recurse=False)) for layer in model.modules())
+    room = torch.empty(largest)
     # Modules are listed in the order in which they were made, which is that of the draws.
     for prefix, layer in model.named_modules():
         weights = [name for name, _ in layer.named_parameters(recurse=False)]
         if weights:
             assert isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm)  # which draw in reset_parameters alone
-            layer.to_empty(device="cpu", recurse=False)
+            left = room
+            for name in weights:
+                weight = layer.get_parameter(name)
+                own, left = left[: weight.numel()], left[weight.numel() :]
+                setattr(layer, name, nn.Parameter(own.view(weight.shape)))
             layer.reset_parameters()
-            yield from ((f"{prefix}.{name}", getattr(layer, name).detach()) for name in weights)
-            layer.to_empty(device="meta", recurse=False)
+            yield from ((f"{prefix}.{name}", layer.get_parameter(name).detach()) for name in weights)
 
 
 def offload_to(folder: Path, device: torch.device, budget_bytes: float) -> ActivationOffload:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from k5kernels.terminal import Stopped
 from model.crossdit import CrossDiT, Modulation, TimeEmbedding
@@ -241,8 +241,12 @@ def own_shard(tensor: Tensor) -> Tensor:
 def fill_shard(tensor: Tensor, values: Tensor) -> None:
     """Let a tensor take the values, of a DTensor this rank's part of them; every rank has all, and nothing is sent."""
     if isinstance(tensor, DTensor):
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    own_shard(tensor).copy_(own_shard(values))
+        for side, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):
+                own = tensor.device_mesh.get_local_rank(side)
+                parts = values.chunk(tensor.device_mesh.size(side), placement.dim)
+                values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
+    own_shard(tensor).copy_(values)
 
 
 class SequenceExchange:

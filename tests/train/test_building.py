@@ -11,7 +11,7 @@ from tiny_stage import TINY, tiny_loop
 from bench.gloo_processes import on_processes
 from model.crossdit import CrossDiT, Modulation
 from model.weights import save_crossdit
-from train.building import build_model
+from train.building import build_model, random_weights
 from train.parallel import ALONE
 from train.stored_model import open_model
 
@@ -30,6 +30,13 @@ def test_random_weights_are_those_of_a_fresh_model_and_so_are_the_draws_behind_t
     assert_equal(made.state_dict(), fresh)
     assert made.training
     assert all(parameter.requires_grad for parameter in made.parameters())
+
+
+def test_all_layers_are_drawn_in_the_same_memory_which_is_that_of_the_largest():
+    storages = [weight.untyped_storage() for _, weight in random_weights(TINY, 0)]
+    assert len({storage.data_ptr() for storage in storages}) == 1
+    layers = CrossDiT(TINY).modules()
+    assert storages[0].nbytes() == 4 * max(sum(w.numel() for w in one.parameters(recurse=False)) for one in layers)
 
 
 def test_a_modulation_that_is_zero_at_first_draws_all_the_same_and_seeds_keep_their_models():
