@@ -7,6 +7,7 @@ moment allowed, so that memory freed or used again before it was waited for show
 import ctypes
 import errno
 import gc
+import mmap
 import os
 import tempfile
 
@@ -119,7 +120,7 @@ def inputs_in_memory(monkeypatch, offload, count=8):
     """The most block inputs in memory at a time, over forward and backward: those of the forward and those that were
     brought back, looked at whenever a block begins or ends and whenever one is brought back."""
     owned, most = [], 0
-    empty = Form.empty
+    empty, mapped = Form.empty, disk.DiskStore.mapped
 
     def look(tensor):
         nonlocal most
@@ -131,7 +132,13 @@ def inputs_in_memory(monkeypatch, offload, count=8):
         look(tensor)
         return tensor
 
+    def watched_mapping(store, place):
+        tensor = mapped(store, place)
+        look(tensor)
+        return tensor
+
     monkeypatch.setattr(Form, "empty", watched)
+    monkeypatch.setattr(disk.DiskStore, "mapped", watched_mapping)
     blocks, x = blocks_and_input(count=count)
     for block in blocks:
         block.register_forward_pre_hook(lambda block, arguments: look(arguments[0]))
@@ -185,9 +192,9 @@ def moved(monkeypatch):
 def events(monkeypatch, prefetch, folder):
     """What the backward does: asks for input i (i), after which input j was begun to be brought back (-j)."""
     said = []
-    begin = disk.DiskStore.read
+    begin = disk.DiskStore.read_ahead
     monkeypatch.setattr(
-        disk.DiskStore, "read", lambda s, form, offset: said.append(("read", offset)) or begin(s, form, offset)
+        disk.DiskStore, "read_ahead", lambda s, place: said.append(("read", place.offset)) or begin(s, place)
     )
     blocks, x = blocks_and_input(count=6)
     out = forward(blocks, x, to_disk(folder, prefetch=prefetch))
@@ -198,9 +205,9 @@ def events(monkeypatch, prefetch, folder):
 
 
 def test_an_input_is_on_its_way_before_the_backward_asks_for_it(tmp_path, monkeypatch):
-    nbytes = 2 * 5 * WIDTH * 4
     said = events(monkeypatch, 1, tmp_path)
-    begun = {offset // nbytes: place for place, (what, offset) in enumerate(said) if what == "read"}
+    page = mmap.ALLOCATIONGRANULARITY
+    begun = {offset // page: place for place, (what, offset) in enumerate(said) if what == "read"}
     # Of six inputs the last two are still there when the backward begins.
     assert list(begun) == [3, 2, 1, 0]
     recomputed = [place for place, (what, _) in enumerate(said) if what == "block"]
@@ -351,10 +358,25 @@ def full(*arguments):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_writes_and_reads_of_part_of_a_tensor_go_on_where_they_stopped(tmp_path, monkeypatch):
-    write, read = os.pwrite, os.preadv
+def test_a_place_is_taken_for_as_long_as_a_tensor_is_mapped_there_and_may_be_written_to(tmp_path):
+    offload, tensor = to_disk(tmp_path), torch.randn(3, 4)
+    packed = offload._pack(tensor)
+    packed.leave()
+    back, again = offload._unpack(packed), offload._unpack(packed)
+    again.zero_()
+    del packed, again
+    gc.collect()
+    other = offload._pack(torch.randn(3, 4))
+    other.leave()
+    assert torch.equal(back, tensor)
+    del back, other
+    gc.collect()
+    assert offload.stores[CPU]._used == 0
+
+
+def test_writes_of_part_of_a_tensor_go_on_where_they_stopped(tmp_path, monkeypatch):
+    write = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[:100], at))
-    monkeypatch.setattr(os, "preadv", lambda file, into, at: read(file, [into[0][:60]], at))
     assert_bit_equal(gradients(to_disk(tmp_path)), gradients(None))
 
 
