@@ -3,7 +3,8 @@
     python -m bench.memory_trace --out docs       writes docs/offload_memory.png and docs/offload_memory.json
 
 Every allocation of a tensor on the CPU is counted by PyTorch's profiler, from the forward of the blocks to the end of
-their backward. Weights and the room for their gradients are there before, and not counted.
+their backward. Weights and the room for their gradients are there before, and not counted; nor are block inputs that
+offload has mapped from its file for the backward.
 """
 
 import json
