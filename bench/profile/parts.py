@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from statistics import median
 from typing import Any
 
 import torch
@@ -100,12 +99,12 @@ def synchronize(device: torch.device) -> None:
 class _Rate:
     call: Callable[[], Any]
     work: float
-    found: list[float] = field(default_factory=list)
+    best: float = 0.0
 
 
 class RoofMeter:
-    """Measures a roof beside a step, so that other load on the machine lowers both: a product of 4096² matrices, a copy
-    of 512 MiB and on a CPU multiplications and additions in registers, once a call of `measure`."""
+    """Measures a roof beside a step, once a call of `measure`: a product of 4096² matrices, a copy of 512 MiB and on a
+    CPU multiplications and additions in registers."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         side, size = 4096, 2**29
@@ -124,11 +123,11 @@ class RoofMeter:
             began = time.perf_counter()
             rate.call()
             synchronize(self._device)
-            rate.found.append(rate.work / (time.perf_counter() - began))
+            rate.best = max(rate.best, rate.work / (time.perf_counter() - began))
 
     def roof(self) -> Roof:
-        """Medians of what was measured. Attention's limit is the product's, or that of registers where it is higher."""
-        product, copy, *registers = (median(rate.found) for rate in self._rates)
+        """The best of all calls. Attention's limit is the product's, or that of registers where it is higher."""
+        product, copy, *registers = (rate.best for rate in self._rates)
         return Roof(product, copy, max(product, *registers))
 
 

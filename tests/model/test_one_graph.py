@@ -25,7 +25,7 @@ NABLA = AttentionConfig("nabla", thr=0.5, sta=(3, 1, 1))
 Clip = tuple[int, tuple[int, int, int], int]
 CLIPS: list[Clip] = [
     (2, (2, 16, 16), 2),
-    (3, (5, 20, 14), CONFIG.model_dim),
+    (3, (4, 20, 14), CONFIG.model_dim),
     (2, (3, 12, 22), 3 * 12 * 22),
     (4, (6, 5, 9), 11),
 ]
@@ -48,8 +48,9 @@ class Graphs:
         self.backend, self.compiled = torch._dynamo.lookup_backend(backend), 0
 
     def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        compiled = self.backend(graph, examples)  # raises where the graph is to be traced again, with fewer symbols
         self.compiled += 1
-        return self.backend(graph, examples)
+        return compiled
 
 
 def graphs_of(function: Callable[..., Any], calls: list[tuple[Any, ...]], backend: str) -> int:
@@ -94,14 +95,11 @@ def model_call_of_tokens(clip: Clip, attention: AttentionConfig) -> tuple[Any, .
 
 
 @pytest.mark.slow  # a quarter of a minute each
-@each_attention
-@pytest.mark.parametrize(
-    ("of_latents", "call"), [(True, model_call), (False, model_call_of_tokens)], ids=["latents", "tokens"]
-)
+@pytest.mark.parametrize(("attention", "of_latents"), [(DENSE, False), (NABLA, True)], ids=["dense", "nabla"])
 @torch.no_grad()
-def test_a_model_is_one_graph_for_videos_and_another_for_images(attention, of_latents, call):
+def test_a_model_is_one_graph_for_videos_and_another_for_images(attention, of_latents):
     model = random_model(replace(CONFIG, visual_blocks=1))
-    function = partial(latent_velocity, model) if of_latents else model
+    function, call = (partial(latent_velocity, model), model_call) if of_latents else (model, model_call_of_tokens)
     function = partial(function, rope_scale=ROPE_SCALE, attention=attention)
     videos, images = ([call(clip, attention) for clip in clips] for clips in (CLIPS, IMAGES))
     assert graphs_of(function, videos + images, "eager") == 2
