@@ -13,11 +13,13 @@ import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from k5kernels.folder import list_names, read_whole
 from k5kernels.latents.failures import ending, told
+from k5kernels.latents.sources import Listing, Source
 
 KEY_FIELDS = ("file_name", "path", "file", "video", "key")
 CAPTION_FIELDS = ("caption", "text")
@@ -113,6 +115,29 @@ def sidecar_captions(files: Mapping[str, str]) -> tuple[dict[str, str], dict[str
             problems[source] = f"{path} fits {fits}; name it {named} if it is of this one"
     usable = {source: captions for source, captions in found.items() if captions and source not in problems}
     return {source: next(iter(captions.values())) for source, captions in usable.items()}, problems
+
+
+@dataclass(frozen=True)
+class Captions:
+    """captions: file -> caption. problems: file -> why what stands beside it cannot be its caption."""
+
+    captions: dict[str, str]
+    problems: dict[str, str]
+
+
+def captions_of(listing: Listing, mine: list[Source], given: Mapping[str, str] | None) -> Captions:
+    """Those of the sources in `mine`: given ones, and for the others those beside them. Whether a caption fits two
+    sources is asked of all that are listed. Raises CaptionError where some are given and none fits."""
+    matched = match_captions(given or {}, [source.path for source in listing.sources])
+    if given and listing.sources and not matched:
+        raise CaptionError(f"captions: expected some for {listing.sources[0].path} and so on, got none that fits")
+    captions = {source.file: matched[source.path] for source in mine if source.path in matched}
+    open_files = {source.file for source in mine} - set(captions)
+    stems = {os.path.splitext(file)[0] for file in open_files}
+    near = (source.file for source in listing.sources if os.path.splitext(source.file)[0] in stems)
+    beside, problems = sidecar_captions({file: file for file in near})
+    captions |= {file: words for file, words in beside.items() if file in open_files}
+    return Captions(captions, {file: why for file, why in problems.items() if file in open_files})
 
 
 def _beside(file: str, folders: "_Folders") -> dict[str, str]:

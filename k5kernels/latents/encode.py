@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from k5kernels.latents.encoders import Encoder, check, dtype_of, fingerprint, latent
+from k5kernels.latents.encoders import Encoder, check, dtype_of, fingerprint, latent, most_together
 from k5kernels.latents.record import ClipRecord
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Source, content_hash
@@ -23,6 +23,21 @@ from k5kernels.vae import latent_frames
 from k5kernels.vae.plan import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Unencoded:
+    """A clip of a source before it is encoded. sha256: of the source's content."""
+
+    source: Source
+    sha256: str
+    clip: Clip
+    caption: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of its frames."""
+        return self.clip.frames.shape[1], self.clip.frames.shape[2]
 
 
 @dataclass(frozen=True)
@@ -77,11 +92,16 @@ class Encoding:
         return islice(read_clips(file, self.resolution, self.clip_frames, self.reading), self.max_clips)
 
     def sample(self, source: Source, sha256: str, clip: Clip, caption: str | None = None) -> Sample:
-        """A clip of the source as a sample. sha256: of the source's content.
+        """A clip of the source as a sample; arguments as of `Unencoded`, errors as of `sample_of`."""
+        (values,) = self.latents(clip.frames[None])
+        return self.sample_of(Unencoded(source, sha256, clip, caption), values)
+
+    def sample_of(self, unencoded: Unencoded, values: Tensor) -> Sample:
+        """The clip with its latent, as `latents` gives it.
 
         Raises VideoError where the latent, or what the caption is encoded to, is not finite.
         """
-        values = self._latent(clip.frames)
+        source, sha256, clip, caption = unencoded.source, unencoded.sha256, unencoded.clip, unencoded.caption
         if not values.isfinite().all():
             found = f"found inf or nan in the one from frame {clip.first_frame} on"
             raise VideoError(f"{source.file}: expected clips that are encoded to finite latents, {found}")
@@ -109,12 +129,18 @@ class Encoding:
             raise VideoError(f"{source.file}: expected a caption that is encoded to finite values, got inf or nan")
         return Sample(f"{name}-{clip.first_frame:08d}", values, record, text)
 
-    def _latent(self, frames: Tensor) -> Tensor:
-        """float16 latent [16, T, h, w] of uint8 frames [F, H, W, 3]: the mean, scaled as the models take it."""
+    def latents(self, frames: Tensor) -> Tensor:
+        """float16 latents [B, 16, T, h, w] of uint8 frames [B, F, H, W, 3], which go through the encoder together: the
+        mean, scaled as the models take it."""
         with stage("encode clip"), torch.inference_mode():
-            found = latent(self.encoder, to_model(frames), self.mode, self.memory_budget)
+            video = torch.cat([to_model(one) for one in frames])
+            found = latent(self.encoder, video, self.mode, self.memory_budget)
         # Outside inference mode, so that the copy can be trained on.
-        return found[0].to("cpu", torch.float16, copy=True)
+        return found.to("cpu", torch.float16, copy=True)
+
+    def most_together(self, size: tuple[int, int, int]) -> int:
+        """How many clips of this size, (frames, height, width), the memory budget lets through together."""
+        return most_together(self.encoder, size, self.mode, self.memory_budget)
 
 
 def checked_mode(name: str) -> Mode:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,9 +42,19 @@ def check(encoder: Encoder, clip_frames: int, bucket: Bucket, mode: Mode, memory
         raise ValueError("memory_budget: expected none with FLUX's VAE, which takes a picture as it is")
 
 
+def most_together(encoder: Encoder, size: tuple[int, int, int], mode: Mode, memory_budget: int | None) -> int:
+    """How many clips of (frames, height, width) the budget lets through together, one at least."""
+    if memory_budget is None or not isinstance(encoder, HunyuanEncoder):
+        return sys.maxsize
+    return max(1, memory_budget // encoder.plan((1, 3, *size), mode, memory_budget).peak_bytes)
+
+
 def latent(encoder: Encoder, video: Tensor, mode: Mode, memory_budget: int | None) -> Tensor:
-    """[1, 16, T, h, w] of a video [1, 3, F, H, W] in [-1, 1]: the mean, shifted and scaled as the models take it."""
+    """[B, 16, T, h, w] of videos [B, 3, F, H, W] in [-1, 1], together where the budget allows it: the mean, shifted and
+    scaled as the models take it."""
     if isinstance(encoder, HunyuanEncoder):
+        if memory_budget is None and len(video) > 1:  # without a budget clips go one by one
+            memory_budget = len(video) * encoder.plan((1, *video.shape[1:]), mode).peak_bytes
         return encoder.encode(video, mode, memory_budget).mode() * encoder.config.scaling_factor
     return (encoder.encode(video, mode).mode() - (encoder.config.shift_factor or 0)) * encoder.config.scaling_factor
 

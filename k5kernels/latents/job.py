@@ -6,7 +6,6 @@ hold fewer samples than the others. So a run never changes a finished shard, and
 writes what an undisturbed run would have written.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from typing import Any
 
 from k5kernels.folder import Folder
 from k5kernels.latents.ahead import Ahead, Stream
-from k5kernels.latents.captions import CaptionError, match_captions, sidecar_captions
-from k5kernels.latents.encode import Encoding
+from k5kernels.latents.captions import Captions, captions_of
+from k5kernels.latents.encode import Encoding, Unencoded
 from k5kernels.latents.encoders import Encoder
 from k5kernels.latents.failures import ending, told
 from k5kernels.latents.known import Known
 from k5kernels.latents.manifest import Outcome, SourceEntry
 from k5kernels.latents.parts import JobError, job_id, lock_name, open_part, prefix_of
+from k5kernels.latents.pictures import Pictures, Settled, Waiting, encode_again
 from k5kernels.latents.reader import End, Read, SourceReader, Tried, frame_bytes
 from k5kernels.latents.shards import Sample
 from k5kernels.latents.sources import Listing, Source, find_sources, is_of_share
@@ -165,7 +165,7 @@ def encode_videos(
     folder = Folder(out)
     listing = find_sources(paths, folder.local or folder.out)
     mine = [source for source in listing.sources if is_of_share(source.path, index, of)]
-    matched = _captions(listing, mine, captions)
+    matched = captions_of(listing, mine, captions)
     on_captions(len(matched.captions), len(mine))
     folder.create()
     prefix = prefix_of(index, of)
@@ -174,28 +174,6 @@ def encode_videos(
         known = Known(part.manifest, part.others, retry_failed)
         writer = PartWriter(part, lock, known, samples_per_shard)
         return _Run(writer, known, encoding, listing, mine, matched, decoders, progress).run()
-
-
-@dataclass(frozen=True)
-class _Captions:
-    """captions: file -> caption. problems: file -> why what stands beside it cannot be its caption."""
-
-    captions: dict[str, str]
-    problems: dict[str, str]
-
-
-def _captions(listing: Listing, mine: list[Source], given: Mapping[str, str] | None) -> _Captions:
-    """Those of the sources in `mine`. Whether a caption fits two sources is asked of all that are listed."""
-    matched = match_captions(given or {}, [source.path for source in listing.sources])
-    if given and listing.sources and not matched:
-        raise CaptionError(f"captions: expected some for {listing.sources[0].path} and so on, got none that fits")
-    captions = {source.file: matched[source.path] for source in mine if source.path in matched}
-    open_files = {source.file for source in mine} - set(captions)
-    stems = {os.path.splitext(file)[0] for file in open_files}
-    near = (source.file for source in listing.sources if os.path.splitext(source.file)[0] in stems)
-    beside, problems = sidecar_captions({file: file for file in near})
-    captions |= {file: words for file, words in beside.items() if file in open_files}
-    return _Captions(captions, {file: why for file, why in problems.items() if file in open_files})
 
 
 @contextmanager
@@ -219,13 +197,13 @@ class _Run:
         encoding: Encoding,
         listing: Listing,
         mine: list[Source],
-        captions: _Captions,
+        captions: Captions,
         decoders: int,
         progress: Callable[[Step], None],
     ) -> None:
         """mine: the listed sources that this process encodes."""
         self.writer, self.known, self.encoding = writer, known, encoding
-        self.captions, self.progress = captions, progress
+        self.captions, self.progress, self.pictures = captions, progress, Pictures(encoding)
         self.manifest = writer.part.manifest
         self.summary = EncodeSummary(failures=listing.failures, left_out=listing.left_out, others=listing.others)
         self.summary.captioned, self.summary.sources = len(captions.captions), len(mine)
@@ -286,6 +264,7 @@ class _Run:
             for batch in todo:
                 for number in batch:
                     self._encode_source(number, next(streams))
+                self._finish_pictures(last=True)
                 with self._timed("write"):
                     self.writer.flush()
             spent = seconds()
@@ -330,10 +309,15 @@ class _Run:
             self._end(self.summary.failures.get(self.step.source, anew))
             return
         source, sha256 = found
-        first, end = self.known.clips(path, sha256), End()
-        for clip, sample in enumerate(self._samples(source, sha256, taken, first, end), start=first):
+        first, end, picture = self.known.clips(path, sha256), End(), None
+        for clip, made in enumerate(self._samples(source, sha256, taken, first, end), start=first):
+            if isinstance(made, Unencoded):
+                picture = Waiting(number, made)
+                self.writer.reserve(number)
+                continue
             with self._timed("write"):
-                self.writer.add(number, clip, sample)
+                self.writer.add(number, clip, made)
+            self._finish_pictures()
         with self._timed("write"):
             if end.whole or first or self.step.clips:
                 self.writer.end(Outcome(number, sha256, end.whole, end.failure))
@@ -341,9 +325,37 @@ class _Run:
         if why is not None:
             self._fail(source, why, lost=bool(end.passing or first or self.step.clips))
         self._end("" if why is None else f"{source.file}: {why}")
+        if picture is not None:
+            with self._timed("encode"):
+                settled = self.pictures.add(picture)
+            self._place(settled)
+            self._finish_pictures()
 
-    def _samples(self, source: Source, sha256: str, reads: Iterator[Read], first: int, end: End) -> Iterator[Sample]:
-        """Samples of clips from number `first` on. How it ended ends up in `end`, unless all sources would end so."""
+    def _finish_pictures(self, last: bool = False) -> None:
+        """Encode those that wait, where the shard has no place left or is the last one."""
+        while self.pictures.waiting and (last or self.writer.is_full):
+            with self._timed("encode"):
+                settled = self.pictures.finish()
+            self._place(settled)
+
+    def _place(self, settled: list[Settled]) -> None:
+        """Put pictures into the places of the shard that they waited for, and note those that failed."""
+        for one, made in settled:
+            with self._timed("write"):
+                if isinstance(made, Sample):
+                    self.writer.fill(one.number, made)
+                    continue
+                why, outcome = one.failed_by(made)
+                self.writer.give_up(one.number, outcome)
+            file = one.picture.source.file
+            self._fail(one.picture.source, why, lost=outcome is None)
+            self.progress(replace(self.step, source=file, outcome=f"{file}: {why}"))
+
+    def _samples(
+        self, source: Source, sha256: str, reads: Iterator[Read], first: int, end: End
+    ) -> Iterator[Sample | Unencoded]:
+        """Samples of clips from number `first` on, a picture as it is. How it ended ends up in `end`, unless all
+        sources would end so."""
         caption = self.captions.captions.get(source.file)
         number = 0
         for read in reads:
@@ -355,6 +367,10 @@ class _Run:
             self._report(frames=read.first_frame + len(read.frames), announced=read.announced_frames)
             number += 1
             if number <= first:
+                continue
+            if number == 1 and read.rate is None:
+                self._report(clips=1)
+                yield Unencoded(source, sha256, read, caption)
                 continue
             try:
                 with self._timed("encode"):
@@ -403,7 +419,7 @@ class _Run:
 
     def _restore(self, number: int) -> None:
         """Make a shard again that is missing or damaged, where its sources are among those given."""
-        samples: list[Sample] = []
+        samples: list[Sample | Unencoded] = []
         path, problem = self.writer.part.shard_path(number), ""
         try:
             if self.writer.adopt_again(number):
@@ -424,10 +440,14 @@ class _Run:
                 problem = f"{source.file}: {end.passing or end.failure or 'has fewer clips than before'}"
                 break
             samples.extend(clips)
+        try:
+            whole = [] if problem else encode_again(self.encoding, samples)
+        except VideoError as error:
+            problem = str(error)
         if problem:
             self.summary.failures[path] = f"{path}: is missing or damaged, and was not made again: {problem}"
         else:
-            self.writer.replace(number, samples)
+            self.writer.replace(number, whole)
 
     def _clips_and_end(self, source: Source, end: End) -> Iterator[Read]:
         yield from self.reader.clips(source, end)

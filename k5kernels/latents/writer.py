@@ -23,7 +23,8 @@ class PartWriter:
 
     def __init__(self, part: Part, lock: Lock, known: Known, samples_per_shard: int) -> None:
         self.part, self.lock, self.known, self.samples_per_shard = part, lock, known, samples_per_shard
-        self._samples: list[tuple[int, int, Sample]] = []
+        # (source, clip, sample) in order; None holds the place of a picture that is not encoded yet.
+        self._samples: list[tuple[int, int, Sample | None]] = []
         self._outcomes: list[Outcome] = []
 
     def adopt(self) -> None:
@@ -78,10 +79,28 @@ class PartWriter:
     def add(self, source: int, clip: int, sample: Sample) -> None:
         """Add a sample of a source, by its number, and of the clip of this number in it."""
         self._samples.append((source, clip, sample))
-        if len(self._samples) == self.samples_per_shard:
-            sha256 = sample.record.source_sha256
-            assert sha256 is not None
-            self._write_shard(Outcome(source, sha256, whole=False))
+        self._write_full_shard()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the shard has no place left, and waits for samples that fill places."""
+        return len(self._samples) == self.samples_per_shard
+
+    def reserve(self, source: int) -> None:
+        """Hold a place for the only clip of a source."""
+        self._samples.append((source, 0, None))
+
+    def fill(self, source: int, sample: Sample) -> None:
+        """The sample of a place that was held."""
+        self._samples[self._samples.index((source, 0, None))] = (source, 0, sample)
+        self._write_full_shard()
+
+    def give_up(self, source: int, outcome: Outcome | None) -> None:
+        """Nothing comes to a place that was held. outcome: of the source, in the place of what was noted."""
+        self._samples.remove((source, 0, None))
+        self._outcomes = [one for one in self._outcomes if one.source != source]
+        if outcome is not None:
+            self.end(outcome)
 
     def end(self, outcome: Outcome) -> None:
         """Note what became of a source; the manifest learns it when all its clips are in shards."""
@@ -121,9 +140,19 @@ class PartWriter:
                 f"{error}; no run of k5 encode leaves such a file here: move it to another folder"
             ) from error
 
+    def _write_full_shard(self) -> None:
+        """Where there is one, with what is known of the source of its last sample, of which more clips may come."""
+        if not self.is_full or any(sample is None for _, _, sample in self._samples):
+            return
+        source, _, last = self._samples[-1]
+        ended = any(one.source == source for one in self._outcomes)
+        assert last is not None
+        assert last.record.source_sha256 is not None
+        self._write_shard(*([] if ended else [Outcome(source, last.record.source_sha256, whole=False)]))
+
     def _write_shard(self, *outcomes: Outcome) -> None:
         number = len(self.part.manifest.shards)
-        size = self._write(number, (sample for _, _, sample in self._samples))
+        size = self._write(number, [sample for _, _, sample in self._samples if sample is not None])
         shard = ShardEntry(size, _pieces([(source, clip) for source, clip, _ in self._samples]))
         self._commit(Change(shards=((number, shard),), outcomes=(*self._outcomes, *outcomes)))
         self._samples, self._outcomes = [], []
