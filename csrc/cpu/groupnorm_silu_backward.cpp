@@ -22,10 +22,6 @@ inline V x_gradient(V gradient, V centred, Factor weight, Factor linear, Factor 
 inline void add_to(Vec32& sums, Vec32 values) { sums = sums + values; }
 inline void add_to(Vec32& sums, Vec16 values) { sums.first = sums.first + values; }
 
-inline float sum_of(Vec32 sums) {
-  return sum((sums.first.first + sums.first.second) + (sums.second.first + sums.second.second));
-}
-
 template <bool kAddUp, Write kWrite, class T>
 void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel, int64_t end_channel) {
   // Sums of a piece are kept in float32, those of the whole in float64.
@@ -54,8 +50,8 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
           lanes.template set<kWrite == Write::past_caches, Ties::away>(
               op.grad_x + offset + i, x_gradient(gradient, centred, weight, linear, constant, inverse));
       });
-      sum_of_all += sum_of(sums);
-      centred_sum_of_all += sum_of(centred_sums);
+      sum_of_all += sum(sums);
+      centred_sum_of_all += sum(centred_sums);
     }
     if constexpr (kAddUp) {
       float* sums = op.sums + sample * 2 * op.channels + channel;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "pivot.h"
 #include "prefetch.h"
 #include "scratch.h"
 
@@ -21,28 +22,18 @@ struct Moments {
   }
 };
 
-inline float load_one(const float* source) { return *source; }
-inline float load_one(const BFloat16* source) { return bits_as<float>(uint32_t{source->bits} << 16); }
-
-// A run of values near each other in memory, or of one channel, is summed up in one pass: x - pivot and its square. The
-// pivot is the mean of the run's first values, at least an eighth of it: then the squares are at most eight times as
-// large as those of differences from the mean, and cancellation costs less than a digit.
-constexpr int64_t kPivotShare = 8;
-
-// The moments of a dense run, piece by piece.
+// The moments of a dense run, piece by piece. Values near each other in memory, or of one channel, are summed up in one
+// pass: x - pivot and its square.
 template <class T>
 inline Moments moments_of_run(const T* run, int64_t length) {
   constexpr int64_t kPiece = 1024, kAhead = 1024 / sizeof(T);
-  const float first = load_one(run);  // subtracted before anything is added up, so that a large mean costs no digits
+  const float first = load_one(run);
   Moments moments;
   for (int64_t start = 0; start < length; start += kPiece) {
-    const int64_t count = std::min(kPiece, length - start), pivots = (count + kPivotShare - 1) / kPivotShare;
+    const int64_t count = std::min(kPiece, length - start);
     const T* piece = run + start;
-    Vec16 pivot_sums[kSums] = {}, totals[kSums] = {}, squares[kSums] = {};
-    for_sixteens(pivots, [&](int64_t i, int part, auto lanes) {
-      pivot_sums[part] = pivot_sums[part] + lanes.template keep<T>(lanes.get(piece + i) - first);
-    });
-    const float pivot = first + sum_of_parts(pivot_sums) / pivots;
+    const float pivot = pivot_of(piece, count, first);
+    Vec16 totals[kSums] = {}, squares[kSums] = {};
     for_sixteens(count, [&](int64_t i, int part, auto lanes) {
       if (part == 0) __builtin_prefetch(piece + kAhead + i);
       const Vec16 difference = lanes.template keep<T>(lanes.get(piece + i) - pivot);
@@ -105,7 +96,7 @@ void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* par
   const int64_t C = op.channels;
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
-    const int64_t count = chunk.end - chunk.first, of_pivots = (count + kPivotShare - 1) / kPivotShare;
+    const int64_t count = chunk.end - chunk.first, of_pivots = pivot_values(count);
     const T *x = op.x + chunk.first * C, *first = op.x + chunk.sample * op.positions * C;
     Prefetch next;
     if (number + 1 < end_chunk && count >= kSums) {

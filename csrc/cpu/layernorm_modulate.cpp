@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "pivot.h"
 #include "scratch.h"
 
 namespace k5::K5_ISA {
@@ -14,8 +15,8 @@ inline __attribute__((always_inline)) void prefetch_half(const T* half, int64_t 
   if (part == 0) __builtin_prefetch(half + i / 2);
 }
 
-// The row of a modulation that belongs to a token, in the order of a row of T; one more than it where asked. Tokens of
-// one clip share it: it is arranged when it changes.
+// The row of a modulation that belongs to a token, in the order of a row of T; one more than it where asked. NaNs are
+// plain for the sake of Ties::away. Tokens of one clip share it: it is arranged when it changes.
 template <class T>
 class ArrangedRow {
  public:
@@ -23,7 +24,7 @@ class ArrangedRow {
   const float* of(const float* row) {
     if (row != row_) {
       arrange<T>(values_.data, row, width_);
-      for (int64_t i = 0; i < whole_sixteens(width_); i++) values_.data[i] += added_;
+      for (int64_t i = 0; i < whole_sixteens(width_); i++) values_.data[i] = with_plain_nan(values_.data[i] + added_);
       row_ = row;
     }
     return values_.data;
@@ -116,15 +117,50 @@ class ModulationSums {
   const ZeroedFloats sums_;
 };
 
+// The mean of a row of T and 1 / its deviation; of p = grad * (1 + scale) the mean, and the mean of its product with
+// the normalized x.
+struct RowMoments {
+  float mean, inverse_deviation, scaled_mean, projection;
+};
+
+// grad * (1 + scale), rounded: where all values of a row are near each other, the deviation magnifies differences of
+// rounding.
+template <class T, class Lanes>
+inline __attribute__((always_inline)) Vec16 scaled_gradient(const T* grad, const float* scale, int64_t i, Lanes lanes) {
+  return rounded(lanes.get(grad + i) * load_sixteen(scale + i));
+}
+
+// In one pass, of differences from a pivot. Calls meanwhile(i, part) of for_sixteens.
+template <class T, class Meanwhile>
+inline __attribute__((always_inline)) RowMoments moments_of_row(const T* grad, const T* x, const float* scale,
+                                                                int64_t width, float eps, const Meanwhile& meanwhile) {
+  const float pivot = pivot_of(x, width, load_one(x));
+  Vec16 total{}, square{}, scaled_total{}, product{};
+  for_sixteens(width, [&](int64_t i, int part, auto lanes) {
+    meanwhile(i, part);
+    const Vec16 difference = lanes.template keep<T>(lanes.get(x + i) - pivot);
+    const Vec16 scaled = scaled_gradient(grad, scale, i, lanes);
+    total = total + difference;
+    square = square + difference * difference;
+    scaled_total = scaled_total + scaled;
+    product = product + scaled * difference;
+  });
+  const float offset = sum(total) / width, scaled_mean = sum(scaled_total) / width;
+  const float variance = sum(square) / width - offset * offset;
+  // Rounding may leave less than nothing; a NaN stays one.
+  const float inverse_deviation = 1 / std::sqrt((variance < 0 ? 0 : variance) + eps);
+  return {pivot + offset, inverse_deviation, scaled_mean,
+          (sum(product) / width - offset * scaled_mean) * inverse_deviation};
+}
+
 // With n the normalized x, g = grad * (1 + scale) the gradient of n, and means over the row:
 // grad_x = (g - mean(g) - n * mean(g * n)) / deviation.
 template <bool kPastCaches, class T>
 void pieces_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
                      int64_t end_piece) {
   const int64_t width = op.width;
+  if (width == 0) return;  // a row has no first value
   ArrangedRow<T> scales(width, 1);
-  const KeptRow<T> kept(width);
-  const ZeroedFloats scaled(whole_sixteens(width));
   const ModulationSums<T> grad_shift(op.grad_shift, width), grad_scale(op.grad_scale, width);
   for (int64_t number = first_piece; number < end_piece; number++) {
     const Piece& piece = pieces[number];
@@ -135,33 +171,18 @@ void pieces_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces
       const T *next_grad = grad + step, *next_x = x + step;
       T* grad_x = op.grad_x + row * width;
       const float* scale = scales.of(row_at(op.scale, place));
-
-      // The product is kept: where all values of a row are near each other, the deviation magnifies differences of
-      // rounding.
-      Vec16 totals[kSums] = {}, scaled_totals[kSums] = {}, squares[kSums] = {}, products[kSums] = {};
-      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
-        totals[part] = totals[part] + kept.first(x, i, lanes);
-        const Vec16 product = rounded(lanes.get(grad + i) * load_sixteen(scale + i));
-        store_sixteen(scaled.data + i, product);
-        scaled_totals[part] = scaled_totals[part] + product;
-      });
-      const float mean = sum_of_parts(totals) / width, scaled_mean = sum_of_parts(scaled_totals) / width;
-      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
+      const RowMoments row_of = moments_of_row(grad, x, scale, width, op.eps, [&](int64_t i, int part) {
         prefetch_half(next_x, i, part);
         prefetch_half(next_grad, i, part);
-        const Vec16 centred = lanes.template keep<T>(kept.again(x, i, lanes) - mean);
-        squares[part] = squares[part] + centred * centred;
-        products[part] = products[part] + load_sixteen(scaled.data + i) * centred;
       });
-      const float inverse_deviation = 1 / std::sqrt(sum_of_parts(squares) / width + op.eps);
-      const float projection = sum_of_parts(products) * inverse_deviation / width;
       for_sixteens(width, [&](int64_t i, int part, auto lanes) {
         prefetch_half(next_x + width / 2, i, part);
         prefetch_half(next_grad + width / 2, i, part);
         const Vec16 gradient = lanes.get(grad + i);
-        const Vec16 normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
-        const Vec16 tangent = load_sixteen(scaled.data + i) - scaled_mean - normalized * projection;
-        lanes.template set<kPastCaches>(grad_x + i, tangent * inverse_deviation);
+        const Vec16 normalized = (lanes.get(x + i) - row_of.mean) * row_of.inverse_deviation;
+        const Vec16 scaled = scaled_gradient(grad, scale, i, lanes);
+        const Vec16 tangent = scaled - row_of.scaled_mean - normalized * row_of.projection;
+        lanes.template set<kPastCaches, Ties::away>(grad_x + i, tangent * row_of.inverse_deviation);
         grad_shift.add(row, i, lanes, gradient);
         grad_scale.add(row, i, lanes, gradient * normalized);
       });

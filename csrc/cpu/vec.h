@@ -421,5 +421,9 @@ static inline float sum(Vec8 value) {
   const Vec4 four = halves[0] + halves[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+template <class V>
+static inline float sum(Twice<V> value) {
+  return sum(value.first + value.second);
+}
 
 }  // namespace k5

@@ -11,6 +11,7 @@ from operator_checks import (
     assert_compiled_equals_eager,
     assert_equals_its_parts,
     assert_thread_count_changes_no_bit,
+    nan_with_all_bits_set,
     outputs_and_gradients,
 )
 from tolerances import assert_matches
@@ -108,6 +109,13 @@ def test_a_large_mean_costs_no_precision(isa):
     assert_accurate(layernorm_modulate, reference, (x + 1e4, shift, scale, EPS), DIFFERENTIABLE)
 
 
+@pytest.mark.parametrize("outliers", [1, 40])
+def test_first_values_unlike_the_rest_of_a_row_cost_no_precision(isa, outliers):
+    x, shift, scale, eps = inputs(2, 3, 256)
+    x[..., :outliers] += 300
+    assert_accurate(layernorm_modulate, reference, (x, shift, scale, eps), DIFFERENTIABLE)
+
+
 def test_samples_do_not_touch_each_other(isa):
     x, shift, scale, eps = inputs(3, 5, 24)
     whole = layernorm_modulate(x, shift, scale, eps)
@@ -165,6 +173,14 @@ def test_a_nan_stays_in_its_row(isa, device):
     out = layernorm_modulate(x, shift, scale, eps)
     assert out[0, 1].isnan().all()
     assert out[0, [0, 2]].isfinite().all()
+
+
+def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa):
+    x, shift, scale, eps = inputs(2, 3, 40, dtype=torch.bfloat16, modulation_dtype=torch.float32)
+    scale[1, 5] = nan_with_all_bits_set()
+    _, grad_x, *_ = outputs_and_gradients(layernorm_modulate, (x, shift, scale, eps), DIFFERENTIABLE)
+    assert grad_x[1].isnan().all()
+    assert grad_x[0].isfinite().all()
 
 
 @pytest.mark.parametrize("per", PER)
