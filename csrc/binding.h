@@ -114,6 +114,13 @@ void for_items(int64_t items, int64_t floats, const Run& run) {
   });
 }
 
+// Calls run(first, end) for parts of `items`, each of `part` items or fewer; a thread that is free takes the next ones.
+template <class Run>
+void for_parts(int64_t items, int64_t part, const Run& run) {
+  for_items((items + part - 1) / part, 0,
+            [&](int64_t number, float*) { run(number * part, std::min(items, (number + 1) * part)); });
+}
+
 // Calls run(wave, item, scratch) for every item of every wave. An item starts when all items of the previous wave are
 // done.
 template <class Run>

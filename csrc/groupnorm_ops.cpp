@@ -14,6 +14,9 @@ namespace {
 using namespace k5::binding;
 using torch::headeronly::MemoryFormat;
 
+// Chunks of channels-last that a thread takes at a time.
+constexpr int64_t kPartChunks = 8;
+
 // The format of the result, by the rule in k5kernels/ops/groupnorm_statistics.py.
 MemoryFormat groupnorm_format(const Tensor& x) {
   const bool channels_innermost = !x.is_contiguous() && x.stride(1) == 1 && x.size(1) > 1;
@@ -51,7 +54,7 @@ template <class T>
 void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batch) {
   const int64_t chunks = batch * k5::chunks_of(op.positions);
   std::vector<float> partial(2 * chunks * op.channels);
-  parallel_for(0, chunks, grain(k5::kChunkPositions * op.channels), [&](int64_t first, int64_t end) {
+  for_parts(chunks, kPartChunks, [&](int64_t first, int64_t end) {
     K5_DISPATCH(groupnorm_statistics_of_chunks, op, partial.data(), first, end);
   });
   parallel_for(0, batch, 1, [&](int64_t first, int64_t end) {
@@ -70,7 +73,7 @@ std::vector<float> channels_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
 template <class T>
 void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
   const std::vector<float> of_channels = channels_of(op, batch);
-  parallel_for(0, batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
+  for_parts(batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
     K5_DISPATCH(groupnorm_silu_channels_last, op, of_channels.data(), first, end);
   });
 }
@@ -134,19 +137,22 @@ Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& 
   const int64_t sizes[] = {batch, channels, border.padded_frames(), border.padded_height(), border.padded_width()};
   Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
   if (out.numel() == 0) return out;
-  const int64_t rows = batch * border.padded_frames() * border.padded_height();
   for_dtype("x", x, [&](auto element) {
     using T = decltype(element);
     auto op = silu_of<T>(dense, data<double>(dense_mean), data<double>(dense_variance), dense_weight, dense_bias, out,
                          groups, eps);
     if (format == MemoryFormat::Contiguous) {
       op.past_caches = larger_than_caches<T>(out);  // whatever the width of a row
-      parallel_for(0, rows * channels, grain(border.width), [&](int64_t first, int64_t end) {
+      // Rows of the first frame are kept for its copies within a part: at best it is a whole channel.
+      const int64_t rows_of_channel = border.padded_frames() * border.padded_height();
+      const int64_t rows = batch * channels * rows_of_channel, threads = torch::stable::get_num_threads();
+      for_parts(rows, std::min(rows_of_channel, 1 + rows / (4 * threads)), [&](int64_t first, int64_t end) {
         K5_DISPATCH(groupnorm_silu_padded_contiguous, op, border, first, end);
       });
     } else {
       const std::vector<float> of_channels = channels_of(op, batch);
-      parallel_for(0, rows, grain(border.width * channels), [&](int64_t first, int64_t end) {
+      const int64_t rows = batch * border.frames * border.height;
+      for_parts(rows, 8 * grain(border.width * channels), [&](int64_t first, int64_t end) {
         K5_DISPATCH(groupnorm_silu_padded_channels_last, op, border, of_channels.data(), first, end);
       });
     }
@@ -282,7 +288,7 @@ void backward_channels_last(k5::GroupNormSiLUBackward<T> op, int64_t batch) {
   float* const sums = op.sums;
   const AlignedFloats partial(sums ? batch * chunks * width : 0);
   if (sums) op.sums = partial.data();
-  parallel_for(0, batch * chunks, grain(k5::kChunkPositions * op.channels), [&](int64_t first, int64_t end) {
+  for_parts(batch * chunks, kPartChunks, [&](int64_t first, int64_t end) {
     K5_DISPATCH(groupnorm_silu_backward_channels_last, op, first, end);
   });
   if (!sums) return;

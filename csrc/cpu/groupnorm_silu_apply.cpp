@@ -1,6 +1,7 @@
 #include "groupnorm_silu_apply.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "lanes.h"
 #include "prefetch.h"
@@ -37,6 +38,8 @@ inline __attribute__((always_inline)) void activate_run(const ChannelTerms& term
   constexpr int64_t kAhead = 1024 / sizeof(T);
   for_thirty_twos(positions, [&](int64_t i, auto lanes) {
     prefetch_thirty_two(x + i + kAhead);
+    prefetch_translation(x + i, 32 * sizeof(T));
+    if constexpr (kPastCaches) prefetch_translation(out + i, 32 * sizeof(T));
     lanes.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
   });
 }
@@ -56,7 +59,9 @@ template <bool kPastCaches, class T>
 inline __attribute__((always_inline)) void position_channels_last(const GroupNormSiLU<T>& op, const float* channels,
                                                                   const T* x, T* out) {
   constexpr int64_t kAhead = 1024 / sizeof(T);
-  const int64_t row = whole_sixteens(op.channels);
+  const int64_t row = whole_sixteens(op.channels), bytes = op.channels * sizeof(T);
+  prefetch_translation(x, bytes);
+  if constexpr (kPastCaches) prefetch_translation(out, bytes);
   const float *centres = channels, *slopes = centres + row, *biases = slopes + row;
   for_thirty_twos(op.channels, [&](int64_t i, auto lanes) {
     prefetch_thirty_two(x + i + kAhead);
@@ -76,17 +81,44 @@ void positions_channels_last(const GroupNormSiLU<T>& op, const float* channels, 
   if (kPastCaches) end_of_stream();
 }
 
-// A border is computed again from what it copies: that reads as many bytes as a copy of the result would.
+// A row of the result, from the row of x. A border of columns is computed again from what it copies.
+template <bool kPastCaches, class T>
+inline __attribute__((always_inline)) void row_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border,
+                                                                    const float* channels, const T* x, T* out) {
+  for (int64_t column = -border.columns; column < border.width + border.columns; column++, out += op.channels)
+    position_channels_last<kPastCaches>(op, channels, x + clamp_to(column, border.width) * op.channels, out);
+}
+
+template <bool kPastCaches, class T>
+inline void copy_row(T* target, const T* row, int64_t length) {
+  if constexpr (kPastCaches) {
+    stream_bytes(target, row, length * sizeof(T));
+  } else {
+    std::memcpy(target, row, length * sizeof(T));
+  }
+}
+
+// A row that has copies is written to all of them while it is in the cache.
 template <bool kPastCaches, class T>
 void rows_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
                                int64_t first_row, int64_t end_row) {
-  PaddedRow place = PaddedRow::at(border, first_row);
-  for (int64_t row = first_row; row < end_row; row++, place.advance(border)) {
-    const float* of_sample = channels + place.sample * kChannelRows * whole_sixteens(op.channels);
-    const T* x = op.x + (place.sample * op.positions + place.source(border) * border.width) * op.channels;
-    T* out = op.out + row * border.padded_width() * op.channels;
-    for (int64_t column = -border.columns; column < border.width + border.columns; column++, out += op.channels)
-      position_channels_last<kPastCaches>(op, of_sample, x + clamp_to(column, border.width) * op.channels, out);
+  const int64_t length = border.padded_width() * op.channels;
+  const Zeroed<T> kept(length);
+  for (int64_t number = first_row; number < end_row; number++) {
+    const int64_t row = number % border.height, frame = number / border.height % border.frames;
+    const int64_t sample = number / (border.height * border.frames);
+    const float* of_sample = channels + sample * kChannelRows * whole_sixteens(op.channels);
+    const T* x = op.x + number * border.width * op.channels;
+    T* out = op.out + sample * border.padded_frames() * border.padded_height() * length;
+    const Copies frames = border.copies_of_frame(frame), rows = border.copies_of_row(row);
+    const auto target = [&](int64_t i, int64_t j) { return out + (i * border.padded_height() + j) * length; };
+    if (frames.count() * rows.count() == 1) {
+      row_padded_channels_last<kPastCaches>(op, border, of_sample, x, target(frames.first, rows.first));
+      continue;
+    }
+    row_padded_channels_last<false>(op, border, of_sample, x, kept.data);
+    for (int64_t i = frames.first; i < frames.end; i++)
+      for (int64_t j = rows.first; j < rows.end; j++) copy_row<kPastCaches>(target(i, j), kept.data, length);
   }
   if (kPastCaches) end_of_stream();
 }
@@ -113,9 +145,13 @@ struct Rows {
   void end() const {}
 };
 
+// Rows of the result in the order of memory. Those of the first frame are kept for its copies.
 template <class T, class Target>
 void rows_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row, int64_t end_row,
                             Target target) {
+  const int64_t width = border.padded_width(), rows_to_keep = border.before > 0 ? border.height : 0;
+  const Zeroed<T> kept(rows_to_keep * width);
+  const Zeroed<bool> is_kept(rows_to_keep);
   PaddedRow place = PaddedRow::at(border, first_row);  // its sample is one channel of a sample
   ChannelTerms terms{};
   int64_t sample = -1;
@@ -123,9 +159,18 @@ void rows_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, in
     if (place.sample != sample) {
       sample = place.sample;
       terms = ChannelTerms::of(op, sample / (op.channels / op.groups), sample % op.channels);
+      std::memset(is_kept.data, 0, rows_to_keep);
     }
-    row_padded_contiguous(terms, border, op.x + sample * op.positions + place.source(border) * border.width,
-                          target.place());
+    const int64_t source = place.source(border);
+    const T* x = op.x + sample * op.positions + source * border.width;
+    if (source < rows_to_keep) {
+      T* own = kept.data + source * width;
+      if (!is_kept.data[source]) row_padded_contiguous(terms, border, x, own);
+      is_kept.data[source] = true;
+      std::memcpy(target.place(), own, width * sizeof(T));
+    } else {
+      row_padded_contiguous(terms, border, x, target.place());
+    }
     target.advance();
   }
   target.end();

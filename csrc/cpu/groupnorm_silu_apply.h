@@ -25,6 +25,12 @@ struct GroupNormSiLU {
 
 constexpr int64_t kChannelRows = 3;
 
+// The frames or rows [first, end) of the result that are copies of one of x.
+struct Copies {
+  int64_t first, end;
+  int64_t count() const { return end - first; }
+};
+
 // Positions of x are [frames, height, width]. The border: copies of the first frame before it, and of the outermost
 // rows and columns on both sides.
 struct Border {
@@ -34,6 +40,11 @@ struct Border {
   int64_t padded_frames() const { return before + frames; }
   int64_t padded_height() const { return height + 2 * rows; }
   int64_t padded_width() const { return width + 2 * columns; }
+
+  Copies copies_of_frame(int64_t frame) const { return {frame == 0 ? 0 : before + frame, before + frame + 1}; }
+  Copies copies_of_row(int64_t row) const {
+    return {row == 0 ? 0 : rows + row, row == height - 1 ? padded_height() : rows + row + 1};
+  }
 };
 
 static inline int64_t clamp_to(int64_t place, int64_t size) { return place < 0 ? 0 : place < size ? place : size - 1; }
@@ -83,7 +94,7 @@ template <class T>
 void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
                                       int64_t end_row);
 
-// Channels-last, with a border, step 2: rows of the result, numbered (sample * padded_frames + frame) * padded_height +
+// Channels-last, with a border, step 2: rows of x with all their copies, numbered (sample * frames + frame) * height +
 // row.
 template <class T>
 void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,

@@ -18,6 +18,15 @@ inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) 
   if constexpr (sizeof(T) == sizeof(float)) __builtin_prefetch(values + 16);
 }
 
+// To be called for each of the `bytes` after `place`, in the order of memory: once a page it fetches a line two pages
+// further on, for the translation of that page's address. Else a write past the caches waits for the translation, and
+// so do the hardware's own prefetches, which end with the page.
+inline __attribute__((always_inline)) void prefetch_translation(const void* place, int64_t bytes) {
+  constexpr int64_t kPage = 4096;
+  if (static_cast<int64_t>(reinterpret_cast<uintptr_t>(place) % kPage) < bytes)
+    __builtin_prefetch(static_cast<const char*>(place) + 2 * kPage);
+}
+
 // A queue of rows that are needed soon. They are prefetched a few cache lines at a time, between products: all at once
 // they would delay the loads of the current computation.
 class Prefetch {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "prefetch.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -47,13 +48,14 @@ class RowsPastCaches {
 
   void write_lines() {
     const int64_t whole = filled_ / kLine * kLine;
+    prefetch_translation(line_, whole * sizeof(T));
     int64_t i = 0;
     if (before_ > 0 && whole > 0) {
       std::memcpy(line_ + before_, values_.data + before_, (kLine - before_) * sizeof(T));
       before_ = 0;
       i = kLine;
     }
-    for (; i < whole; i += kLine) stream_line(line_ + i, values_.data + i);
+    if (i < whole) stream_bytes(line_ + i, values_.data + i, (whole - i) * sizeof(T));
     std::memcpy(values_.data, values_.data + whole, (filled_ - whole) * sizeof(T));
     line_ += whole;
     filled_ -= whole;

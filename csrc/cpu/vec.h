@@ -120,14 +120,13 @@ static inline void stream(BFloat16* target, Vec8 value) {
 #endif
 }
 
-// The 64 bytes of a cache line, from one aligned place to another.
-static inline void stream_line(void* target, const void* source) {
+// Copies bytes, whole kStreamBytes, from one place that is aligned to them to another.
+static inline void stream_bytes(void* target, const void* source, int64_t bytes) {
 #ifdef __AVX2__
-  for (int64_t half = 0; half < 2; half++)
-    _mm256_stream_si256(static_cast<__m256i*>(target) + half,
-                        _mm256_load_si256(static_cast<const __m256i*>(source) + half));
+  for (int64_t i = 0; i < bytes / kStreamBytes; i++)
+    _mm256_stream_si256(static_cast<__m256i*>(target) + i, _mm256_load_si256(static_cast<const __m256i*>(source) + i));
 #else
-  std::memcpy(target, source, 64);
+  std::memcpy(target, source, bytes);
 #endif
 }
 
