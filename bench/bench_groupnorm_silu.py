@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import COPY, compare, in_float64
+from bench.silu_limit import SiluLimit
 from k5kernels.ops.groupnorm_silu import (
     EPS,
     groupnorm_silu,
@@ -19,8 +20,19 @@ SHAPE, GROUPS = (1, 128, 17, 128, 128), 32  # beyond every cache
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
 FORWARD_FLOORS = {COPY: 0.7, "eager": 1.5}
 CAUSAL_PAD = (2, 1, 1)  # of a 3 x 3 x 3 convolution
-PADDED_FLOORS = {COPY: 0.7, "apply, then pad": 1.5}
-BACKWARD_FLOORS = {COPY: 0.75, "torch.compile": 1.3}
+LIMIT = "limit"  # of this processor, by a bare loop
+PADDED_FLOORS = {
+    (torch.float32, "contiguous"): {COPY: 0.7, "apply, then pad": 1.5},
+    (torch.float32, "channels_last"): {COPY: 0.7, "apply, then pad": 1.5},
+    (torch.bfloat16, "contiguous"): {COPY: 0.7, "apply, then pad": 1.5},
+    (torch.bfloat16, "channels_last"): {COPY: 0.7, "apply, then pad": 1.5},
+}
+BACKWARD_FLOORS = {
+    (torch.float32, "contiguous"): {COPY: 0.75, "torch.compile": 1.3},
+    (torch.float32, "channels_last"): {COPY: 0.75, "torch.compile": 1.3},
+    (torch.bfloat16, "contiguous"): {COPY: 0.75, "torch.compile": 1.3},
+    (torch.bfloat16, "channels_last"): {LIMIT: 0.9, "torch.compile": 1.3},
+}
 
 both_formats = pytest.mark.parametrize("memory_format", FORMATS)
 
@@ -60,22 +72,30 @@ def test_groupnorm_silu_padded(benchmark, dtype, memory_format):
     statistics = groupnorm_statistics(x, GROUPS)
     given = (statistics.mean, statistics.variance, weight.double(), bias.double(), CAUSAL_PAD, EPS)
     exact = groupnorm_silu_padded_reference(x.double(), *given)
-    tolerance = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
     frames, rows, columns = CAUSAL_PAD
 
     def apply_then_pad():
         out = groupnorm_silu_apply(x, statistics, weight, bias, EPS)
         return F.pad(out, (columns, columns, rows, rows, frames, 0), mode="replicate")
 
+    def check(out_and_exact):
+        out, exact = out_and_exact
+        tolerance = 8 * torch.finfo(dtype).eps * exact.abs().max().item()
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
+
+    variants = {
+        "ours": lambda: (groupnorm_silu_padded(x, statistics, weight, bias, CAUSAL_PAD, EPS), exact),
+        "apply, then pad": lambda: (apply_then_pad(), exact),
+    }
+    if dtype == torch.bfloat16:
+        limit = SiluLimit().forward(x.numel(), exact.numel() - x.numel())
+        variants[LIMIT] = lambda: (limit(), limit.expected)
     compare(
         benchmark,
         f"x {list(SHAPE)}",
-        {
-            "ours": lambda: groupnorm_silu_padded(x, statistics, weight, bias, CAUSAL_PAD, EPS),
-            "apply, then pad": apply_then_pad,
-        },
-        lambda out: torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance),
-        floors=PADDED_FLOORS,
+        variants,
+        check,
+        floors=PADDED_FLOORS[dtype, memory_format],
         bytes_moved=x.nbytes + exact.numel() * x.element_size(),
     )
 
@@ -87,21 +107,25 @@ def test_groupnorm_silu_backward(benchmark, dtype, memory_format):
     exact = groupnorm_silu_backward_reference(*in_float64(arguments))
     compiled = torch.compile(groupnorm_silu_backward_reference)
 
-    def check(grads):
-        for one, truth in zip(grads, exact, strict=True):
+    def check(grads_and_exact):
+        for one, truth in zip(*grads_and_exact, strict=True):
             tolerance = max(4 * torch.finfo(one.dtype).eps, 5e-5) * truth.abs().max().item()
             torch.testing.assert_close(one.double(), truth, rtol=0, atol=tolerance)
 
+    variants = {
+        "ours": lambda: (torch.ops.k5.groupnorm_silu_backward(*arguments), exact),
+        "eager": lambda: (groupnorm_silu_backward_reference(*arguments), exact),
+        "torch.compile": lambda: (compiled(*arguments), exact),
+    }
+    if dtype == torch.bfloat16:
+        limit = SiluLimit().backward(x.numel())
+        variants[LIMIT] = lambda: ([limit()], [limit.expected])
     compare(
         benchmark,
         f"grad {list(SHAPE)}",
-        {
-            "ours": lambda: torch.ops.k5.groupnorm_silu_backward(*arguments),
-            "eager": lambda: groupnorm_silu_backward_reference(*arguments),
-            "torch.compile": lambda: compiled(*arguments),
-        },
+        variants,
         check,
-        floors=BACKWARD_FLOORS,
+        floors=BACKWARD_FLOORS[dtype, memory_format],
         # x is read for its statistics, x and grad for the sums over a group, and again for the gradient that is written
         bytes_moved=6 * x.nbytes,
     )
