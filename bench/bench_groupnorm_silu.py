@@ -1,5 +1,8 @@
 """`groupnorm_silu` on a VAE activation in both memory formats, against its eager and compiled reference and a copy."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +105,7 @@ def test_groupnorm_silu_backward(benchmark, dtype, memory_format):
             tolerance = max(4 * torch.finfo(one.dtype).eps, 5e-5) * truth.abs().max().item()
             torch.testing.assert_close(one.double(), truth, rtol=0, atol=tolerance)
 
-    variants = {
+    variants: dict[str, Callable[[], tuple[Any, Any]]] = {
         "ours": lambda: (torch.ops.k5.groupnorm_silu_backward(*arguments), exact),
         "eager": lambda: (groupnorm_silu_backward_reference(*arguments), exact),
         "torch.compile": lambda: (compiled(*arguments), exact),
