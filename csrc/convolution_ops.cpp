@@ -34,8 +34,9 @@ Tensor winograd_conv3d(const Tensor& x, const Tensor& filters, const Tensor& bia
   Tensor out = torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
                                     MemoryFormat::ChannelsLast3d);
   if (out.numel() == 0) return out;
-  k5::WinogradConv3d op{data<float>(dense), data<float>(dense_filters), data<float>(dense_bias), mutable_data<float>(out),
-                        frames, height, width, x.size(1), channels_out, 0, 0, 0};
+  const float *from = data<float>(dense), *transformed = data<float>(dense_filters), *added = data<float>(dense_bias);
+  k5::WinogradConv3d op{from, transformed, added, mutable_data<float>(out), frames, height, width, x.size(1),
+                        channels_out, 0, 0, 0};
   op.tiles = std::min(kTransformed / (std::min(frames, kBlockFrames) + k5::kTaps - 1), op.tiles_of_frame());
   op.block_frames = std::min(frames, std::max<int64_t>(kBlockFrames, kTransformed / op.tiles - (k5::kTaps - 1)));
   const int64_t blocks = batch * op.frame_blocks() * op.tile_blocks();

@@ -30,7 +30,8 @@ K5_INLINE void transform_output(const Vec8 (&m)[6], Vec8 (&y)[4]) {
   y[3] = A3 * difference_a + B3 * difference_b + m[5];
 }
 
-// Products that are summed one after the other; such sums are added up. One sum of all 3 * channels_in would round more.
+// Products that are summed one after the other; such sums are added up. One sum of all 3 * channels_in would round
+// more.
 constexpr int64_t kSumLength = 64;
 
 // Where a block stands.
@@ -56,7 +57,8 @@ void transform_inputs(const WinogradConv3d& op, const Block& block, float* input
       const int64_t top = tile / op.tile_columns() * kWinogradTile, left = tile % op.tile_columns() * kWinogradTile;
       const float* from = op.x + (block.sample * (op.frames + 2) + block.first_frame + frame) * frame_step +
                           top * row_step + left * op.channels_in;
-      const int64_t rows = smaller(kWinogradIn, op.height + 2 - top), columns = smaller(kWinogradIn, op.width + 2 - left);
+      const int64_t rows = smaller(kWinogradIn, op.height + 2 - top);
+      const int64_t columns = smaller(kWinogradIn, op.width + 2 - left);
       float* to = inputs + (frame * block.tiles + i) * op.channels_in;
       for (int64_t channel = 0; channel < op.channels_in; channel += kLanes) {
         const Vec8 first = load(from + channel);
@@ -64,16 +66,18 @@ void transform_inputs(const WinogradConv3d& op, const Block& block, float* input
         Vec8 half[6][6];  // [column][transformed row]
         for (int64_t column = 0; column < 6; column++) {
           Vec8 d[6];
-          for (int64_t row = 0; row < 6; row++)
-            d[row] = row < rows && column < columns ? load(from + row * row_step + column * op.channels_in + channel) - first
-                                                    : Vec8{};
+          for (int64_t row = 0; row < 6; row++) {
+            const bool inside = row < rows && column < columns;
+            d[row] = inside ? load(from + row * row_step + column * op.channels_in + channel) - first : Vec8{};
+          }
           transform_input(d, half[column]);
         }
         for (int64_t row = 0; row < 6; row++) {
           const Vec8 d[6] = {half[0][row], half[1][row], half[2][row], half[3][row], half[4][row], half[5][row]};
           Vec8 v[6];
           transform_input(d, v);
-          for (int64_t column = 0; column < 6; column++) store(to + (row * 6 + column) * op.input_step() + channel, v[column]);
+          for (int64_t column = 0; column < 6; column++)
+            store(to + (row * 6 + column) * op.input_step() + channel, v[column]);
         }
       }
     }
@@ -122,7 +126,8 @@ void transform_outputs(const WinogradConv3d& op, const Block& block, const float
           for (int64_t row = 0; row < 6; row++) m[row] = load(from + (row * 6 + column) * op.output_step() + channel);
           transform_output(m, half[column]);
         }
-        const Vec8 of_all = load(from + 36 * op.output_step() + channel) + load(op.bias + block.first_channel + channel);
+        const Vec8 bias = load(op.bias + block.first_channel + channel);
+        const Vec8 of_all = load(from + 36 * op.output_step() + channel) + bias;
         for (int64_t row = 0; row < rows; row++) {
           const Vec8 m[6] = {half[0][row], half[1][row], half[2][row], half[3][row], half[4][row], half[5][row]};
           Vec8 y[4];

@@ -1,6 +1,6 @@
-// A 3 x 3 x 3 convolution with unit strides by Winograd's F(4 x 4, 3 x 3) in height and width: 36 products for 16 outputs
-// in place of 144. The three frames that a filter spans are summed in the transformed domain, so that each frame is
-// transformed once. In float32, for dense channels-last tensors.
+// A 3 x 3 x 3 convolution with unit strides by Winograd's F(4 x 4, 3 x 3) in height and width: 36 products for 16
+// outputs in place of 144. The three frames that a filter spans are summed in the transformed domain, so that each
+// frame is transformed once. In float32, for dense channels-last tensors.
 //
 // Before a tile is transformed its first value is taken from all of them; the convolution of that value alone, a 37th
 // product, is added to all outputs. So where x does not vary in space the outputs do not either, to the last bit, as
@@ -16,8 +16,8 @@ namespace k5 {
 constexpr int64_t kWinogradTile = 4, kWinogradIn = 6, kWinogradPlanes = 37, kTaps = 3, kPlaneGap = 16;
 
 // x: [batch, frames + 2, height + 2, width + 2, channels_in]. filters: transformed, [37][channels_out / 16]
-// [3 * channels_in][16]. out: [batch, frames, height, width, channels_out]. channels_in is a multiple of 8, channels_out
-// of 16.
+// [3 * channels_in][16]. out: [batch, frames, height, width, channels_out]. channels_in is a multiple of 8,
+// channels_out of 16.
 //
 // A block is `tiles` tiles of 4 x 4 outputs, in row-major order, of `block_frames` frames, and `block_channels` of
 // channels_out: a multiple of 16 that divides it.
