@@ -76,18 +76,23 @@ def test_gradients_of_copies_go_to_their_origin(pad, size):
     torch.testing.assert_close(grad, kept, rtol=0, atol=0)  # what it is given stays as it is
 
 
+def assert_bits_of_apply_then_pad(arguments, set_threads):
+    """Of a result larger than the caches, on one thread and on two."""
+    x, mean, variance, weight, bias, pad, eps = arguments
+    plain = pad_of_pytorch(groupnorm_silu_apply(x, GroupStatistics(1, mean, variance), weight, bias, eps), pad)
+    for threads in (1, 2):
+        set_threads(threads)
+        out = padded(*arguments)
+        assert out.nbytes > 4 << 20
+        torch.testing.assert_close(out, plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "pad"), [((1, 64, 4, 80, 80), CAUSAL), ((2, 64, 2, 1, 1200), (1, 2, 3))])
 def test_channels_last_results_larger_than_the_caches_have_the_same_bits_on_any_threads(
     isa, set_threads, dtype, shape, pad
 ):
-    x, mean, variance, weight, bias, pad, eps = inputs(shape, 4, pad, dtype, channels_last=True)
-    plain = pad_of_pytorch(groupnorm_silu_apply(x, GroupStatistics(1, mean, variance), weight, bias, eps), pad)
-    for threads in (1, 2):
-        set_threads(threads)
-        out = padded(x, mean, variance, weight, bias, pad, eps)
-        assert out.nbytes > 4 << 20
-        torch.testing.assert_close(out, plain, rtol=0, atol=0)
+    assert_bits_of_apply_then_pad(inputs(shape, 4, pad, dtype, channels_last=True), set_threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,13 +100,7 @@ def test_channels_last_results_larger_than_the_caches_have_the_same_bits_on_any_
 def test_rows_of_odd_width_larger_than_the_caches_have_the_same_bits_on_any_threads(
     isa, set_threads, dtype, shape, pad
 ):
-    x, mean, variance, weight, bias, pad, eps = inputs(shape, 1, pad, dtype)
-    plain = pad_of_pytorch(groupnorm_silu_apply(x, GroupStatistics(1, mean, variance), weight, bias, eps), pad)
-    for threads in (1, 2):
-        set_threads(threads)
-        out = padded(x, mean, variance, weight, bias, pad, eps)
-        assert out.nbytes > 4 << 20
-        torch.testing.assert_close(out, plain, rtol=0, atol=0)
+    assert_bits_of_apply_then_pad(inputs(shape, 1, pad, dtype), set_threads)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
