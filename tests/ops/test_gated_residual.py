@@ -169,7 +169,7 @@ def test_gradients_are_the_derivatives(per):
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_passes(isa, device, per, y_dtype):
+def test_opcheck_passes(device, per, y_dtype):
     x, y, gate = inputs(2, [1, 2], 12, per, device=device, y_dtype=y_dtype)
     clip_starts = clip_starts_for(per, [1, 2])
     differentiable = [tensor.clone().requires_grad_() for tensor in (x, y, gate)]

@@ -194,7 +194,7 @@ def test_gradients_are_the_derivatives(per):
 
 @pytest.mark.parametrize("per", PER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_passes(isa, device, per, dtype):
+def test_opcheck_passes(device, per, dtype):
     x, shift, scale, eps = inputs(2, [1, 2], 12, per, dtype, device)
     clip_starts = clip_starts_for(per, [1, 2])
     differentiable = [tensor.clone().requires_grad_() for tensor in (x, shift, scale)]

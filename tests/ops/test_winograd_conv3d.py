@@ -106,7 +106,7 @@ def test_a_batch_without_samples_gives_none(isa):
     assert winograd_conv3d(x[:0], winograd_filters(weight), bias).shape == (0, 16, 2, 3, 4)
 
 
-def test_opcheck_passes(isa):
+def test_opcheck_passes():
     x, weight, bias = inputs(8, 16, (2, 5, 4))
     torch.library.opcheck(torch.ops.k5.winograd_conv3d, (x, winograd_filters(weight), bias))
 
