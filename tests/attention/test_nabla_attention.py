@@ -100,7 +100,7 @@ def test_two_runs_and_two_thread_counts_give_the_same_bits(set_threads, dtype):
     assert_thread_count_changes_no_bit(lambda: outputs_and_gradients(attend, tokens, [0, 1, 2]), set_threads)
 
 
-@pytest.mark.parametrize("sta", [None, (3, 3, 3)])
+@pytest.mark.parametrize("sta", [None, pytest.param((3, 3, 3), marks=pytest.mark.slow)])  # a minute at first
 def test_one_compiled_graph_serves_several_sizes(sta):
     def attend(q, k, v):  # [B, h, T, H, W, D]
         layout = TokenLayout(tuple(q.shape[2:5]))

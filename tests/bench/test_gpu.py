@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from bench.gpu.__main__ import main
 from bench.gpu.page import PAGE, page
 from bench.gpu.results import COMMITTED, Machine, Results, Row
 from bench.gpu.runner import NOT_REACHED, Section, read_rows, run
@@ -126,10 +127,21 @@ def test_the_page_of_gpu_figures_is_that_of_the_committed_files():
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-def gpu(*arguments, path=None):
-    environment = os.environ if path is None else os.environ | {"PATH": path}
+def gpu(*arguments):
     command = [sys.executable, "-m", "bench.gpu", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def gpu_here(monkeypatch):
+    """`bench.gpu` in this process: what it gives back. path: the PATH meanwhile."""
+
+    def run(*arguments, path=os.environ["PATH"]):
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.setattr(sys, "argv", ["bench.gpu", *arguments])
+        return main()
+
+    return run
 
 
 def sanitizer(folder, script):
@@ -140,19 +152,18 @@ def sanitizer(folder, script):
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_without_the_sanitizer_it_says_what_to_install(tmp_path):
+def test_without_the_sanitizer_it_says_what_to_install(tmp_path, gpu_here, capsys):
     (tmp_path / "bin").mkdir()
-    done = gpu("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=str(tmp_path / "bin"))
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].startswith("not run: compute-sanitizer is not installed")
+    assert gpu_here("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=str(tmp_path / "bin")) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not run: compute-sanitizer is not installed")
 
 
-def test_the_sanitizer_runs_both_checks_and_what_it_finds_is_a_failure(tmp_path):
+def test_the_sanitizer_runs_both_checks_and_what_it_finds_is_a_failure(tmp_path, gpu_here, capsys):
     log = tmp_path / "log"
     path = sanitizer(tmp_path, f"echo $PYTORCH_NO_CUDA_MEMORY_CACHING $@ >> {log}; [ $2 = memcheck ] || exit 9")
-    done = gpu("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=path)
-    assert done.returncode == 1
-    assert {"memcheck: done", "racecheck: failed with exit code 9"} <= set(done.stdout.splitlines())
+    assert gpu_here("--dry", "--sanitize", "--out", str(tmp_path / "out"), path=path) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert {"memcheck: done", "racecheck: failed with exit code 9"} <= set(printed)
     calls = [line.split() for line in log.read_text().splitlines()]
     assert [call[:5] for call in calls] == [
         ["1", "--tool", check, "--error-exitcode", "9"] for check in ("memcheck", "racecheck")
@@ -161,10 +172,10 @@ def test_the_sanitizer_runs_both_checks_and_what_it_finds_is_a_failure(tmp_path)
 
 
 @pytest.mark.slow
-def test_what_the_sanitizer_runs_ends_well(tmp_path):
+def test_what_the_sanitizer_runs_ends_well(tmp_path, gpu_here, capsys):
     path = sanitizer(tmp_path, 'shift 4; exec "$@"')
-    done = gpu("--dry", "--sanitize", "--seconds", "600", "--out", str(tmp_path / "out"), path=path)
-    assert done.returncode == 0, done.stdout
+    ended = gpu_here("--dry", "--sanitize", "--seconds", "600", "--out", str(tmp_path / "out"), path=path)
+    assert ended == 0, capsys.readouterr().out
 
 
 def test_a_section_runs_without_a_gpu_when_asked_to_be_tried(tmp_path):
@@ -183,10 +194,10 @@ def test_every_section_runs_without_a_gpu_when_asked_to_be_tried(tmp_path):
     assert gpu("--dry", "--out", str(tmp_path), "--seconds", "600").returncode == 0
 
 
-def test_what_is_asked_for_is_checked(tmp_path):
-    done = gpu("--dry", "--only", "attention,nothing", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "got nothing" in done.stderr
+def test_what_is_asked_for_is_checked(tmp_path, gpu_here, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_here("--dry", "--only", "attention,nothing", "--out", str(tmp_path))
+    assert "got nothing" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
