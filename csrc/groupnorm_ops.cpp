@@ -55,10 +55,10 @@ void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batc
   const int64_t chunks = batch * k5::chunks_of(op.positions);
   std::vector<float> partial(2 * chunks * op.channels);
   for_parts(chunks, kPartChunks, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_statistics_of_chunks, op, partial.data(), first, end);
+    K5_DISPATCH_AVX512(groupnorm_statistics_of_chunks, op, partial.data(), first, end);
   });
   parallel_for(0, batch, 1, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_statistics_merge, op, partial.data(), first, end);
+    K5_DISPATCH_AVX512(groupnorm_statistics_merge, op, partial.data(), first, end);
   });
 }
 
@@ -66,7 +66,7 @@ void statistics_channels_last(const k5::GroupNormStatistics<T>& op, int64_t batc
 template <class T>
 std::vector<float> channels_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
   std::vector<float> channels(batch * k5::kChannelRows * k5::whole_sixteens(op.channels));
-  K5_DISPATCH(groupnorm_silu_channels, op, channels.data(), 0, batch);
+  K5_DISPATCH_AVX512(groupnorm_silu_channels, op, channels.data(), 0, batch);
   return channels;
 }
 
@@ -74,7 +74,7 @@ template <class T>
 void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
   const std::vector<float> of_channels = channels_of(op, batch);
   for_parts(batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_channels_last, op, of_channels.data(), first, end);
+    K5_DISPATCH_AVX512(groupnorm_silu_channels_last, op, of_channels.data(), first, end);
   });
 }
 
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> groupnorm_statistics(const Tensor& x, int64_t groups)
     const auto op = statistics_of<T>(dense, mutable_data<double>(mean), mutable_data<double>(variance), groups);
     if (format == MemoryFormat::Contiguous) {
       parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_statistics_contiguous, op, first, end);
+        K5_DISPATCH_AVX512(groupnorm_statistics_contiguous, op, first, end);
       });
     } else {
       statistics_channels_last(op, batch);
@@ -116,7 +116,7 @@ Tensor groupnorm_silu_apply(const Tensor& x, const Tensor& mean, const Tensor& v
                                out, groups, eps);
     if (format == MemoryFormat::Contiguous) {
       parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_silu_contiguous, op, first, end);
+        K5_DISPATCH_AVX512(groupnorm_silu_contiguous, op, first, end);
       });
     } else {
       silu_channels_last(op, batch);
@@ -147,13 +147,13 @@ Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& 
       const int64_t rows_of_channel = border.padded_frames() * border.padded_height();
       const int64_t rows = batch * channels * rows_of_channel, threads = torch::stable::get_num_threads();
       for_parts(rows, std::min(rows_of_channel, 1 + rows / (4 * threads)), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_silu_padded_contiguous, op, border, first, end);
+        K5_DISPATCH_AVX512(groupnorm_silu_padded_contiguous, op, border, first, end);
       });
     } else {
       const std::vector<float> of_channels = channels_of(op, batch);
       const int64_t rows = batch * border.frames * border.height;
       for_parts(rows, 8 * grain(border.width * channels), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_silu_padded_channels_last, op, border, of_channels.data(), first, end);
+        K5_DISPATCH_AVX512(groupnorm_silu_padded_channels_last, op, border, of_channels.data(), first, end);
       });
     }
   });
@@ -176,8 +176,8 @@ Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
     if (format == MemoryFormat::Contiguous) {
       parallel_for(0, batch * groups, grain(x.numel() / (batch * groups)), [&](int64_t first, int64_t end) {
         for (int64_t group = first; group < end; group++) {
-          K5_DISPATCH(groupnorm_statistics_contiguous, statistics, group, group + 1);
-          K5_DISPATCH(groupnorm_silu_contiguous, silu, group, group + 1);
+          K5_DISPATCH_AVX512(groupnorm_statistics_contiguous, statistics, group, group + 1);
+          K5_DISPATCH_AVX512(groupnorm_silu_contiguous, silu, group, group + 1);
         }
       });
     } else {
@@ -289,7 +289,7 @@ void backward_channels_last(k5::GroupNormSiLUBackward<T> op, int64_t batch) {
   const AlignedFloats partial(sums ? batch * chunks * width : 0);
   if (sums) op.sums = partial.data();
   for_parts(batch * chunks, kPartChunks, [&](int64_t first, int64_t end) {
-    K5_DISPATCH(groupnorm_silu_backward_channels_last, op, first, end);
+    K5_DISPATCH_AVX512(groupnorm_silu_backward_channels_last, op, first, end);
   });
   if (!sums) return;
   std::vector<int64_t> first_chunks(batch + 1);
@@ -336,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> groupnorm_silu_apply_backward
       op.sums = terms.sums();
       if (format == MemoryFormat::Contiguous) {
         parallel_for(0, batch * channels, grain(op.positions), [&](int64_t first, int64_t end) {
-          K5_DISPATCH(groupnorm_silu_backward_contiguous, op, first, end);
+          K5_DISPATCH_AVX512(groupnorm_silu_backward_contiguous, op, first, end);
         });
       } else {
         backward_channels_last(op, batch);
@@ -381,11 +381,11 @@ std::tuple<Tensor, Tensor, Tensor> groupnorm_silu_backward(const Tensor& grad, c
       parallel_for(0, batch * groups, grain(size), [&](int64_t first, int64_t end) {
         for (int64_t group = first; group < end; group++) {
           const int64_t first_channel = group * in_group, end_channel = first_channel + in_group;
-          K5_DISPATCH(groupnorm_statistics_contiguous, statistics, group, group + 1);
+          K5_DISPATCH_AVX512(groupnorm_statistics_contiguous, statistics, group, group + 1);
           terms.set(group);
-          K5_DISPATCH(groupnorm_silu_backward_contiguous, sums, first_channel, end_channel);
+          K5_DISPATCH_AVX512(groupnorm_silu_backward_contiguous, sums, first_channel, end_channel);
           terms.add_statistics(group, size);
-          K5_DISPATCH(groupnorm_silu_backward_contiguous, gradient, first_channel, end_channel);
+          K5_DISPATCH_AVX512(groupnorm_silu_backward_contiguous, gradient, first_channel, end_channel);
         }
       });
     } else {
@@ -426,11 +426,11 @@ Tensor groupnorm_statistics_backward(const Tensor& grad_mean, const Tensor& grad
         past_caches<T>(grad_x, innermost(grad_x))};
     if (format == MemoryFormat::Contiguous) {
       parallel_for(0, batch * channels, grain(positions), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_statistics_backward_contiguous, op, first, end);
+        K5_DISPATCH_AVX512(groupnorm_statistics_backward_contiguous, op, first, end);
       });
     } else {
       parallel_for(0, batch * positions, grain(channels), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(groupnorm_statistics_backward_channels_last, op, first, end);
+        K5_DISPATCH_AVX512(groupnorm_statistics_backward_channels_last, op, first, end);
       });
     }
   });

@@ -95,7 +95,7 @@ Tensor layernorm_modulate(const Tensor& x, const Tensor& shift, const Tensor& sc
         static_cast<float>(eps),
         past_caches<T>(out, x.size(2), 2 * k5::kLanes)};
     parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)), [&](int64_t first, int64_t end) {
-      K5_DISPATCH(layernorm_modulate, op, first, end);
+      K5_DISPATCH_AVX512(layernorm_modulate, op, first, end);
     });
   });
   return out;
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_modulate_backward(const Tensor& gra
         static_cast<float>(eps),
         past_caches<T>(grad_x, width, 2 * k5::kLanes)};
     parallel_for(0, pieces.count(), grain(k5::kPieceRows * width), [&](int64_t first, int64_t end) {
-      K5_DISPATCH(layernorm_modulate_backward, op, pieces.pieces.data(), first, end);
+      K5_DISPATCH_AVX512(layernorm_modulate_backward, op, pieces.pieces.data(), first, end);
     });
   });
   return {grad_x, grad_shift.finish(), grad_scale.finish()};

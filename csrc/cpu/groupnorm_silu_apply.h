@@ -73,47 +73,35 @@ struct PaddedRow {
   }
 };
 
-namespace portable {
-// Contiguous: whole groups, numbered batch * groups + group.
-template <class T>
-void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);
-
-// Channels-last, step 1, samples: of each sample kChannelRows rows of `whole_sixteens(channels)` floats, in the order
-// of a row of T: the channels' means, weight / deviation, and biases, the last two as `silu` of silu.h takes them.
-template <class T>
-void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample);
-
-// Channels-last, step 2: positions, numbered over the whole batch.
-template <class T>
-void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,
-                                  int64_t end_position);
-
-// Contiguous, with a border: rows of the result, numbered ((sample * channels + channel) * padded_frames + frame) *
-// padded_height + row.
-template <class T>
-void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
-                                      int64_t end_row);
-
-// Channels-last, with a border, step 2: rows of x with all their copies, numbered (sample * frames + frame) * height +
-// row.
-template <class T>
-void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
-                                         int64_t first_row, int64_t end_row);
-}  // namespace portable
-namespace avx2 {
-template <class T>
-void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);
-template <class T>
-void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample, int64_t end_sample);
-template <class T>
-void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,
-                                  int64_t end_position);
-template <class T>
-void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
-                                      int64_t end_row);
-template <class T>
-void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border, const float* channels,
-                                         int64_t first_row, int64_t end_row);
-}  // namespace avx2
+#define K5_DECLARE_GROUPNORM_SILU_APPLY(isa)                                                                    \
+  namespace isa {                                                                                               \
+  /* Contiguous: whole groups, numbered batch * groups + group. */                                              \
+  template <class T>                                                                                            \
+  void groupnorm_silu_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t end_group);           \
+  /* Channels-last, step 1, samples: of each sample kChannelRows rows of `whole_sixteens(channels)` floats, in  \
+     the order of a row of T: the channels' means, weight / deviation, and biases, the last two as `silu` of    \
+     silu.h takes them. */                                                                                      \
+  template <class T>                                                                                            \
+  void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_t first_sample,               \
+                               int64_t end_sample);                                                             \
+  /* Channels-last, step 2: positions, numbered over the whole batch. */                                        \
+  template <class T>                                                                                            \
+  void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,  \
+                                    int64_t end_position);                                                      \
+  /* Contiguous, with a border: rows of the result, numbered ((sample * channels + channel) * padded_frames +   \
+     frame) * padded_height + row. */                                                                           \
+  template <class T>                                                                                            \
+  void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,    \
+                                        int64_t end_row);                                                       \
+  /* Channels-last, with a border, step 2: rows of x with all their copies, numbered (sample * frames + frame)  \
+     * height + row. */                                                                                         \
+  template <class T>                                                                                            \
+  void groupnorm_silu_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border,                    \
+                                           const float* channels, int64_t first_row, int64_t end_row);          \
+  }
+K5_DECLARE_GROUPNORM_SILU_APPLY(portable)
+K5_DECLARE_GROUPNORM_SILU_APPLY(avx2)
+K5_DECLARE_GROUPNORM_SILU_APPLY(avx512_bf16)
+#undef K5_DECLARE_GROUPNORM_SILU_APPLY
 
 }  // namespace k5

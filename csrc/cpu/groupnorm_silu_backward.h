@@ -31,22 +31,20 @@ struct GroupNormSiLUBackward {
   bool past_caches;
 };
 
-namespace portable {
-// Contiguous: channels, numbered sample * channels + channel.
-template <class T>
-void groupnorm_silu_backward_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel,
-                                        int64_t end_channel);
-
-// Channels-last: chunks of positions, numbered sample * chunks + chunk.
-template <class T>
-void groupnorm_silu_backward_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk);
-}  // namespace portable
-namespace avx2 {
-template <class T>
-void groupnorm_silu_backward_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel,
-                                        int64_t end_channel);
-template <class T>
-void groupnorm_silu_backward_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk);
-}  // namespace avx2
+#define K5_DECLARE_GROUPNORM_SILU_BACKWARD(isa)                                                                 \
+  namespace isa {                                                                                               \
+  /* Contiguous: channels, numbered sample * channels + channel. */                                             \
+  template <class T>                                                                                            \
+  void groupnorm_silu_backward_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_channel,            \
+                                          int64_t end_channel);                                                 \
+  /* Channels-last: chunks of positions, numbered sample * chunks + chunk. */                                   \
+  template <class T>                                                                                            \
+  void groupnorm_silu_backward_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk,           \
+                                             int64_t end_chunk);                                                \
+  }
+K5_DECLARE_GROUPNORM_SILU_BACKWARD(portable)
+K5_DECLARE_GROUPNORM_SILU_BACKWARD(avx2)
+K5_DECLARE_GROUPNORM_SILU_BACKWARD(avx512_bf16)
+#undef K5_DECLARE_GROUPNORM_SILU_BACKWARD
 
 }  // namespace k5

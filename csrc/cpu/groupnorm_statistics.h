@@ -45,48 +45,34 @@ struct GroupNormStatisticsBackward {
   bool past_caches;
 };
 
-namespace portable {
-// Contiguous: whole groups, numbered batch * groups + group.
-template <class T>
-void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t first_group, int64_t end_group);
-
-// Channels-last, step 1, chunks numbered batch * chunks + chunk: partial[chunk] = each channel's mean less its pivot,
-// then its sum of squared differences from the mean. The pivot, the channel's value at the sample's first position,
-// keeps a large mean from costing digits.
-template <class T>
-void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,
-                                    int64_t end_chunk);
-
-// Channels-last, step 2: the chunks of whole samples merged.
-template <class T>
-void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample,
-                                int64_t end_sample);
-
-// Contiguous: channels, numbered sample * channels + channel.
-template <class T>
-void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel,
-                                              int64_t end_channel);
-
-// Channels-last: positions, numbered over the whole batch.
-template <class T>
-void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position,
-                                                 int64_t end_position);
-}  // namespace portable
-namespace avx2 {
-template <class T>
-void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t first_group, int64_t end_group);
-template <class T>
-void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,
-                                    int64_t end_chunk);
-template <class T>
-void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample,
-                                int64_t end_sample);
-template <class T>
-void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op, int64_t first_channel,
-                                              int64_t end_channel);
-template <class T>
-void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op, int64_t first_position,
-                                                 int64_t end_position);
-}  // namespace avx2
+#define K5_DECLARE_GROUPNORM_STATISTICS(isa)                                                                    \
+  namespace isa {                                                                                               \
+  /* Contiguous: whole groups, numbered batch * groups + group. */                                              \
+  template <class T>                                                                                            \
+  void groupnorm_statistics_contiguous(const GroupNormStatistics<T>& op, int64_t first_group,                   \
+                                       int64_t end_group);                                                      \
+  /* Channels-last, step 1, chunks numbered batch * chunks + chunk: partial[chunk] = each channel's mean less   \
+     its pivot, then its sum of squared differences from the mean. The pivot, the channel's value at the        \
+     sample's first position, keeps a large mean from costing digits. */                                        \
+  template <class T>                                                                                            \
+  void groupnorm_statistics_of_chunks(const GroupNormStatistics<T>& op, float* partial, int64_t first_chunk,    \
+                                      int64_t end_chunk);                                                       \
+  /* Channels-last, step 2: the chunks of whole samples merged. */                                              \
+  template <class T>                                                                                            \
+  void groupnorm_statistics_merge(const GroupNormStatistics<T>& op, const float* partial, int64_t first_sample, \
+                                  int64_t end_sample);                                                          \
+  /* Contiguous: channels, numbered sample * channels + channel. */                                             \
+  template <class T>                                                                                            \
+  void groupnorm_statistics_backward_contiguous(const GroupNormStatisticsBackward<T>& op,                       \
+                                                int64_t first_channel, int64_t end_channel);                    \
+  /* Channels-last: positions, numbered over the whole batch. */                                                \
+  template <class T>                                                                                            \
+  void groupnorm_statistics_backward_channels_last(const GroupNormStatisticsBackward<T>& op,                    \
+                                                   int64_t first_position, int64_t end_position);               \
+  }
+K5_DECLARE_GROUPNORM_STATISTICS(portable)
+K5_DECLARE_GROUPNORM_STATISTICS(avx2)
+K5_DECLARE_GROUPNORM_STATISTICS(avx512_bf16)
+#undef K5_DECLARE_GROUPNORM_STATISTICS
 
 }  // namespace k5

@@ -9,8 +9,8 @@ Isa detect() {
 #ifdef K5_HAS_AVX2
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #ifdef K5_HAS_AVX512_BF16
-  if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bf16"))
+  if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"))
     return Isa::avx512_bf16;
 #endif
   if (avx2) return Isa::avx2;

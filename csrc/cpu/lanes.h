@@ -167,8 +167,11 @@ struct AllThirtyTwo {
   void set_arranged(float* target, Vec32 values) const { set<false>(target, values); }
   template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Vec32 values) const {
-    AllSixteen{}.set<kPastCaches, kTies>(target, values.first);
-    AllSixteen{}.set<kPastCaches, kTies>(target + kHalf, values.second);
+    if constexpr (kPastCaches) {
+      stream_thirty_two<kTies>(target, values);
+    } else {
+      store_thirty_two<kTies>(target, values);
+    }
   }
 };
 
@@ -188,7 +191,7 @@ inline __attribute__((always_inline)) void for_thirty_twos(int64_t width, const 
 
 inline float sum_of_parts(const Vec16 (&parts)[kSums]) {
   static_assert(kSums == 2);
-  return sum((parts[0].first + parts[0].second) + (parts[1].first + parts[1].second));
+  return sum(parts[0] + parts[1]);
 }
 
 // A row of floats in the order of a row of T; target holds whole_sixteens(width).

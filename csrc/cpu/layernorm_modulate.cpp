@@ -48,9 +48,9 @@ struct KeptRow {
     return value;
   }
   template <class Lanes>
-  __attribute__((always_inline)) Vec16 again(const T* row, int64_t i, Lanes lanes) const {
+  __attribute__((always_inline)) auto again(const T* row, int64_t i, Lanes lanes) const {
     if constexpr (sizeof(T) == sizeof(float)) return lanes.get(row + i);
-    return load_sixteen(values.data + i);
+    else return lanes.arranged(values.data + i);
   }
   const ZeroedFloats values;
 };
@@ -77,10 +77,10 @@ void rows_forward(const LayerNormModulate<T>& op, int64_t first_row, int64_t end
       squares[part] = squares[part] + centred * centred;
     });
     const float inverse_deviation = 1 / std::sqrt(sum_of_parts(squares) / width + op.eps);
-    for_sixteens(width, [&](int64_t i, int part, auto lanes) {
-      prefetch_half(next_x + width / 2, i, part);
-      const Vec16 normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
-      lanes.template set<kPastCaches>(out + i, normalized * load_sixteen(scale + i) + load_sixteen(shift + i));
+    for_thirty_twos(width, [&](int64_t i, auto lanes) {
+      prefetch_half(next_x + width / 2, i, 0);
+      const auto normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
+      lanes.template set<kPastCaches>(out + i, normalized * lanes.arranged(scale + i) + lanes.arranged(shift + i));
     });
   }
   if (kPastCaches) end_of_stream();

@@ -37,19 +37,17 @@ struct LayerNormModulateBackward {
 };
 
 // A row is one token, numbered over the whole batch.
-namespace portable {
-template <class T>
-void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);
-template <class T>
-void layernorm_modulate_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
-                                 int64_t end_piece);
-}  // namespace portable
-namespace avx2 {
-template <class T>
-void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);
-template <class T>
-void layernorm_modulate_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces, int64_t first_piece,
-                                 int64_t end_piece);
-}  // namespace avx2
+#define K5_DECLARE_LAYERNORM_MODULATE(isa)                                                                      \
+  namespace isa {                                                                                               \
+  template <class T>                                                                                            \
+  void layernorm_modulate(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row);                  \
+  template <class T>                                                                                            \
+  void layernorm_modulate_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces,                 \
+                                   int64_t first_piece, int64_t end_piece);                                     \
+  }
+K5_DECLARE_LAYERNORM_MODULATE(portable)
+K5_DECLARE_LAYERNORM_MODULATE(avx2)
+K5_DECLARE_LAYERNORM_MODULATE(avx512_bf16)
+#undef K5_DECLARE_LAYERNORM_MODULATE
 
 }  // namespace k5

@@ -76,7 +76,7 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
         const Vec16 value = lanes.any(x + i);
         squares = squares + value * value;
       });
-      inverse_rms.data[head] = sum(squares.first + squares.second);
+      inverse_rms.data[head] = sum(squares);
     }
     inverse_rms_of(inverse_rms.data, op.heads, op.width, op.eps);
     for (int64_t head = 0; head < op.heads; head++) {

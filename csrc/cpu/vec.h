@@ -1,5 +1,5 @@
-// Eight floats at a time, through the compiler's vector extension: the same source is compiled to AVX2 or to the
-// target's baseline, depending on the compiler's flags (csrc/cpu/isa.h). Functions are static: otherwise the linker
+// Eight floats at a time, through the compiler's vector extension: the same source is compiled to AVX-512, to AVX2 or to
+// the target's baseline, depending on the compiler's flags (csrc/cpu/isa.h). Functions are static: otherwise the linker
 // would keep one copy for both builds, and a processor without AVX2 might run the AVX2 copy.
 #pragma once
 
@@ -227,14 +227,26 @@ static inline void stream_pairs(BFloat16* target, Pairs pairs) {
 #endif
 }
 
-// Sixteen values of a row, in the order that costs their type least: floats as in memory, of bfloat16 those of even
-// places first. `in_order_of<T>` brings floats that belong to a row of T into its order, `from_order_of<T>` undoes
-// that.
+// Two vectors that take each step of a computation together.
 template <class V>
 struct Twice {
   V first, second;
 };
+
+// Sixteen values of a row, in the order that costs their type least: floats as in memory, of bfloat16 those of even
+// places first, and with AVX-512 as in memory too. `in_order_of<T>` brings floats that belong to a row of T into its
+// order, `from_order_of<T>` undoes that.
+#ifdef __AVX512F__
+typedef float Vec16 __attribute__((vector_size(64)));
+typedef uint32_t UVec16 __attribute__((vector_size(64)));
+
+static inline Vec16 rounded(Vec16 product) {
+  asm("" : "+v"(product));
+  return product;
+}
+#else
 using Vec16 = Twice<Vec8>;
+#endif
 
 // Two Vec16 that follow each other.
 using Vec32 = Twice<Vec16>;
@@ -242,7 +254,7 @@ using Vec32 = Twice<Vec16>;
 // The length of a row of `width` values, rounded up to whole ones.
 static inline int64_t whole_sixteens(int64_t width) { return (width + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes); }
 
-// Both halves take each step of a computation together, so that a constant is loaded once for both.
+// A constant is loaded once for both halves.
 template <class V>
 static inline Twice<V> operator+(Twice<V> a, Twice<V> b) {
   return {a.first + b.first, a.second + b.second};
@@ -288,6 +300,93 @@ static inline Twice<V> rounded(Twice<V> product) {
   return {rounded(product.first), rounded(product.second)};
 }
 
+#ifdef __AVX512F__
+static inline Vec16 load_sixteen(const float* source) {
+  Vec16 values;
+  std::memcpy(&values, source, sizeof(values));
+  return values;
+}
+static inline Vec16 load_sixteen(const BFloat16* source) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return (Vec16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+
+// As of eight values above.
+template <Ties kTies>
+static inline UVec16 round_to_upper_halves(Vec16 values) {
+  const UVec16 bits = bits_as<UVec16>(values);
+  if constexpr (kTies == Ties::away) return bits + 0x8000u;
+  return values == values ? bits + 0x7fffu + ((bits >> 16) & 1u) : UVec16{} + 0x7fc00000u;
+}
+
+template <Ties kTies>
+static inline __m256i rounded_to_bfloat16(Vec16 values) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)round_to_upper_halves<kTies>(values), 16));
+}
+
+static inline bool any_denormal(Vec32 values) {
+  constexpr int kDenormal = 0x20;
+  const __mmask16 first = _mm512_fpclass_ps_mask((__m512)values.first, kDenormal);
+  return (first | _mm512_fpclass_ps_mask((__m512)values.second, kDenormal)) != 0;
+}
+
+// The processor's conversion, which rounds ties to even, takes denormal numbers for zeros.
+template <Ties kTies>
+static inline __m512i rounded_to_bfloat16(Vec32 values) {
+  if constexpr (kTies == Ties::to_even)
+    if (__builtin_expect(!any_denormal(values), true))
+      return (__m512i)_mm512_cvtne2ps_pbh((__m512)values.second, (__m512)values.first);
+  const __m512i upper_halves =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17,
+                       15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16((__m512i)round_to_upper_halves<kTies>(values.first), upper_halves,
+                                   (__m512i)round_to_upper_halves<kTies>(values.second));
+}
+
+// kTies: of numbers that are rounded; floats are not.
+template <Ties kTies = Ties::to_even>
+static inline void store_sixteen(float* target, Vec16 values) {
+  std::memcpy(target, &values, sizeof(values));
+}
+template <Ties kTies = Ties::to_even>
+static inline void store_sixteen(BFloat16* target, Vec16 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), rounded_to_bfloat16<kTies>(values));
+}
+
+static inline Vec8 low_half(Vec16 values) { return (Vec8)_mm512_castps512_ps256((__m512)values); }
+static inline Vec8 high_half(Vec16 values) { return (Vec8)_mm512_extractf32x8_ps((__m512)values, 1); }
+
+template <Ties kTies = Ties::to_even>
+static inline void stream_sixteen(float* target, Vec16 values) {
+  stream(target, low_half(values));
+  stream(target + kLanes, high_half(values));
+}
+template <Ties kTies = Ties::to_even>
+static inline void stream_sixteen(BFloat16* target, Vec16 values) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(target), rounded_to_bfloat16<kTies>(values));
+}
+
+template <Ties kTies>
+static inline void store_thirty_two(BFloat16* target, Vec32 values) {
+  _mm512_storeu_si512(target, rounded_to_bfloat16<kTies>(values));
+}
+template <Ties kTies>
+static inline void stream_thirty_two(BFloat16* target, Vec32 values) {
+  const __m512i halves = rounded_to_bfloat16<kTies>(values);
+  __m256i* const place = reinterpret_cast<__m256i*>(target);
+  _mm256_stream_si256(place, _mm512_castsi512_si256(halves));
+  _mm256_stream_si256(place + 1, _mm512_extracti64x4_epi64(halves, 1));
+}
+
+template <class T>
+static inline Vec16 in_order_of(Vec16 values) {
+  return values;
+}
+template <class T>
+static inline Vec16 from_order_of(Vec16 values) {
+  return values;
+}
+#else
 static inline Vec16 load_sixteen(const float* source) { return {load(source), load(source + kLanes)}; }
 static inline Vec16 load_sixteen(const BFloat16* source) {
   const Pairs pairs = load_pairs(source);
@@ -328,6 +427,19 @@ static inline Vec16 from_order_of(Vec16 values) {
   return {K5_SHUFFLE(values.first, values.second, 0, 8, 1, 9, 2, 10, 3, 11),
           K5_SHUFFLE(values.first, values.second, 4, 12, 5, 13, 6, 14, 7, 15)};
 }
+#endif
+
+// kTies: as of sixteen.
+template <Ties kTies, class T>
+static inline void store_thirty_two(T* target, Vec32 values) {
+  store_sixteen<kTies>(target, values.first);
+  store_sixteen<kTies>(target + 2 * kLanes, values.second);
+}
+template <Ties kTies, class T>
+static inline void stream_thirty_two(T* target, Vec32 values) {
+  stream_sixteen<kTies>(target, values.first);
+  stream_sixteen<kTies>(target + 2 * kLanes, values.second);
+}
 
 // Square roots.
 static inline Vec8 sqrt(Vec8 value) {
@@ -348,6 +460,11 @@ static inline Vec8 clamped(Vec8 value, float limit) {
   return value < splat(-limit) ? splat(-limit) : value;
 #endif
 }
+#ifdef __AVX512F__
+static inline Vec16 clamped(Vec16 value, float limit) {
+  return (Vec16)_mm512_max_ps(_mm512_set1_ps(-limit), _mm512_min_ps(_mm512_set1_ps(limit), (__m512)value));
+}
+#endif
 template <class V>
 static inline Twice<V> clamped(Twice<V> value, float limit) {
   return {clamped(value.first, limit), clamped(value.second, limit)};
@@ -360,6 +477,11 @@ constexpr float kMagic = 12582912.0f;
 static inline Vec8 scaled_by_power(Vec8 value, Vec8 whole_and_magic) {
   return bits_as<Vec8>(bits_as<UVec8>(value) + (bits_as<UVec8>(whole_and_magic) << 23));
 }
+#ifdef __AVX512F__
+static inline Vec16 scaled_by_power(Vec16 value, Vec16 whole_and_magic) {
+  return bits_as<Vec16>(bits_as<UVec16>(value) + (bits_as<UVec16>(whole_and_magic) << 23));
+}
+#endif
 template <class V>
 static inline Twice<V> scaled_by_power(Twice<V> value, Twice<V> whole_and_magic) {
   return {scaled_by_power(value.first, whole_and_magic.first), scaled_by_power(value.second, whole_and_magic.second)};
@@ -380,6 +502,38 @@ static inline __attribute__((always_inline)) V exp(V value) {
   return scaled_by_power(polynomial, shifted);
 }
 
+#ifdef __AVX512F__
+// value - floor(value), and value * 2^floor(exponent), for any numbers.
+static inline Vec16 above_floor(Vec16 value) {
+  return (Vec16)_mm512_reduce_ps((__m512)value, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+static inline Vec16 scaled_by_floor(Vec16 value, Vec16 exponent) {
+  return (Vec16)_mm512_scalef_ps((__m512)value, (__m512)exponent);
+}
+static inline Vec32 above_floor(Vec32 value) { return {above_floor(value.first), above_floor(value.second)}; }
+static inline Vec32 scaled_by_floor(Vec32 value, Vec32 exponent) {
+  return {scaled_by_floor(value.first, exponent.first), scaled_by_floor(value.second, exponent.second)};
+}
+
+// 2^value for what belongs to values in bfloat16. Degree 5: to a relative error of 1e-7. Degree 4: to 3e-6, a
+// thousandth of a rounding to bfloat16.
+template <int kDegree, class V>
+static inline __attribute__((always_inline)) V rough_exp2(V value) {
+  static_assert(kDegree == 4 || kDegree == 5);
+  const V rest = above_floor(value);
+  V polynomial;
+  if constexpr (kDegree == 5) {
+    polynomial = rest * 1.8775767e-3f + 8.9893400e-3f;
+    for (const float coefficient : {5.5826318e-2f, 0.24015362f, 0.69315307f, 0.99999993f})
+      polynomial = polynomial * rest + coefficient;
+  } else {
+    polynomial = rest * 1.3534168e-2f + 5.2011460e-2f;
+    for (const float coefficient : {0.24144276f, 0.69300383f, 1.0000026f})
+      polynomial = polynomial * rest + coefficient;
+  }
+  return scaled_by_floor(polynomial, value);
+}
+#else
 // 2^value for what belongs to values in bfloat16; values are clamped to ±126. Degree 5: to a relative error of 1e-7.
 // Degree 4: to 3e-6, a thousandth of a rounding to bfloat16.
 template <int kDegree, class V>
@@ -400,6 +554,7 @@ static inline __attribute__((always_inline)) V rough_exp2(V value) {
     return scaled_by_power(polynomial, shifted);
   }
 }
+#endif
 
 // log2(value) for positive normal numbers, accurate to about two units in the last place; NaN for NaN. value =
 // 2^exponent · m with m in [sqrt(1/2), sqrt(2)); log2(m) is the series of 2 / ln(2) · artanh((m - 1) / (m + 1)).
@@ -420,6 +575,9 @@ static inline float sum(Vec8 value) {
   const Vec4 four = halves[0] + halves[1];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+#ifdef __AVX512F__
+static inline float sum(Vec16 value) { return sum(low_half(value) + high_half(value)); }
+#endif
 template <class V>
 static inline float sum(Twice<V> value) {
   return sum(value.first + value.second);

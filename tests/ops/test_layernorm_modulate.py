@@ -183,6 +183,20 @@ def test_a_nan_with_all_its_bits_set_stays_a_nan_in_bfloat16(isa):
     assert grad_x[0].isfinite().all()
 
 
+def test_results_are_rounded_to_the_nearest_bfloat16_denormal_ones_too(isa):
+    """With a scale of -1 the result is the shift: any float32 numbers, and such as are as near to one bfloat16 as to
+    another."""
+    random = torch.Generator().manual_seed(0)
+    highest, normal = 0x7F7F << 16, 1 << 23  # bits of finite numbers; of the first one that is not denormal
+    any_bits, denormal = (torch.randint(bound, (64,), generator=random) for bound in (highest, normal))
+    ties = torch.randint(highest >> 16, (55,), generator=random) * 0x10000 + 0x8000
+    shift = torch.cat([any_bits, denormal, ties]).int().view(torch.float32)
+    shift = torch.stack([shift, -shift])
+    x = torch.randn(2, 3, shift.shape[1], generator=random).bfloat16()
+    out = layernorm_modulate(x, shift, torch.full_like(shift, -1))
+    assert torch.equal(out, shift[:, None].bfloat16().expand_as(out))
+
+
 @pytest.mark.parametrize("per", PER)
 def test_gradients_are_the_derivatives(per):
     arguments = inputs(2, [2, 1], 5, per, dtype=torch.float64)[:3]
