@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear, rms_norm, silu
+from torch.nn.functional import linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from k5kernels.attention import DENSE, AttentionConfig
@@ -34,6 +34,7 @@ from k5kernels.presets import CrossDiTConfig
 from k5kernels.profiling import stage
 from k5kernels.text_condition import TextCondition
 from k5kernels.token_layout import TokenLayout
+from model.linear import Linear
 from model.rope import frequencies, text_rope, visual_rope
 from model.sequence_piece import Attend, Exchange, sequence_piece
 
@@ -242,12 +243,12 @@ class Attention(nn.Module):
     def __init__(self, config: CrossDiTConfig):
         super().__init__()
         self.heads = config.heads
-        self.to_query = nn.Linear(config.model_dim, config.model_dim)
-        self.to_key = nn.Linear(config.model_dim, config.model_dim)
-        self.to_value = nn.Linear(config.model_dim, config.model_dim)
+        self.to_query = Linear(config.model_dim, config.model_dim)
+        self.to_key = Linear(config.model_dim, config.model_dim)
+        self.to_value = Linear(config.model_dim, config.model_dim)
         self.query_norm = nn.RMSNorm(config.head_dim)
         self.key_norm = nn.RMSNorm(config.head_dim)
-        self.out_layer = nn.Linear(config.model_dim, config.model_dim)
+        self.out_layer = Linear(config.model_dim, config.model_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Self-attention of x [B, S, d] with rotary positions; attend takes q, k, v as [B, h, S, D]."""
@@ -293,11 +294,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: CrossDiTConfig):
         super().__init__()
-        self.in_layer = nn.Linear(config.model_dim, config.ff_dim, bias=False)
-        self.out_layer = nn.Linear(config.ff_dim, config.model_dim, bias=False)
+        self.in_layer = Linear(config.model_dim, config.ff_dim, bias=False)
+        self.out_layer = Linear(config.ff_dim, config.model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(gelu(self.in_layer(x)))
+        return self.out_layer(self.in_layer(x, gelu=True))
 
 
 class Float32Linear(nn.Linear):

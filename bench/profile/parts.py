@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.fma_peak import FmaPeak
 from k5kernels import TokenLayout
+from model.linear import Linear
 
 
 @dataclass
@@ -103,16 +104,16 @@ class _Rate:
 
 
 class RoofMeter:
-    """Measures a roof beside a step, once a call of `measure`: a product of 4096² matrices, a copy of 512 MiB and on a
-    CPU multiplications and additions in registers."""
+    """Measures a roof beside a step, once a call of `measure`: a product of 4096² matrices, by the library that the
+    model takes, a copy of 512 MiB and on a CPU multiplications and additions in registers."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         side, size = 4096, 2**29
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        rows, layer = torch.randn(side, side, device=device).to(dtype), Linear(side, side, False, device, dtype)
         source = torch.zeros(size, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         self._device = device
-        self._rates = [_Rate(lambda: left @ right, 2 * side**3), _Rate(lambda: target.copy_(source), 2 * size)]
+        self._rates = [_Rate(lambda: layer(rows), 2 * side**3), _Rate(lambda: target.copy_(source), 2 * size)]
         if device.type == "cpu":
             peak = FmaPeak()
             self._rates.append(_Rate(peak, peak.operations))
@@ -135,10 +136,16 @@ def _bytes(tree: Any) -> float:
     """Of the tensors in it, those on the same memory once; an expanded tensor has the bytes it holds."""
     held = {}
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, Tensor) and leaf.is_mkldnn:  # in an order of oneDNN's own: no address, no strides
+            held[id(leaf), leaf.shape] = leaf.numel() * leaf.element_size()
+        elif isinstance(leaf, Tensor):
             elements = prod(size for size, stride in zip(leaf.shape, leaf.stride(), strict=True) if stride)
             held[leaf.data_ptr(), leaf.shape] = elements * leaf.element_size()
     return float(sum(held.values()))
+
+
+def _linear(layout: TokenLayout, x: Tensor, weight: Tensor, *rest: Any) -> float:
+    return 2.0 * x.numel() * weight.shape[0]
 
 
 def _dense(layout: TokenLayout, q: Tensor, k: Tensor, *rest: Any) -> float:
@@ -181,6 +188,7 @@ def _bits_backward(
 
 # What PyTorch's counter does not know.
 _PRODUCTS: dict[str, Callable[..., float]] = {
+    "_linear_pointwise": _linear,
     "_scaled_dot_product_flash_attention_for_cpu": _dense,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _dense_backward,
     "block_sparse_attention": _sparse,

@@ -15,6 +15,7 @@ from bench.profile.parts import Part, Parts, Roof
 from k5kernels import TokenLayout, block_sparse_attention, nabla_mask
 from k5kernels.attention import attention
 from k5kernels.terminal import table
+from model.linear import ROWS_TO_REORDER, Linear
 
 CPU = torch.device("cpu")
 LAYOUT = TokenLayout(((2, 16, 16),))
@@ -35,6 +36,14 @@ def test_operations_and_bytes_of_a_product():
 def test_an_expanded_tensor_has_the_bytes_it_holds():
     row, many = torch.randn(1, 50), torch.randn(20, 50)
     assert found(lambda: row.expand(20, 50) * many)["aten.mul"].bytes == 4 * (50 + 1000 + 1000)
+
+
+@pytest.mark.parametrize("rows", [30, ROWS_TO_REORDER])
+@torch.no_grad()
+def test_a_linear_layer_has_the_operations_and_bytes_of_its_product(rows):
+    layer, x = Linear(20, 10, bias=False), torch.randn(rows, 20)
+    part = max(found(lambda: layer(x)).values(), key=lambda part: part.operations)
+    assert (part.operations, part.bytes) == (2 * rows * 20 * 10, 4 * (rows * 20 + 200 + rows * 10))
 
 
 def test_sparse_attention_has_the_operations_of_its_kept_blocks():
