@@ -40,6 +40,7 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
       for_thirty_twos(count, [&](int64_t i, auto lanes) {
         prefetch_thirty_two(x + i + kAhead);
         prefetch_thirty_two(grad + i + kAhead);
+        if constexpr (kWrite == Write::past_caches) prefetch_translation(op.grad_x + offset + i, 32 * sizeof(T));
         const auto centred = lanes.get(x + i) - centre;
         const auto gradient = through_silu<T>(lanes.get(grad + i), centred * slope + bias);
         if constexpr (kAddUp) {
@@ -104,6 +105,9 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
     for (int64_t position = chunk.first; position < chunk.end; position++) {
       const T *const grad = op.grad + position * C, *const x = op.x + position * C;
       T* const grad_x = kWrite == Write::nothing ? nullptr : op.grad_x + position * C;
+      prefetch_translation(x, C * sizeof(T));
+      prefetch_translation(grad, C * sizeof(T));
+      if constexpr (kWrite == Write::past_caches) prefetch_translation(grad_x, C * sizeof(T));
       for_thirty_twos(C, [=](int64_t i, auto lanes) {
         prefetch_thirty_two(x + kAhead + i);
         prefetch_thirty_two(grad + kAhead + i);
