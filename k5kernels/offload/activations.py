@@ -6,7 +6,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from k5kernels.offload.disk import DiskStore
 from k5kernels.offload.pinned import PinnedStore, SideStream
-from k5kernels.offload.slot import Slot, Store
+from k5kernels.offload.slot import Slot, Store, is_dense
 
 SMALLEST = 1 << 20
-BEING_SENT = 2  # with the tensor that is being computed, three are in memory
+BEING_SENT = 2  # times the largest tensor; with the tensor that is being computed, three are in memory
 
 
 class ActivationOffload:
@@ -36,10 +36,10 @@ class ActivationOffload:
     save moves. Gradients are bit-equal with and without.
 
     A CUDA tensor goes to pinned host memory, and back, on a stream beside the computation. A CPU tensor goes to a file
-    in `folder`, by a thread beside the computation; the file has no name and goes with the process. In the forward two
-    tensors are on their way at most: the next one waits. In the backward, whoever asks for a tensor starts the return
-    of the `prefetch` saved before it. So with one saved tensor a block and a prefetch of 1, at most three are in memory
-    at a time.
+    in `folder`, by a thread beside the computation; the file has no name and goes with the process. In the forward at
+    most twice the bytes of the largest tensor so far are on their way: the next one waits. In the backward, whoever
+    asks for a tensor starts the return of the `prefetch` saved before it. So with one saved tensor of the same size a
+    block and a prefetch of 1, at most three are in memory at a time.
 
     Left where they are: CPU tensors without a folder; parameters and other leaves that need a gradient, and views of
     them, which their owner keeps alive anyway; tensors under min_bytes; what would go beyond budget_bytes, the most
@@ -67,7 +67,8 @@ class ActivationOffload:
         self.stores: dict[torch.device, Store] = {}
         if folder is not None:
             self.stores[torch.device("cpu")] = DiskStore(Path(folder), budget_bytes)
-        self._sending: deque[weakref.ref[_Away]] = deque()
+        self._sending: deque[tuple[weakref.ref[_Away], int]] = deque()
+        self._sending_bytes = self._largest = 0
         self._last: weakref.ref[_Away] | None = None
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
         self._hooks: list[saved_tensors_hooks] = []
@@ -90,15 +91,17 @@ class ActivationOffload:
             store.close()
         self.stores.clear()
 
-    def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+    def _pack(self, tensor: Tensor) -> "Tensor | _Away | _View":
         if not _is_offloadable(tensor, self._min_bytes) or (store := self._store(tensor.device)) is None:
             return tensor
-        # Several operators save the same tensor. A weak reference keeps the address of a storage from being used again.
+        # Several operators save the same memory. A weak reference keeps the address of a storage from being used again.
         storage = StorageWeakRef(tensor.untyped_storage())
-        place = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
-        key = storage.cdata, *place
+        key = storage.cdata, tensor.storage_offset(), tensor.nbytes, tensor.dtype, tensor._version
         if key in self._known and (away := self._known[key][1]()) is not None and not self._known[key][0].expired():
-            return away
+            if away.layout == (layout := (tensor.shape, tensor.stride())):
+                return away
+            if is_dense(*layout) and is_dense(*away.layout):
+                return _View(away, *layout)
         # An operator that saves its own output would own itself through the graph of that output.
         tensor = tensor.detach()
         slot = store.put(tensor)
@@ -107,16 +110,25 @@ class ActivationOffload:
         away = _Away(store, slot, tensor, self._last)
         self._last = weakref.ref(away)
         self._known[key] = storage, self._last
-        self._sending.append(self._last)
-        while len(self._sending) > BEING_SENT:
-            oldest = self._sending.popleft()()
-            if oldest is not None:
-                oldest.leave()
+        self._send(self._last, tensor.nbytes)
         return away
 
-    def _unpack(self, saved: "Tensor | _Away") -> Tensor:
+    def _send(self, away: "weakref.ref[_Away]", nbytes: int) -> None:
+        """It is on its way; where those on their way are too many bytes, wait for the first ones."""
+        self._sending.append((away, nbytes))
+        self._sending_bytes += nbytes
+        self._largest = max(self._largest, nbytes)
+        while self._sending_bytes > BEING_SENT * self._largest:
+            oldest, nbytes = self._sending.popleft()
+            self._sending_bytes -= nbytes
+            if (sent := oldest()) is not None:
+                sent.leave()
+
+    def _unpack(self, saved: "Tensor | _Away | _View") -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        if isinstance(saved, _View):
+            return self._unpack(saved.of).as_strided(saved.shape, saved.strides)
         saved.store.check()
         tensor = saved.take()
         before: _Away | None = saved
@@ -135,11 +147,13 @@ class ActivationOffload:
 class _Away:
     """A saved tensor that is kept away; the graph owns it.
 
-    near: the tensor as it was saved, as long as it is still here. before: the one that was saved before it.
+    near: the tensor as it was saved, as long as it is still here. before: the one that was saved before it. layout: the
+    saved one's shape and strides.
     """
 
     def __init__(self, store: Store, slot: Slot, near: Tensor, before: "weakref.ref[_Away] | None") -> None:
         self.store, self.before = store, before
+        self.layout = near.shape, near.stride()
         self._slot = slot
         self._near: Tensor | None = near
 
@@ -155,18 +169,23 @@ class _Away:
             self._slot.bring_back()
 
     def take(self) -> Tensor:
-        """The tensor, which from now on is its user's."""
-        near = self._near
-        if near is None:
-            return self._slot.take()
-        self.leave()
-        return near
+        """The tensor."""
+        return self._slot.take() if self._near is None else self._near
 
     def __del__(self) -> None:
         self._slot.release()
 
 
+class _View(NamedTuple):
+    """The memory of a tensor that is kept away, in another shape."""
+
+    of: _Away
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
 def _is_offloadable(tensor: Tensor, min_bytes: int) -> bool:
+    if tensor.nbytes < max(min_bytes, 1):
+        return False
     owner = tensor if tensor._base is None else tensor._base
-    owned_elsewhere = isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad)
-    return not owned_elsewhere and tensor.nbytes >= max(min_bytes, 1)
+    return not (isinstance(owner, nn.Parameter) or (owner.is_leaf and owner.requires_grad))

@@ -3,9 +3,12 @@
 import mmap
 import os
 import tempfile
+import weakref
 from collections import defaultdict
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 import torch
 from torch import Tensor
@@ -19,8 +22,10 @@ class DiskStore:
     """Keeps tensors in one file of a folder. The file has no name, so that it goes with the process, however that ends.
 
     One thread writes, in the order it was asked to, so a place in the file may be given to the next tensor before the
-    former one has been written. What comes back is a private mapping of its place: nothing is copied, and the system
-    reads what its page cache no longer has. A disk that fails to read then ends the process by SIGBUS.
+    former one has been written. Waking it takes processor and interpreter from the computation, so tensors are gathered
+    until they are as many bytes as the largest so far. What comes back is a private mapping of its place: nothing is
+    copied, and the system reads what its page cache no longer has. A disk that fails to read then ends the process by
+    SIGBUS.
 
     budget_bytes: the most kept at a time. Raises OSError where no file can be made in the folder.
     """
@@ -29,8 +34,14 @@ class DiskStore:
         self.folder, self.budget_bytes = folder, budget_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  # open as long as the store
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="offload")
-        self._failure: OSError | None = None
+        self._gathered: list[_Write] = []
+        self._gathered_bytes = self._largest = 0
+        self._batches: SimpleQueue[list[_Write]] = SimpleQueue()
+        self._failures: list[OSError] = []
+        arguments = self._batches, self._file, self._failures
+        self._writer = Thread(target=_write_all, args=arguments, name="offload", daemon=True)
+        self._writer.start()
+        weakref.finalize(self, self._batches.put, [])
         self._used = self._end = 0
         self._free: dict[int, list[int]] = defaultdict(list)  # length -> offsets in the file
 
@@ -44,17 +55,40 @@ class DiskStore:
             offset = places.pop()
         else:
             offset, self._end = self._end, self._end + _length(form)
-        return DiskSlot(self, Place(self, form, offset), self._worker.submit(self._write, tensor, form, offset))
+        if tensor.stride() != form.strides:
+            tensor = tensor.contiguous()
+        write = _Write(form.bytes_of(tensor).numpy().data, offset)
+        self._gathered.append(write)
+        self._gathered_bytes += form.nbytes
+        self._largest = max(self._largest, form.nbytes)
+        if self._gathered_bytes >= self._largest:
+            self._write_gathered()
+        return DiskSlot(self, Place(self, form, offset), write)
+
+    def wait_written(self, write: "_Write") -> None:
+        """Wait until it is done; with one that is still gathered, the others are begun too."""
+        if write in self._gathered:
+            self._write_gathered()
+        with write.done:
+            pass
 
     def check(self) -> None:
         """As `Store`."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        if self._failures:
+            error = self._failures[-1]
+            self._failures.clear()
+            raise self.failure(error) from error
+
+    def failure(self, error: OSError) -> OSError:
+        """What to raise for it."""
+        words = f"cannot keep activations for the backward: {error.strerror}"
+        return OSError(error.errno, words, str(self.folder))
 
     def close(self) -> None:
         """Let the thread end and the file go. No tensor can be taken afterwards."""
-        self._worker.shutdown()
+        self._write_gathered()
+        self._batches.put([])
+        self._writer.join()
         self._file.close()
 
     def mapped(self, place: "Place") -> Tensor:
@@ -78,18 +112,44 @@ class DiskStore:
             self._free.clear()
             self._end = 0
 
-    def _write(self, tensor: Tensor, form: Form, offset: int) -> None:
+    def _write_gathered(self) -> None:
+        batch, self._gathered, self._gathered_bytes = self._gathered, [], 0
+        self._batches.put(batch)
+
+
+class _Write:
+    """Bytes for a place in the file. done: held until they are there, or failed with error."""
+
+    def __init__(self, data: memoryview, offset: int) -> None:
+        self.error: OSError | None = None
+        self.done = Lock()
+        self.done.acquire()
+        self._data: memoryview | None = data
+        self._offset = offset
+
+    def run(self, file: int, failures: list[OSError]) -> None:
+        """Write them and let them go; add to the failures where that fails."""
+        left, self._data, offset = self._data, None, self._offset
         try:
-            if tensor.stride() != form.strides:
-                tensor = tensor.contiguous()
-            left = form.bytes_of(tensor).numpy().data
             while left:
-                written = os.pwrite(self._file.fileno(), left, offset)
+                written = os.pwrite(file, left, offset)
                 left, offset = left[written:], offset + written
         except OSError as error:
-            words = f"cannot keep activations for the backward: {error.strerror}"
-            self._failure = OSError(error.errno, words, str(self.folder))
-            raise self._failure from error
+            self.error = error
+            failures.append(error)
+        del left  # before those who wait free the tensor
+        self.done.release()
+
+    def call_off(self) -> None:
+        """Let them go; unless they are being written, they will not be."""
+        self._data = None
+
+
+def _write_all(batches: "SimpleQueue[list[_Write]]", file: FileIO, failures: list[OSError]) -> None:
+    """What the thread does until an empty batch comes. Meanwhile it has the file open, whatever becomes of the store."""
+    while batch := batches.get():
+        for write in batch:
+            write.run(file.fileno(), failures)
 
 
 class Place:
@@ -112,13 +172,13 @@ class _Mapping(mmap.mmap):
 class DiskSlot:
     """A tensor in the file of a DiskStore."""
 
-    def __init__(self, store: DiskStore, place: Place, written: "Future[None]") -> None:
-        self._store, self._written = store, written
+    def __init__(self, store: DiskStore, place: Place, write: _Write) -> None:
+        self._store, self._write = store, write
         self._place: Place | None = place
 
     def wait_sent(self) -> None:
         """As `Slot`."""
-        wait([self._written])
+        self._store.wait_written(self._write)
 
     def bring_back(self) -> None:
         """As `Slot`."""
@@ -129,12 +189,14 @@ class DiskSlot:
         """As `Slot`."""
         self.wait_sent()
         self._store.check()
-        self._written.result()
+        if (error := self._write.error) is not None:
+            raise self._store.failure(error) from error
         assert self._place is not None
         return self._store.mapped(self._place)
 
     def release(self) -> None:
         """As `Slot`."""
+        self._write.call_off()
         self._place = None
 
 

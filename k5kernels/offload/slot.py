@@ -19,7 +19,7 @@ class Form:
     @classmethod
     def of(cls, tensor: Tensor) -> "Form":
         """The form of a copy of the tensor: its strides where it has no gaps and no overlaps, contiguous otherwise."""
-        strides = tensor.stride() if _is_dense(tensor) else _contiguous(tensor.shape)
+        strides = tensor.stride() if is_dense(tensor.shape, tensor.stride()) else _contiguous(tensor.shape)
         return cls(tensor.shape, strides, tensor.dtype, tensor.nbytes)
 
     def empty(self, device: torch.device) -> Tensor:
@@ -65,10 +65,10 @@ class Store(Protocol):
         """Let all memory, files and threads go."""
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor's elements fill their part of its memory, each once."""
+def is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the elements fill their part of the memory, each once."""
     filled = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride != filled:
                 return False

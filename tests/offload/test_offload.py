@@ -241,6 +241,91 @@ def test_a_tensor_with_gaps_comes_back_without_them(tmp_path):
     assert torch.equal(offload._unpack(packed), tensor)
 
 
+def test_other_shapes_of_the_same_memory_move_with_it_and_come_back_as_they_were(make, monkeypatch):
+    offload, tensor = make(), torch.randn(6, 8)
+    shapes = moved(monkeypatch)
+    views = [tensor, tensor.view(2, 3, 8), tensor.t()]
+    packed = [offload._pack(view) for view in views]
+    assert shapes == [(6, 8)]
+    packed[0].leave()
+    for saved, view in zip(packed, views, strict=True):
+        back = offload._unpack(saved)
+        assert torch.equal(back, view)
+        assert back.stride() == view.stride()
+        assert back.data_ptr() != view.data_ptr()
+
+
+def test_other_numbers_that_begin_at_the_same_place_are_told_apart(tmp_path):
+    offload, tensor = to_disk(tmp_path), torch.arange(16.0)
+    overlapping, gaps = tensor.as_strided((2, 4), (2, 1)), tensor.as_strided((2, 4), (8, 2))
+    views = [tensor[:8], overlapping, gaps, tensor[:8].view(torch.int32), tensor[8:]]
+    packed = [offload._pack(view) for view in views]
+    for saved in packed:
+        saved.leave()
+    assert all(torch.equal(offload._unpack(saved), view) for saved, view in zip(packed, views, strict=True))
+
+
+def test_at_most_twice_the_bytes_of_the_largest_tensor_are_on_their_way(make):
+    offload = make()
+    packed = [offload._pack(torch.randn(size)) for size in (8, 8, 4, 4, 4, 4, 4, 8)]
+    here = [saved._near is not None for saved in packed]
+    assert here == [False] * 5 + [True] * 3
+
+
+def test_tensors_are_written_together_once_they_are_as_many_bytes_as_the_largest(tmp_path, monkeypatch):
+    written = sizes_written(monkeypatch)
+    offload = to_disk(tmp_path)
+    large, *small = [offload._pack(torch.randn(size)) for size in (8, 2, 2)]
+    large.leave()
+    assert written == [32]
+    small.append(offload._pack(torch.randn(4)))
+    small[-1].leave()
+    assert written == [32, 8, 8, 16]
+
+
+def test_whoever_waits_for_a_tensor_has_it_written_at_once(tmp_path):
+    offload, tensor = to_disk(tmp_path), torch.randn(2)
+    first, second = offload._pack(torch.randn(8)), offload._pack(tensor)
+    second.leave()
+    assert torch.equal(offload._unpack(second), tensor)
+    del first
+
+
+def test_what_nobody_needs_any_more_is_not_written(tmp_path, monkeypatch):
+    written = sizes_written(monkeypatch)
+    offload = to_disk(tmp_path)
+    first, second = offload._pack(torch.randn(8)), offload._pack(torch.randn(2))
+    offload._unpack(second)
+    memory = StorageWeakRef(second._near.untyped_storage())
+    del second
+    assert memory.expired()
+    offload._pack(torch.randn(7)).leave()
+    assert written == [32, 28]
+    del first
+
+
+def sizes_written(monkeypatch):
+    """Lists the bytes of what is written."""
+    sizes, write = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: sizes.append(len(data)) or write(file, data, at))
+    return sizes
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_thread_ends_with_its_store(tmp_path, closed):
+    offload = to_disk(tmp_path)
+    thread = offload.stores[CPU]._writer
+    forward(*blocks_and_input(), offload).sum().backward()
+    assert thread.is_alive()
+    if closed:
+        offload.close()
+        assert not thread.is_alive()
+    del offload
+    gc.collect()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
 def test_a_second_backward_through_the_same_graph_gives_the_same(make):
     blocks, x = blocks_and_input()
     loss = forward(blocks, x, make(), checkpointed=False).sum()
