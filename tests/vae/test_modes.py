@@ -28,9 +28,9 @@ def random_video(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 16, 24), (2, 3, 9, 24, 16), (1, 3, 25, 16, 16)])
 @pytest.mark.parametrize("memory_budget", [None, 2 * MIB, 200_000])
-def test_exact_is_untiled_diffusers_within_any_budget(tiny_vae, encoder, shape, memory_budget):
+def test_exact_is_untiled_diffusers_within_any_budget(tiny_vae_float64, encoder, shape, memory_budget):
     video = random_video(*shape)
-    expected = tiny_vae.encode(video).latent_dist
+    expected = tiny_vae_float64.encode(video.double()).latent_dist
     posterior = encoder.encode(video, "exact", memory_budget)
     assert relative_error(posterior.mean, expected.mean) < 1e-5
     assert relative_error(posterior.logvar, expected.logvar) < 1e-5
@@ -82,16 +82,18 @@ def test_a_plan_says_and_draws_what_it_does(encoder):
     assert plan.drawing().splitlines()[:3] == ["time (9 latents)", "#####", "    -####"]
 
 
-def test_tiles_are_diffusers_whole_encoder_on_each_of_them(tiny_vae, encoder):
+def test_tiles_are_diffusers_whole_encoder_on_each_of_them(tiny_vae_float64, encoder):
     video = random_video(1, 3, 33, 16, 16)
-    first, second = (tiny_vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 16))
+    tiles = (video[:, :, start : start + 17].double() for start in (0, 16))
+    first, second = (tiny_vae_float64.encode(tile).latent_dist.mean for tile in tiles)
     expected = torch.cat([first, second[:, :, 1:]], dim=2)
     assert relative_error(encoder.encode(video, "tile").mean, expected) < 1e-5
 
 
-def test_tiles_as_kandinskys_fade_over_two_latents(tiny_vae, encoder):
+def test_tiles_as_kandinskys_fade_over_two_latents(tiny_vae_float64, encoder):
     video = random_video(1, 3, 25, 16, 16)
-    first, second = (tiny_vae.encode(video[:, :, start : start + 17]).latent_dist.mean for start in (0, 8))
+    tiles = (video[:, :, start : start + 17].double() for start in (0, 8))
+    first, second = (tiny_vae_float64.encode(tile).latent_dist.mean for tile in tiles)
     expected = torch.cat([first[:, :, :4], (first[:, :, 4:] + second[:, :, 2:3]) / 2, second[:, :, 3:]], dim=2)
     assert relative_error(encoder.encode(video, "tile", tiling=KANDINSKY_TILING).mean, expected) < 1e-5
 
