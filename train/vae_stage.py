@@ -68,7 +68,12 @@ class VAE(nn.Module):
             latent = mean + sampled * torch.exp(0.5 * log_variance)
             output = self.decoder(latent).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return F.mse_loss(output, video) + L1_WEIGHT * F.l1_loss(output, video) + KL_WEIGHT * kl
+        return reconstruction_loss(output, video) + KL_WEIGHT * kl
+
+
+def reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
+    """MSE + L1 of two videos of the same shape."""
+    return F.mse_loss(output, video) + L1_WEIGHT * F.l1_loss(output, video)
 
 
 def crops_at(step: int, steps: int) -> Crops:
