@@ -146,7 +146,7 @@ class _Write:
 
 
 def _write_all(batches: "SimpleQueue[list[_Write]]", file: FileIO, failures: list[OSError]) -> None:
-    """What the thread does until an empty batch comes. Meanwhile it has the file open, whatever becomes of the store."""
+    """What the thread does until an empty batch comes. It has the file open, whatever becomes of the store."""
     while batch := batches.get():
         for write in batch:
             write.run(file.fileno(), failures)
