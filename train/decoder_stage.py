@@ -9,7 +9,7 @@ from torch import Tensor
 
 from k5kernels.latents.video import to_model
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder
-from train.muon import ConvMuon
+from train.muon import muon_and_adamw
 from train.stage import Loss, Stage
 from train.vae_stage import reconstruction_loss
 
@@ -31,15 +31,7 @@ class DecoderStage(Stage):
             if clip.shape[0] < longest:
                 raise ValueError(f"{name}: expected at least {longest} frames, got {clip.shape[0]}")
         self.encoder, self.names, self.clips = encoder, list(clips), list(clips.values())
-        optimizers = {
-            "muon": ConvMuon([p for p in decoder.parameters() if p.ndim > 1], lr=MUON_LEARNING_RATE),
-            "adamw": torch.optim.AdamW(
-                [p for p in decoder.parameters() if p.ndim == 1],
-                lr=ADAM_LEARNING_RATE,
-                betas=(0.9, 0.95),
-                weight_decay=0.0,
-            ),
-        }
+        optimizers = muon_and_adamw(decoder, MUON_LEARNING_RATE, ADAM_LEARNING_RATE)
         super().__init__({"stage": "decoder", "clips": self.names}, decoder, optimizers, EMA_DECAY)
 
     def loss(self, step: int, generator: torch.Generator) -> Loss:

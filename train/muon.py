@@ -8,8 +8,8 @@ autoencoder's colour.
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 ITERATIONS = 5
 # Quintic Newton-Schulz steps that take singular values in (0, 1] to near 1 (Jordan et al., Muon, 2024).
@@ -46,3 +46,11 @@ class ConvMuon(Optimizer):
                 matrix = parameter.grad.lerp(buffer, group["momentum"]).flatten(1)
                 update = orthogonalize(matrix).view_as(parameter)
                 parameter.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+
+def muon_and_adamw(model: nn.Module, muon_lr: float, adam_lr: float) -> dict[str, Optimizer]:
+    """By name: Muon for the model's filters and matrices, AdamW without decay for its biases and norms."""
+    filters = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    adamw = AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return {"muon": ConvMuon(filters, lr=muon_lr), "adamw": adamw}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from k5kernels.latents.video import to_model
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
 from k5kernels.vae.layers import FrameCausalAttention, ResnetBlock
-from train.muon import ConvMuon
+from train.muon import muon_and_adamw
 from train.stage import Loss, Stage
 
 MUON_LEARNING_RATE = 5e-3  # of filters and matrices
@@ -110,12 +110,7 @@ class VAEStage(Stage):
     def __init__(self, model: VAE, clips: dict[str, Tensor], steps: int) -> None:
         """steps: of the whole schedule, which the phases divide."""
         self.names, self.clips, self.steps = list(clips), list(clips.values()), steps
-        filters = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim == 1]
-        optimizers = {
-            "muon": ConvMuon(filters, lr=MUON_LEARNING_RATE),
-            "adamw": torch.optim.AdamW(others, lr=ADAM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-        }
+        optimizers = muon_and_adamw(model, MUON_LEARNING_RATE, ADAM_LEARNING_RATE)
         super().__init__({"stage": "vae", "clips": self.names, "steps": steps}, model, optimizers, EMA_DECAY)
         self.on_images = True
         for convolution in model.convolutions():

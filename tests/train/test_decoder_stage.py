@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from resumed_run import assert_a_resumed_run_equals_an_uninterrupted_one
 
 from k5kernels.latents.video import to_model
 from k5kernels.vae import HunyuanDecoder, HunyuanEncoder, VAEConfig
@@ -62,16 +63,7 @@ def test_a_clip_shorter_than_a_window_is_refused(monkeypatch):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole, first = make_loop(), make_loop()
-    losses = [whole.step() for _ in range(STEPS)]
-    resumed_losses = [first.step() for _ in range(2)]
-    first.save(tmp_path / "checkpoints")
-    second = make_loop()
-    assert second.resume(tmp_path / "checkpoints")
-    resumed_losses += [second.step() for _ in range(STEPS - 2)]
-    assert resumed_losses == losses
-    for one, other in zip(second.stage.model.parameters(), whole.stage.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+    assert_a_resumed_run_equals_an_uninterrupted_one(make_loop, STEPS, 2, tmp_path)
 
 
 def test_a_loss_names_the_clip_it_was_computed_from():

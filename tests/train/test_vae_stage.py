@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from resumed_run import assert_a_resumed_run_equals_an_uninterrupted_one
 
 from k5kernels.vae import VAEConfig
 from train import vae_stage
@@ -39,18 +40,7 @@ def test_filters_of_past_frames_learn_only_after_the_single_frames():
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole, first = make_loop(), make_loop()
-    losses = [whole.step() for _ in range(STEPS)]
-    resumed_losses = [first.step() for _ in range(3)]
-    first.save(tmp_path / "checkpoints")
-    second = make_loop()
-    assert second.resume(tmp_path / "checkpoints")
-    resumed_losses += [second.step() for _ in range(STEPS - 3)]
-    assert resumed_losses == losses
-    for one, other in zip(second.stage.model.parameters(), whole.stage.model.parameters(), strict=True):
-        assert torch.equal(one, other)
-    for name, average in whole.stage.average.tensors.items():
-        assert torch.equal(second.stage.average.tensors[name], average)
+    assert_a_resumed_run_equals_an_uninterrupted_one(make_loop, STEPS, 3, tmp_path)
 
 
 def test_a_loss_names_the_clips_it_was_computed_from():
