@@ -76,7 +76,7 @@ def load_end(clip: str, frames: int) -> Tensor:
     return to_model(load_clip(clip, RESOLUTION)[-frames:])
 
 
-def held_out_psnr(decoded: Tensor, video: Tensor, clip: str) -> float:
+def psnr_of_unseen(decoded: Tensor, video: Tensor, clip: str) -> float:
     """PSNR [dB] of the end of a clip, over those of its frames that the nano VAE never saw: the last quarter."""
     unseen = slice(-len(split(load_clip(clip, RESOLUTION))[1]), None)
     return psnr(decoded[:, :, unseen].clamp(-1, 1), video[:, :, unseen], peak=2.0)
@@ -141,7 +141,7 @@ def main(
         for axis in (TIME, WIDTH):
             borders = way.borders.get(axis)
             figures.append("–" if borders is None else f"{seam_energy(errors[name], axis, borders):.1f}")
-        figures.append(f"{held_out_psnr(way.decode(mean), video, clip):.2f}" if decode else "–")
+        figures.append(f"{psnr_of_unseen(way.decode(mean), video, clip):.2f}" if decode else "–")
         print(f"| {name} | {' | '.join(figures)} |", flush=True)
     if picture is not None and untiled is not None:
         shown = (name for name in errors if name not in (UNTILED, "exact"))
