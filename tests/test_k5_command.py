@@ -35,12 +35,20 @@ def programs() -> dict[str, Path]:
     return {".".join(name[:-1] if name[-1] == "__main__" else name): file for file, name in parts.items()}
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """With a torch in whose place another stands, which never ends and takes every exception for its own."""
-    (folder / "torch.py").write_text(
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Holds a torch whose import never ends and takes every exception for its own. Written once: a program that starts
+    while the file is written anew would find it empty.
+    """
+    (tmp_path / "torch.py").write_text(
         "import time\nprint('running', flush=True)\n"
         "try:\n    time.sleep(60)\nexcept BaseException:\n    raise ImportError from None\n"
     )
+    return tmp_path
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """With the folder's torch in the place of the installed one."""
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -57,8 +65,8 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> tuple[int, s
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_import_of_torch_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
-    with start(tmp_path, "-c", RUN) as process:
+def test_a_signal_during_the_import_of_torch_is_one_line(folder: Path, number: signal.Signals) -> None:
+    with start(folder, "-c", RUN) as process:
         assert stop(process, number) == (128 + number, f"k5: stopped by {number.name}\n")
 
 
@@ -66,9 +74,9 @@ SOME = ("k5kernels", "bench.gpu", "model.diffusers_folder", "train.run")
 
 
 @pytest.mark.parametrize("names", [SOME, pytest.param(tuple(programs()), marks=pytest.mark.slow)], ids=["some", "all"])
-def test_it_is_so_of_every_program(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_it_is_so_of_every_program(folder: Path, names: tuple[str, ...]) -> None:
     assert set(SOME) <= set(names) <= set(programs())
-    running = {name: start(tmp_path, "-m", name) for name in names if name not in AT_ONCE}
+    running = {name: start(folder, "-m", name) for name in names if name not in AT_ONCE}
     try:
         ends = {name: stop(process, signal.SIGINT) for name, process in running.items()}
     finally:
@@ -85,10 +93,10 @@ def test_every_program_sees_to_what_stops_it_later(name: str) -> None:
     assert name in AT_ONCE or "stop_in_one_line(" in text or "one_line_stop(" in text
 
 
-def test_what_is_open_is_closed(tmp_path: Path) -> None:
-    with start(tmp_path, "-c", STOPPED, str(tmp_path / "left")) as process:
+def test_what_is_open_is_closed(folder: Path) -> None:
+    with start(folder, "-c", STOPPED, str(folder / "left")) as process:
         assert stop(process, signal.SIGINT) == (130, "a program: stopped by SIGINT\n")
-    assert (tmp_path / "left").read_text() == "closed"
+    assert (folder / "left").read_text() == "closed"
 
 
 def test_it_is_what_is_installed() -> None:
