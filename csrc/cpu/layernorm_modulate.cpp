@@ -4,6 +4,7 @@
 
 #include "lanes.h"
 #include "pivot.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace k5::K5_ISA {
@@ -37,29 +38,10 @@ class ArrangedRow {
   const float* row_ = nullptr;
 };
 
-// A row of T in float32. It is converted once, and read again from what was kept; float32 is read where it stands.
-template <class T>
-struct KeptRow {
-  explicit KeptRow(int64_t width) : values(sizeof(T) == sizeof(float) ? 0 : whole_sixteens(width)) {}
-  template <class Lanes>
-  __attribute__((always_inline)) Vec16 first(const T* row, int64_t i, Lanes lanes) const {
-    const Vec16 value = lanes.get(row + i);
-    if constexpr (sizeof(T) != sizeof(float)) store_sixteen(values.data + i, value);
-    return value;
-  }
-  template <class Lanes>
-  __attribute__((always_inline)) auto again(const T* row, int64_t i, Lanes lanes) const {
-    if constexpr (sizeof(T) == sizeof(float)) return lanes.get(row + i);
-    else return lanes.arranged(values.data + i);
-  }
-  const ZeroedFloats values;
-};
-
 template <bool kPastCaches, class T>
 void rows_forward(const LayerNormModulate<T>& op, int64_t first_row, int64_t end_row) {
   const int64_t width = op.width;
   ArrangedRow<T> shifts(width, 0), scales(width, 1);
-  const KeptRow<T> kept(width);
   Place place = place_of(op.sequences, first_row);
   for (int64_t row = first_row; row < end_row; row++, place = next(op.sequences, place)) {
     const T *x = op.x + row * width, *next_x = row + 1 < end_row ? x + width : x;
@@ -68,18 +50,20 @@ void rows_forward(const LayerNormModulate<T>& op, int64_t first_row, int64_t end
     // The mean, then the sum of squared differences from it: subtracting first loses no digits to cancellation.
     Vec16 totals[kSums] = {}, squares[kSums] = {};
     for_sixteens(width, [&](int64_t i, int part, auto lanes) {
-      totals[part] = totals[part] + kept.first(x, i, lanes);
+      totals[part] = totals[part] + lanes.get(x + i);
     });
     const float mean = sum_of_parts(totals) / width;
     for_sixteens(width, [&](int64_t i, int part, auto lanes) {
       prefetch_half(next_x, i, part);
-      const Vec16 centred = lanes.template keep<T>(kept.again(x, i, lanes) - mean);
+      const Vec16 centred = lanes.template keep<T>(lanes.get(x + i) - mean);
       squares[part] = squares[part] + centred * centred;
     });
     const float inverse_deviation = 1 / std::sqrt(sum_of_parts(squares) / width + op.eps);
     for_thirty_twos(width, [&](int64_t i, auto lanes) {
       prefetch_half(next_x + width / 2, i, 0);
-      const auto normalized = (kept.again(x, i, lanes) - mean) * inverse_deviation;
+      prefetch_translation(x + i, 32 * sizeof(T));
+      if constexpr (kPastCaches) prefetch_translation(out + i, 32 * sizeof(T));
+      const auto normalized = (lanes.get(x + i) - mean) * inverse_deviation;
       lanes.template set<kPastCaches>(out + i, normalized * lanes.arranged(scale + i) + lanes.arranged(shift + i));
     });
   }
