@@ -73,7 +73,7 @@ std::vector<float> channels_of(const k5::GroupNormSiLU<T>& op, int64_t batch) {
 template <class T>
 void silu_channels_last(const k5::GroupNormSiLU<T>& op, int64_t batch) {
   const std::vector<float> of_channels = channels_of(op, batch);
-  for_parts(batch * op.positions, grain(op.channels), [&](int64_t first, int64_t end) {
+  for_parts(batch * op.positions, 8 * grain(op.channels), [&](int64_t first, int64_t end) {
     K5_DISPATCH_AVX512(groupnorm_silu_channels_last, op, of_channels.data(), first, end);
   });
 }
@@ -143,10 +143,8 @@ Tensor groupnorm_silu_padded(const Tensor& x, const Tensor& mean, const Tensor& 
                          groups, eps);
     if (format == MemoryFormat::Contiguous) {
       op.past_caches = larger_than_caches<T>(out);  // whatever the width of a row
-      // Rows of the first frame are kept for its copies within a part: at best it is a whole channel.
-      const int64_t rows_of_channel = border.padded_frames() * border.padded_height();
-      const int64_t rows = batch * channels * rows_of_channel, threads = torch::stable::get_num_threads();
-      for_parts(rows, std::min(rows_of_channel, 1 + rows / (4 * threads)), [&](int64_t first, int64_t end) {
+      const int64_t rows = batch * channels * border.padded_frames() * border.padded_height();
+      for_parts(rows, 8 * grain(border.width), [&](int64_t first, int64_t end) {
         K5_DISPATCH_AVX512(groupnorm_silu_padded_contiguous, op, border, first, end);
       });
     } else {

@@ -1,11 +1,13 @@
 #include "groupnorm_silu_apply.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "lanes.h"
+#include "padded_run.h"
 #include "prefetch.h"
-#include "rows_past_caches.h"
 #include "scratch.h"
 #include "silu.h"
 
@@ -54,29 +56,43 @@ void groups_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t 
   if (kPastCaches) end_of_stream();
 }
 
-// One position of all channels. channels: what `groupnorm_silu_channels` wrote for the sample.
+// All channels of positions that follow each other. channels: what `groupnorm_silu_channels` wrote for the sample. The
+// numbers of a channel stay in registers for as many positions as a page holds.
 template <bool kPastCaches, class T>
-inline __attribute__((always_inline)) void position_channels_last(const GroupNormSiLU<T>& op, const float* channels,
-                                                                  const T* x, T* out) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);
-  const int64_t row = whole_sixteens(op.channels), bytes = op.channels * sizeof(T);
-  prefetch_translation(x, bytes);
-  if constexpr (kPastCaches) prefetch_translation(out, bytes);
+inline __attribute__((always_inline)) void activate_positions(const GroupNormSiLU<T>& op, const float* channels,
+                                                              const T* x, int64_t positions, T* out) {
+  const int64_t C = op.channels, row = whole_sixteens(C);
+  const int64_t together = std::max<int64_t>(1, kPageBytes / (C * sizeof(T)));
   const float *centres = channels, *slopes = centres + row, *biases = slopes + row;
-  for_thirty_twos(op.channels, [&](int64_t i, auto lanes) {
-    prefetch_thirty_two(x + i + kAhead);
-    const auto centred = lanes.get(x + i) - lanes.arranged(centres + i);
-    const auto value = centred * lanes.arranged(slopes + i) + lanes.arranged(biases + i);
-    lanes.template set<kPastCaches, Ties::away>(out + i, silu<T>(value));
-  });
+  for (int64_t first = 0; first < positions; first += together) {
+    const int64_t count = std::min(together, positions - first);
+    const T* from = x + first * C;
+    T* to = out + first * C;
+    prefetch_translation(from, count * C * sizeof(T));
+    if constexpr (kPastCaches) prefetch_translation(to, count * C * sizeof(T));
+    const T* ahead = from + together * C;
+    for_thirty_twos(C, [=, &ahead](int64_t i, auto lanes) {
+      const auto centre = lanes.arranged(centres + i), slope = lanes.arranged(slopes + i);
+      const auto bias = lanes.arranged(biases + i);
+      for (int64_t place = i; place < i + count * C; place += C) {
+        prefetch_thirty_two(ahead);
+        ahead += lanes.kWidth;
+        lanes.template set<kPastCaches, Ties::away>(to + place,
+                                                    silu<T>((lanes.get(from + place) - centre) * slope + bias));
+      }
+    });
+  }
 }
 
 template <bool kPastCaches, class T>
 void positions_channels_last(const GroupNormSiLU<T>& op, const float* channels, int64_t first_position,
                              int64_t end_position) {
-  for (int64_t position = first_position; position < end_position; position++) {
-    const float* of_sample = channels + position / op.positions * kChannelRows * whole_sixteens(op.channels);
-    position_channels_last<kPastCaches>(op, of_sample, op.x + position * op.channels, op.out + position * op.channels);
+  for (int64_t position = first_position; position < end_position;) {
+    const int64_t sample = position / op.positions, end = std::min(end_position, (sample + 1) * op.positions);
+    const float* of_sample = channels + sample * kChannelRows * whole_sixteens(op.channels);
+    activate_positions<kPastCaches>(op, of_sample, op.x + position * op.channels, end - position,
+                                    op.out + position * op.channels);
+    position = end;
   }
   if (kPastCaches) end_of_stream();
 }
@@ -85,8 +101,13 @@ void positions_channels_last(const GroupNormSiLU<T>& op, const float* channels, 
 template <bool kPastCaches, class T>
 inline __attribute__((always_inline)) void row_padded_channels_last(const GroupNormSiLU<T>& op, const Border& border,
                                                                     const float* channels, const T* x, T* out) {
-  for (int64_t column = -border.columns; column < border.width + border.columns; column++, out += op.channels)
-    position_channels_last<kPastCaches>(op, channels, x + clamp_to(column, border.width) * op.channels, out);
+  const auto activate = [&](int64_t column, int64_t source, int64_t columns) {
+    activate_positions<kPastCaches>(op, channels, x + source * op.channels, columns, out + column * op.channels);
+  };
+  for (int64_t column = 0; column < border.columns; column++) activate(column, 0, 1);
+  activate(border.columns, 0, border.width);
+  for (int64_t column = border.columns + border.width; column < border.padded_width(); column++)
+    activate(column, border.width - 1, 1);
 }
 
 template <bool kPastCaches, class T>
@@ -135,45 +156,52 @@ inline __attribute__((always_inline)) void row_padded_contiguous(const ChannelTe
   }
 }
 
-// Where rows of the result go that may stay in the caches.
+// Rows of the result that follow each other in one channel, written past the caches in whole lines.
 template <class T>
-struct Rows {
-  T* next;
-  int64_t width;
-  T* place() const { return next; }
-  void advance() { next += width; }
-  void end() const {}
-};
+void run_past_caches(const ChannelTerms& terms, const Border& border, const T* x, PaddedRow place, int64_t rows,
+                     T* out) {
+  using Line = std::conditional_t<sizeof(T) == sizeof(float), AllSixteen, AllThirtyTwo>;
+  constexpr int64_t kLine = Seam<T>::kLine, kAhead = 1024 / sizeof(T);
+  const auto next_row = [&] {
+    const T* row = x + place.source(border) * border.width;
+    place.advance(border);
+    return row;
+  };
+  const auto whole = [&](const T* source, T* line) {
+    __builtin_prefetch(source + kAhead);
+    prefetch_translation(source, kLine * sizeof(T));
+    prefetch_translation(line, kLine * sizeof(T));
+    Line{}.template set<true, Ties::away>(line, terms.activate<T>(Line{}.get(source)));
+  };
+  const auto part = [&](const T* source, T* target, int64_t first, int64_t end) {
+    T line[kLine];
+    Line{}.template set<false, Ties::away>(line, terms.activate<T>(Line{}.get(source)));
+    std::memcpy(target, line + first, (end - first) * sizeof(T));
+  };
+  for_lines_of_padded_rows(rows, border.width, border.columns, out, next_row, whole, part);
+}
 
-// Rows of the result in the order of memory. Those of the first frame are kept for its copies.
-template <class T, class Target>
-void rows_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row, int64_t end_row,
-                            Target target) {
-  const int64_t width = border.padded_width(), rows_to_keep = border.before > 0 ? border.height : 0;
-  const Zeroed<T> kept(rows_to_keep * width);
-  const Zeroed<bool> is_kept(rows_to_keep);
-  PaddedRow place = PaddedRow::at(border, first_row);  // its sample is one channel of a sample
-  ChannelTerms terms{};
-  int64_t sample = -1;
-  for (int64_t row = first_row; row < end_row; row++, place.advance(border)) {
-    if (place.sample != sample) {
-      sample = place.sample;
-      terms = ChannelTerms::of(op, sample / (op.channels / op.groups), sample % op.channels);
-      std::memset(is_kept.data, 0, rows_to_keep);
-    }
-    const int64_t source = place.source(border);
-    const T* x = op.x + sample * op.positions + source * border.width;
-    if (source < rows_to_keep) {
-      T* own = kept.data + source * width;
-      if (!is_kept.data[source]) row_padded_contiguous(terms, border, x, own);
-      is_kept.data[source] = true;
-      std::memcpy(target.place(), own, width * sizeof(T));
+// Rows of the result, in the order of memory. What is copied from another frame or row is computed again.
+template <class T>
+void rows_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row, int64_t end_row) {
+  const int64_t rows_of_channel = border.padded_frames() * border.padded_height();
+  const bool past_caches = op.past_caches && has_whole_lines<T>(border.width, border.columns);
+  while (first_row < end_row) {
+    PaddedRow place = PaddedRow::at(border, first_row);
+    const int64_t number = place.sample;  // its sample is one channel of a sample
+    const int64_t end = std::min(end_row, (number + 1) * rows_of_channel);
+    const ChannelTerms terms = ChannelTerms::of(op, number / (op.channels / op.groups), number % op.channels);
+    const T* x = op.x + number * op.positions;
+    T* out = op.out + first_row * border.padded_width();
+    if (past_caches) {
+      run_past_caches(terms, border, x, place, end - first_row, out);
     } else {
-      row_padded_contiguous(terms, border, x, target.place());
+      for (int64_t row = first_row; row < end; row++, place.advance(border), out += border.padded_width())
+        row_padded_contiguous(terms, border, x + place.source(border) * border.width, out);
     }
-    target.advance();
+    first_row = end;
   }
-  target.end();
+  if (past_caches) end_of_stream();
 }
 
 }  // namespace
@@ -212,10 +240,7 @@ void groupnorm_silu_channels_last(const GroupNormSiLU<T>& op, const float* chann
 template <class T>
 void groupnorm_silu_padded_contiguous(const GroupNormSiLU<T>& op, const Border& border, int64_t first_row,
                                       int64_t end_row) {
-  const int64_t width = border.padded_width();
-  T* out = op.out + first_row * width;
-  op.past_caches ? rows_padded_contiguous(op, border, first_row, end_row, RowsPastCaches<T>(out, width))
-                 : rows_padded_contiguous(op, border, first_row, end_row, Rows<T>{out, width});
+  rows_padded_contiguous(op, border, first_row, end_row);
 }
 
 template <class T>

@@ -91,8 +91,7 @@ class ArrangedTerms {
 // The gradient of x where kWrite says so, and the sums of each chunk where asked for.
 template <bool kAddUp, Write kWrite, class T>
 void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk) {
-  constexpr int64_t kAhead = 1024 / sizeof(T);
-  const int64_t C = op.channels;
+  const int64_t C = op.channels, together = std::max<int64_t>(1, kPageBytes / (C * sizeof(T)));
   ArrangedTerms<T> terms(op.terms, C);
   const float *const centre = terms.row(kCentre), *const slope = terms.row(kSlope), *const bias = terms.row(kBias);
   const float *const weight = terms.row(kWeight), *const linear = terms.row(kLinear);
@@ -102,26 +101,37 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
   for (int64_t number = first_chunk; number < end_chunk; number++) {
     const PositionsChunk chunk = chunk_at(number, op.positions);
     terms.set_sample(chunk.sample);
-    for (int64_t position = chunk.first; position < chunk.end; position++) {
+    for (int64_t position = chunk.first; position < chunk.end; position += together) {
+      const int64_t count = std::min(together, chunk.end - position);
       const T *const grad = op.grad + position * C, *const x = op.x + position * C;
       T* const grad_x = kWrite == Write::nothing ? nullptr : op.grad_x + position * C;
-      prefetch_translation(x, C * sizeof(T));
-      prefetch_translation(grad, C * sizeof(T));
-      if constexpr (kWrite == Write::past_caches) prefetch_translation(grad_x, C * sizeof(T));
-      for_thirty_twos(C, [=](int64_t i, auto lanes) {
-        prefetch_thirty_two(x + kAhead + i);
-        prefetch_thirty_two(grad + kAhead + i);
-        const auto centred = lanes.get(x + i) - lanes.arranged(centre + i);
-        const auto gradient =
-            through_silu<T>(lanes.get(grad + i), centred * lanes.arranged(slope + i) + lanes.arranged(bias + i));
-        if constexpr (kAddUp) {
-          lanes.set_arranged(sums + i, lanes.arranged(sums + i) + gradient);
-          lanes.set_arranged(centred_sums + i, lanes.arranged(centred_sums + i) + gradient * centred);
+      prefetch_translation(x, count * C * sizeof(T));
+      prefetch_translation(grad, count * C * sizeof(T));
+      if constexpr (kWrite == Write::past_caches) prefetch_translation(grad_x, count * C * sizeof(T));
+      int64_t ahead = together * C;
+      for_thirty_twos(C, [=, &ahead](int64_t i, auto lanes) {
+        const auto of_channel = [=](const float* term) { return lanes.arranged(term + i); };
+        const auto centres = of_channel(centre), slopes = of_channel(slope), biases = of_channel(bias);
+        auto sum = of_channel(sums), centred_sum = of_channel(centred_sums);
+        for (int64_t place = i; place < i + count * C; place += C) {
+          prefetch_thirty_two(x + ahead);
+          prefetch_thirty_two(grad + ahead);
+          ahead += lanes.kWidth;
+          const auto centred = lanes.get(x + place) - centres;
+          const auto gradient = through_silu<T>(lanes.get(grad + place), centred * slopes + biases);
+          if constexpr (kAddUp) {
+            sum = sum + gradient;
+            centred_sum = centred_sum + gradient * centred;
+          }
+          if constexpr (kWrite != Write::nothing)
+            lanes.template set<kWrite == Write::past_caches, Ties::away>(
+                grad_x + place, x_gradient(gradient, centred, of_channel(weight), of_channel(linear),
+                                           of_channel(constant), of_channel(inverse)));
         }
-        if constexpr (kWrite != Write::nothing)
-          lanes.template set<kWrite == Write::past_caches, Ties::away>(
-              grad_x + i, x_gradient(gradient, centred, lanes.arranged(weight + i), lanes.arranged(linear + i),
-                                     lanes.arranged(constant + i), lanes.arranged(inverse + i)));
+        if constexpr (kAddUp) {
+          lanes.set_arranged(sums + i, sum);
+          lanes.set_arranged(centred_sums + i, centred_sum);
+        }
       });
     }
     if constexpr (kAddUp)

@@ -77,6 +77,7 @@ inline Vec8 from_memory_order(Vec8 values) {
 // Sixteen values of a row of T, in its order (`Vec16` of vec.h). `floats`: floats that belong to the row; `set_floats`
 // writes such. `arranged`: of a row that is in its order already, with room for whole vectors.
 struct AllSixteen {
+  static constexpr int64_t kWidth = 2 * kLanes;
   template <class T>
   Vec16 get(const T* source) const {
     return load_sixteen(source);
@@ -108,6 +109,7 @@ struct AllSixteen {
 
 // The last `count` < 16 values of a row; zeros are got for the others.
 struct LastSixteen {
+  static constexpr int64_t kWidth = 2 * kLanes;
   int64_t count;
   Vec16 arranged(const float* source) const { return load_sixteen(source); }
   void set_arranged(float* target, Vec16 values) const { store_sixteen(target, values); }
@@ -158,7 +160,7 @@ inline __attribute__((always_inline)) void for_sixteens(int64_t width, const Vis
 
 // Thirty-two values, as AllSixteen has sixteen.
 struct AllThirtyTwo {
-  static constexpr int64_t kHalf = 2 * kLanes;
+  static constexpr int64_t kHalf = 2 * kLanes, kWidth = 2 * kHalf;
   template <class T>
   Vec32 get(const T* source) const {
     return {load_sixteen(source), load_sixteen(source + kHalf)};

@@ -11,6 +11,8 @@ namespace {
 // many are outstanding, the request is dropped.
 constexpr int kInOrder = 3, kMayDrop = 2;
 
+constexpr int64_t kPageBytes = 4096;
+
 // The cache lines that thirty-two values begin in.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) {
@@ -22,9 +24,8 @@ inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) 
 // further on, for the translation of that page's address. Else a write past the caches waits for the translation, and
 // so do the hardware's own prefetches, which end with the page.
 inline __attribute__((always_inline)) void prefetch_translation(const void* place, int64_t bytes) {
-  constexpr int64_t kPage = 4096;
-  if (static_cast<int64_t>(reinterpret_cast<uintptr_t>(place) % kPage) < bytes)
-    __builtin_prefetch(static_cast<const char*>(place) + 2 * kPage);
+  if (static_cast<int64_t>(reinterpret_cast<uintptr_t>(place) % kPageBytes) < bytes)
+    __builtin_prefetch(static_cast<const char*>(place) + 2 * kPageBytes);
 }
 
 // A queue of rows that are needed soon. They are prefetched a few cache lines at a time, between products: all at once

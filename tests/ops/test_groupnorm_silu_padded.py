@@ -96,8 +96,17 @@ def test_channels_last_results_larger_than_the_caches_have_the_same_bits_on_any_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "pad"), [((1, 11, 3, 199, 203), CAUSAL), ((1, 124, 1, 240, 73), (0, 0, 1))])
-def test_rows_of_odd_width_larger_than_the_caches_have_the_same_bits_on_any_threads(
+@pytest.mark.parametrize(
+    ("shape", "pad"),
+    [
+        ((1, 11, 3, 199, 203), CAUSAL),
+        ((1, 124, 1, 240, 73), (0, 0, 1)),
+        ((1, 90, 2, 160, 80), (1, 2, 0)),  # rows without copies of their ends
+        ((1, 90, 1, 60, 33), (0, 0, 200)),  # copies beyond a cache line
+        ((1, 300, 2, 300, 9), (1, 0, 2)),  # rows within a cache line
+    ],
+)
+def test_rows_of_any_width_larger_than_the_caches_have_the_same_bits_on_any_threads(
     isa, set_threads, dtype, shape, pad
 ):
     assert_bits_of_apply_then_pad(inputs(shape, 1, pad, dtype), set_threads)
