@@ -13,9 +13,9 @@ from train.muon import muon_and_adamw
 from train.stage import Loss, Stage
 from train.vae_stage import reconstruction_loss
 
-MUON_LEARNING_RATE = 1e-3  # of filters and matrices
-ADAM_LEARNING_RATE = 4e-4  # of biases and norms
-EMA_DECAY = 0.9
+MUON_LEARNING_RATE = 5e-4  # of filters and matrices
+ADAM_LEARNING_RATE = 2e-4  # of biases and norms
+EMA_DECAY = 0.97
 WINDOWS = ((1, 0.05), (9, 0.15), (17, 0.2), (25, 0.3), (41, 0.3))  # frames, and how often they are drawn
 
 
