@@ -40,9 +40,9 @@ inline bool has_whole_lines(int64_t width, int64_t columns) {
   return width >= Seam<T>::kLine && columns <= Seam<T>::kMostColumns;
 }
 
-// For the run of padded rows [0, rows) at `out`, of which next_row() gives the inner values of one after the other: calls whole(source, line)
-// for each cache line of the run and the values it holds, and part(source, place, first, end) for values [first, end)
-// of a line that the run shares with its neighbours, which belong at `place`.
+// For `rows` padded rows that follow each other at `out`; next_row() gives the inner values of one after the other.
+// Calls whole(source, line) for each of their cache lines, with what it is computed from, and part(source, place,
+// first, end) for a line that they share with their neighbours: values [first, end) of it belong at `place`.
 template <class T, class NextRow, class Whole, class Part>
 inline __attribute__((always_inline)) void for_lines_of_padded_rows(int64_t rows, int64_t width, int64_t columns,
                                                                     T* out, const NextRow& next_row, const Whole& whole,
