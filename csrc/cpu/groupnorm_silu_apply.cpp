@@ -56,13 +56,11 @@ void groups_contiguous(const GroupNormSiLU<T>& op, int64_t first_group, int64_t 
   if (kPastCaches) end_of_stream();
 }
 
-// All channels of positions that follow each other. channels: what `groupnorm_silu_channels` wrote for the sample. The
-// numbers of a channel stay in registers for as many positions as a page holds.
+// All channels of positions that follow each other. channels: what `groupnorm_silu_channels` wrote for the sample.
 template <bool kPastCaches, class T>
 inline __attribute__((always_inline)) void activate_positions(const GroupNormSiLU<T>& op, const float* channels,
                                                               const T* x, int64_t positions, T* out) {
-  const int64_t C = op.channels, row = whole_sixteens(C);
-  const int64_t together = std::max<int64_t>(1, kPageBytes / (C * sizeof(T)));
+  const int64_t C = op.channels, row = whole_sixteens(C), together = positions_together<T>(C);
   const float *centres = channels, *slopes = centres + row, *biases = slopes + row;
   for (int64_t first = 0; first < positions; first += together) {
     const int64_t count = std::min(together, positions - first);

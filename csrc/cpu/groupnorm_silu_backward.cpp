@@ -91,7 +91,7 @@ class ArrangedTerms {
 // The gradient of x where kWrite says so, and the sums of each chunk where asked for.
 template <bool kAddUp, Write kWrite, class T>
 void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chunk, int64_t end_chunk) {
-  const int64_t C = op.channels, together = std::max<int64_t>(1, kPageBytes / (C * sizeof(T)));
+  const int64_t C = op.channels, together = positions_together<T>(C);
   ArrangedTerms<T> terms(op.terms, C);
   const float *const centre = terms.row(kCentre), *const slope = terms.row(kSlope), *const bias = terms.row(kBias);
   const float *const weight = terms.row(kWeight), *const linear = terms.row(kLinear);

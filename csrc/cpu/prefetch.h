@@ -13,6 +13,14 @@ constexpr int kInOrder = 3, kMayDrop = 2;
 
 constexpr int64_t kPageBytes = 4096;
 
+// Positions of so many channels that are taken together, one channel after the other: what belongs to a channel stays
+// in registers meanwhile. What is fetched for the next ones stays in the order of memory, which is faster.
+template <class T>
+inline int64_t positions_together(int64_t channels) {
+  const int64_t in_page = kPageBytes / (channels * static_cast<int64_t>(sizeof(T)));
+  return in_page > 0 ? in_page : 1;
+}
+
 // The cache lines that thirty-two values begin in.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) {
