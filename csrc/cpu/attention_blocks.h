@@ -4,6 +4,7 @@
 
 #include "block_sparse_attention.h"
 #include "prefetch.h"
+#include "vec_math.h"
 
 namespace k5 {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "vec.h"
+#include "wide_vec.h"
 
 namespace k5 {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "vec.h"
+#include "vec_math.h"
 
 namespace k5 {
 namespace {
@@ -74,7 +74,7 @@ inline Vec8 from_memory_order(Vec8 values) {
   return values;
 }
 
-// Sixteen values of a row of T, in its order (`Vec16` of vec.h). `floats`: floats that belong to the row; `set_floats`
+// Sixteen values of a row of T, in its order (`Vec16` of wide_vec.h). `floats`: floats that belong to the row; `set_floats`
 // writes such. `arranged`: of a row that is in its order already, with room for whole vectors.
 struct AllSixteen {
   static constexpr int64_t kWidth = 2 * kLanes;

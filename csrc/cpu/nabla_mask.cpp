@@ -3,6 +3,7 @@
 #include "nabla_mask.h"
 
 #include "prefetch.h"
+#include "vec_math.h"
 
 namespace k5::K5_ISA {
 namespace {

@@ -2,7 +2,7 @@
 // reason in isa.h.
 #pragma once
 
-#include "vec.h"
+#include "vec_math.h"
 
 namespace k5 {
 namespace {
@@ -14,7 +14,7 @@ constexpr float kLn2 = 0.693147181f, kLog2e = 1.44269504f;
 template <class T>
 constexpr float kScaleOfZ = sizeof(T) == sizeof(float) ? 1 : -kLog2e;
 
-// V: as for `exp` of vec.h.
+// V: as for `exp` of vec_math.h.
 template <class T, class V>
 inline __attribute__((always_inline)) V silu(V scaled) {
   if constexpr (sizeof(T) == sizeof(float)) return scaled / (exp(-scaled) + 1.0f);
