@@ -18,16 +18,38 @@ constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int64_t kChannels = 128;
 enum Row { kScale, kShift, kWeight, kLinear, kConstant };  // of `terms` [5, kChannels]
 
-// silu(z) and grad * silu'(z) of scaled = -z * log2(e).
+// silu(z), and grad * silu'(z) * ln(2), of scaled = -z * log2(e).
 template <class V>
 inline __attribute__((always_inline)) V bare_silu(V scaled) {
   return scaled / (rough_exp2<4>(scaled) * -kLog2e - kLog2e);
 }
 template <class V>
 inline __attribute__((always_inline)) V bare_gradient(V grad, V scaled) {
-  const V s = 1.0f / (rough_exp2<4>(scaled) + 1.0f);
-  return (grad * s) * (scaled * (s * kLn2 - kLn2) + 1.0f);
+  const V s = kLn2 / (rough_exp2<4>(scaled) + 1.0f);
+  return (grad * s) * (scaled * (s - kLn2) + 1.0f);
 }
+
+// Lanes of neighbours that are computed together.
+template <class Lanes>
+struct One : OnePlace<Lanes> {
+  auto arranged(const float* source) const { return Lanes{}.arranged(source); }
+  template <class V>
+  void set_arranged(float* target, V values) const {
+    Lanes{}.set_arranged(target, values);
+  }
+};
+template <class Lanes>
+struct Two : TwoPlaces<Lanes> {
+  Two() { this->apart = Lanes::kWidth; }
+  auto arranged(const float* source) const {
+    return Twice{Lanes{}.arranged(source), Lanes{}.arranged(source + Lanes::kWidth)};
+  }
+  template <class V>
+  void set_arranged(float* target, Twice<V> values) const {
+    Lanes{}.set_arranged(target, values.first);
+    Lanes{}.set_arranged(target + Lanes::kWidth, values.second);
+  }
+};
 
 // How a pass is run: the values it takes at a time; those it fetches ahead (0: none), and whether address translations
 // too; whether it writes past the caches.
@@ -35,7 +57,7 @@ template <class Lanes_, int64_t kAhead_, bool kTranslations_, bool kPastCaches_>
 struct Way {
   using Lanes = Lanes_;
   using V = decltype(Lanes{}.arranged(nullptr));
-  static constexpr int64_t kWidth = sizeof(V) / sizeof(float), kAhead = kAhead_;
+  static constexpr int64_t kWidth = Lanes::kWidth, kAhead = kAhead_;
   static constexpr bool kTranslations = kTranslations_, kPastCaches = kPastCaches_;
 };
 
@@ -51,7 +73,7 @@ inline __attribute__((always_inline)) void for_blocks(int64_t values, std::initi
 
 template <class W>
 inline __attribute__((always_inline)) void fetch(const T* values) {
-  if (W::kAhead > 0) __builtin_prefetch(values + W::kAhead);
+  if (W::kAhead > 0) prefetch_values(values + W::kAhead, W::kWidth);
 }
 
 // silu for `values`, then `copies` zeros: they stand for copies of results, which need not be computed again.
@@ -79,7 +101,10 @@ void statistics(const T* x, int64_t values, float* sums) {
     total = total + value;
     square = square + value * value;
   });
-  *sums += sum(total) + sum(square);
+  alignas(64) float both[2][W::kWidth];
+  typename W::Lanes{}.set_arranged(both[0], total);
+  typename W::Lanes{}.set_arranged(both[1], square);
+  for (int64_t i = 0; i < W::kWidth; i++) *sums += both[0][i] + both[1][i];
 }
 
 template <class W>
@@ -94,7 +119,7 @@ void gradient_sums(const float* terms, const T* grad, const T* x, int64_t values
     lanes.set_arranged(totals + channel, lanes.arranged(totals + channel) + gradient);
     lanes.set_arranged(products + channel, lanes.arranged(products + channel) + gradient * value);
   });
-  for (int64_t i = 0; i < kChannels; i++) *sums += totals[i] + products[i];
+  for (int64_t i = 0; i < kChannels; i++) *sums += (totals[i] + products[i]) * kLog2e;
 }
 
 template <class W>
@@ -160,10 +185,12 @@ constexpr Passes passes_of = {forward_on_threads<Way<Lanes, kAhead, kTranslation
                               backward_on_threads<Way<Lanes, kAhead, kTranslations, kPastCaches>>};
 
 constexpr Passes kWays[] = {
-    passes_of<AllThirtyTwo, 0, false, true>,    passes_of<AllThirtyTwo, 512, false, true>,
-    passes_of<AllThirtyTwo, 2048, false, true>, passes_of<AllThirtyTwo, 512, true, true>,
-    passes_of<AllThirtyTwo, 2048, true, true>,  passes_of<AllSixteen, 512, true, true>,
-    passes_of<AllThirtyTwo, 512, false, false>, passes_of<AllThirtyTwo, 512, true, false>};
+    passes_of<One<EvenOddThirtyTwo>, 0, false, true>,    passes_of<One<EvenOddThirtyTwo>, 512, false, true>,
+    passes_of<One<EvenOddThirtyTwo>, 2048, false, true>, passes_of<One<EvenOddThirtyTwo>, 512, true, true>,
+    passes_of<One<EvenOddThirtyTwo>, 2048, true, true>,  passes_of<Two<EvenOddThirtyTwo>, 0, false, true>,
+    passes_of<Two<EvenOddThirtyTwo>, 512, true, true>,   passes_of<Two<EvenOddThirtyTwo>, 2048, true, true>,
+    passes_of<One<AllSixteen>, 512, true, true>,         passes_of<One<EvenOddThirtyTwo>, 512, false, false>,
+    passes_of<One<EvenOddThirtyTwo>, 512, true, false>};
 
 }  // namespace
 

@@ -50,7 +50,8 @@ class SiluLimit:
         self._ways, self._channels, self._part = (
             getattr(self._library, f"silu_{name}")() for name in ("ways", "channels", "part")
         )
-        scale, shift, weight, linear, constant = 1.0, 0.0, 1.0, 0.0, 0.0
+        # ln(2), which the gradient is multiplied by there, goes out again with the weight.
+        scale, shift, weight, linear, constant = 1.0, 0.0, 1 / math.log(2), 0.0, 0.0
         self._terms = torch.tensor([scale, shift, weight, linear, constant]).repeat_interleave(self._channels)
 
     def forward(self, values: int, copies: int) -> BarePass:

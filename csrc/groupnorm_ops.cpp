@@ -189,8 +189,9 @@ Tensor groupnorm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias,
 // What the kernels of the backward know of every channel, and what the forward's parameters get from their sums.
 class ChannelTerms {
  public:
+  // scale_of_gradient: of the kernels' sums, as of T.
   ChannelTerms(const double* mean, const double* variance, const float* weight, const float* bias, int64_t batch,
-               int64_t channels, int64_t groups, double eps)
+               int64_t channels, int64_t groups, double eps, double scale_of_gradient)
       : mean_(mean),
         variance_(variance),
         weight_(weight),
@@ -200,6 +201,7 @@ class ChannelTerms {
         in_group_(channels / groups),
         groups_(groups),
         eps_(eps),
+        scale_of_gradient_(scale_of_gradient),
         terms_(batch * k5::kTerms * channels),
         sums_(batch * 2 * channels) {}
 
@@ -216,23 +218,19 @@ class ChannelTerms {
       set_term(terms, k5::kWeight, weight_[channel]);
       set_term(terms, k5::kLinear, 0);
       set_term(terms, k5::kConstant, 0);
-      set_term(terms, k5::kInverse, inverse_deviation(group));
+      set_term(terms, k5::kInverse, inverse_deviation(group) / scale_of_gradient_);
     });
   }
 
   // Sums over a group's channels and positions: of the gradient of the normalized x, and of its product with that.
   std::tuple<double, double> group_sums(int64_t group) const {
-    double gradients = 0, products = 0;
-    for_channels(group, [&](int64_t channel, float*, const float* sums) {
-      gradients += static_cast<double>(weight_[channel]) * sums[0];
-      products += static_cast<double>(weight_[channel]) * sums[channels_] * inverse_deviation(group);
-    });
-    return {gradients, products};
+    const auto [gradients, products] = scaled_group_sums(group);
+    return {gradients / scale_of_gradient_, products / scale_of_gradient_};
   }
 
   // Adds what flows through the statistics of the group, which has `size` values.
   void add_statistics(int64_t group, int64_t size) const {
-    const auto [gradients, products] = group_sums(group);
+    const auto [gradients, products] = scaled_group_sums(group);
     const double inverse = inverse_deviation(group);
     for_channels(group, [&, gradients = gradients, products = products](int64_t, float* terms, const float*) {
       set_term(terms, k5::kLinear, inverse * products / size);
@@ -251,13 +249,23 @@ class ChannelTerms {
         of_weight += sums[channels_] * inverse_deviation(sample * groups_ + channel / in_group_);
         of_bias += sums[0];
       }
-      mutable_data<float>(grad_weight)[channel] = static_cast<float>(of_weight);
-      mutable_data<float>(grad_bias)[channel] = static_cast<float>(of_bias);
+      mutable_data<float>(grad_weight)[channel] = static_cast<float>(of_weight / scale_of_gradient_);
+      mutable_data<float>(grad_bias)[channel] = static_cast<float>(of_bias / scale_of_gradient_);
     }
     return {grad_weight, grad_bias};
   }
 
  private:
+  // As the kernels sum up: a group of one value then has a constant that is its gradient to the last bit.
+  std::tuple<double, double> scaled_group_sums(int64_t group) const {
+    double gradients = 0, products = 0;
+    for_channels(group, [&](int64_t channel, float*, const float* sums) {
+      gradients += static_cast<double>(weight_[channel]) * sums[0];
+      products += static_cast<double>(weight_[channel]) * sums[channels_] * inverse_deviation(group);
+    });
+    return {gradients, products};
+  }
+
   // NaNs are plain for the sake of Ties::away.
   void set_term(float* terms, k5::Term term, double value) const {
     terms[term * channels_] = k5::with_plain_nan(static_cast<float>(value));
@@ -275,9 +283,15 @@ class ChannelTerms {
   const double *mean_, *variance_;
   const float *weight_, *bias_;
   const int64_t batch_, channels_, in_group_, groups_;
-  const double eps_;
+  const double eps_, scale_of_gradient_;
   const AlignedFloats terms_, sums_;
 };
+
+double scale_of_gradient(const Tensor& x) {
+  double scale = 1;
+  for_dtype("x", x, [&](auto element) { scale = k5::kScaleOfGradient<decltype(element)>; });
+  return scale;
+}
 
 // Channels-last: the gradient where grad_x is not null, the sums where sums is not null.
 template <class T>
@@ -322,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> groupnorm_silu_apply_backward
   const int64_t batch = x.size(0), channels = x.size(1), groups = mean.size(1);
   Tensor grad_x = torch::stable::empty_like(dense), grad_mean = new_like(mean), grad_variance = new_like(mean);
   const ChannelTerms terms(data<double>(dense_mean), data<double>(dense_variance), data<float>(dense_weight),
-                           data<float>(dense_bias), batch, channels, groups, eps);
+                           data<float>(dense_bias), batch, channels, groups, eps, scale_of_gradient(x));
   for (int64_t group = 0; group < batch * groups; group++) terms.set(group);
   if (x.numel() == 0) {
     std::fill_n(terms.sums(), batch * 2 * channels, 0.0f);
@@ -362,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> groupnorm_silu_backward(const Tensor& grad, c
   Tensor grad_x = torch::stable::empty_like(dense);
   std::vector<double> mean(batch * groups), variance(batch * groups);
   const ChannelTerms terms(mean.data(), variance.data(), data<float>(dense_weight), data<float>(dense_bias), batch,
-                           channels, groups, eps);
+                           channels, groups, eps, scale_of_gradient(x));
   if (x.numel() == 0) {
     std::fill_n(terms.sums(), batch * 2 * channels, 0.0f);
     const auto [grad_weight, grad_bias] = terms.affine_gradients(x);

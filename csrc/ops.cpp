@@ -144,9 +144,9 @@ Tensor gated_residual(const Tensor& x, const Tensor& y, const Tensor& gate, std:
           mutable_data<X>(out),
           {clip_starts.data(), x.size(1)},
           x.size(2),
-          past_caches<X>(out, x.size(2))};
+          past_caches<X>(out, x.size(2), 2 * k5::kLanes)};
       parallel_for(0, x.size(0) * x.size(1), grain(x.size(2)), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(gated_residual, op, first, end);
+        K5_DISPATCH_AVX512(gated_residual, op, first, end);
       });
     });
   });
@@ -172,9 +172,9 @@ std::tuple<Tensor, Tensor> gated_residual_backward(const Tensor& grad, const Ten
           grad_gate.rows(),
           {clip_starts.data(), y.size(1)},
           width,
-          past_caches<Y>(grad_y, width)};
+          past_caches<Y>(grad_y, width, 2 * k5::kLanes)};
       parallel_for(0, pieces.count(), grain(k5::kPieceRows * width), [&](int64_t first, int64_t end) {
-        K5_DISPATCH(gated_residual_backward, op, pieces.pieces.data(), first, end);
+        K5_DISPATCH_AVX512(gated_residual_backward, op, pieces.pieces.data(), first, end);
       });
     });
   });

@@ -13,7 +13,7 @@ void rows_forward(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_
     const Y* y = op.y + row * op.width;
     X* out = op.out + row * op.width;
     const float* gate = row_at(op.gate, place);
-    for_lanes(op.width, [&](int64_t i, int, auto lanes) {
+    for_values(op.width, [&](int64_t i, auto lanes) {
       lanes.template set<kPastCaches>(out + i, lanes.get(x + i) + lanes.get(gate + i) * lanes.get(y + i));
     });
   }
@@ -32,8 +32,8 @@ void pieces_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces,
       Y* grad_y = op.grad_y + row * op.width;
       const float* gate = row_at(op.gate, place);
       const GradientRow grad_gate = gradient_row(op.grad_gate, piece, number, row, op.width);
-      for_lanes(op.width, [&](int64_t i, int, auto lanes) {
-        const Vec8 gradient = lanes.get(grad + i);
+      for_values(op.width, [&](int64_t i, auto lanes) {
+        const auto gradient = lanes.get(grad + i);
         lanes.template set<kPastCaches>(grad_y + i, gradient * lanes.get(gate + i));
         grad_gate.add(i, lanes, gradient * lanes.get(y + i));
       });

@@ -34,20 +34,18 @@ struct GatedResidualBackward {
   bool past_caches;
 };
 
-// A row is one token, numbered over the whole batch.
-namespace portable {
-template <class X, class Y>
-void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);
-template <class X, class Y>
-void gated_residual_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces, int64_t first_piece,
-                             int64_t end_piece);
-}  // namespace portable
-namespace avx2 {
-template <class X, class Y>
-void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);
-template <class X, class Y>
-void gated_residual_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces, int64_t first_piece,
-                             int64_t end_piece);
-}  // namespace avx2
+#define K5_DECLARE_GATED_RESIDUAL(isa)                                                                         \
+  namespace isa {                                                                                             \
+  /* A row is one token, numbered over the whole batch. */                                                    \
+  template <class X, class Y>                                                                                 \
+  void gated_residual(const GatedResidual<X, Y>& op, int64_t first_row, int64_t end_row);                     \
+  template <class X, class Y>                                                                                 \
+  void gated_residual_backward(const GatedResidualBackward<X, Y>& op, const Piece* pieces, int64_t first_piece, \
+                               int64_t end_piece);                                                            \
+  }
+K5_DECLARE_GATED_RESIDUAL(portable)
+K5_DECLARE_GATED_RESIDUAL(avx2)
+K5_DECLARE_GATED_RESIDUAL(avx512_bf16)
+#undef K5_DECLARE_GATED_RESIDUAL
 
 }  // namespace k5

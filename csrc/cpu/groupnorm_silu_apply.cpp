@@ -38,11 +38,11 @@ template <bool kPastCaches, class T>
 inline __attribute__((always_inline)) void activate_run(const ChannelTerms& terms, const T* x, int64_t positions,
                                                         T* out) {
   constexpr int64_t kAhead = 1024 / sizeof(T);
-  for_thirty_twos(positions, [&](int64_t i, auto lanes) {
-    prefetch_thirty_two(x + i + kAhead);
-    prefetch_translation(x + i, 32 * sizeof(T));
-    if constexpr (kPastCaches) prefetch_translation(out + i, 32 * sizeof(T));
-    lanes.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(lanes.get(x + i)));
+  for_run(positions, [&](int64_t i, auto places) {
+    prefetch_values(x + i + kAhead, places.kWidth);
+    prefetch_translation(x + i, places.kWidth * sizeof(T));
+    if constexpr (kPastCaches) prefetch_translation(out + i, places.kWidth * sizeof(T));
+    places.template set<kPastCaches, Ties::away>(out + i, terms.activate<T>(places.get(x + i)));
   });
 }
 
@@ -69,15 +69,16 @@ inline __attribute__((always_inline)) void activate_positions(const GroupNormSiL
     prefetch_translation(from, count * C * sizeof(T));
     if constexpr (kPastCaches) prefetch_translation(to, count * C * sizeof(T));
     const T* ahead = from + together * C;
-    for_thirty_twos(C, [=, &ahead](int64_t i, auto lanes) {
+    for_even_odds(C, [=, &ahead](int64_t i, auto lanes) {
       const auto centre = lanes.arranged(centres + i), slope = lanes.arranged(slopes + i);
       const auto bias = lanes.arranged(biases + i);
-      for (int64_t place = i; place < i + count * C; place += C) {
-        prefetch_thirty_two(ahead);
-        ahead += lanes.kWidth;
-        lanes.template set<kPastCaches, Ties::away>(to + place,
-                                                    silu<T>((lanes.get(from + place) - centre) * slope + bias));
-      }
+      for_places(i, count, C, lanes, [=, &ahead](int64_t place, auto places) {
+        prefetch_values(ahead, places.kWidth);
+        ahead += places.kWidth;
+        const auto centred = places.get(from + place) - places.same(centre);
+        places.template set<kPastCaches, Ties::away>(to + place,
+                                                     silu<T>(centred * places.same(slope) + places.same(bias)));
+      });
     });
   }
 }
@@ -158,25 +159,35 @@ inline __attribute__((always_inline)) void row_padded_contiguous(const ChannelTe
 template <class T>
 void run_past_caches(const ChannelTerms& terms, const Border& border, const T* x, PaddedRow place, int64_t rows,
                      T* out) {
-  using Line = std::conditional_t<sizeof(T) == sizeof(float), AllSixteen, AllThirtyTwo>;
+  using Line = std::conditional_t<sizeof(T) == sizeof(float), AllSixteen, EvenOddThirtyTwo>;
   constexpr int64_t kLine = Seam<T>::kLine, kAhead = 1024 / sizeof(T);
   const auto next_row = [&] {
     const T* row = x + place.source(border) * border.width;
     place.advance(border);
     return row;
   };
-  const auto whole = [&](const T* source, T* line) {
+  const auto fetch = [&](const T* source, T* line) {
     __builtin_prefetch(source + kAhead);
     prefetch_translation(source, kLine * sizeof(T));
     prefetch_translation(line, kLine * sizeof(T));
+  };
+  const auto whole = [&](const T* source, T* line) {
+    fetch(source, line);
     Line{}.template set<true, Ties::away>(line, terms.activate<T>(Line{}.get(source)));
+  };
+  const auto two = [&](const T* source, const T* next_source, T* line) {
+    fetch(source, line);
+    fetch(next_source, line + kLine);
+    const auto values = terms.activate<T>(Twice{Line{}.get(source), Line{}.get(next_source)});
+    Line{}.template set<true, Ties::away>(line, values.first);
+    Line{}.template set<true, Ties::away>(line + kLine, values.second);
   };
   const auto part = [&](const T* source, T* target, int64_t first, int64_t end) {
     T line[kLine];
     Line{}.template set<false, Ties::away>(line, terms.activate<T>(Line{}.get(source)));
     std::memcpy(target, line + first, (end - first) * sizeof(T));
   };
-  for_lines_of_padded_rows(rows, border.width, border.columns, out, next_row, whole, part);
+  for_lines_of_padded_rows(rows, border.width, border.columns, out, next_row, two, whole, part);
 }
 
 // Rows of the result, in the order of memory. What is copied from another frame or row is computed again.
@@ -222,9 +233,9 @@ void groupnorm_silu_channels(const GroupNormSiLU<T>& op, float* channels, int64_
       biases.data[channel] = terms.bias;
     }
     float* of_sample = channels + sample * kChannelRows * row;
-    arrange<T>(of_sample, centres.data, op.channels);
-    arrange<T>(of_sample + row, slopes.data, op.channels);
-    arrange<T>(of_sample + 2 * row, biases.data, op.channels);
+    arrange_even_odd<T>(of_sample, centres.data, op.channels);
+    arrange_even_odd<T>(of_sample + row, slopes.data, op.channels);
+    arrange_even_odd<T>(of_sample + 2 * row, biases.data, op.channels);
   }
 }
 

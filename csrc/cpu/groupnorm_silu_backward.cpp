@@ -13,6 +13,19 @@ namespace {
 // How grad_x is written, if at all.
 enum class Write { nothing, through_caches, past_caches };
 
+// grad * silu'(z) * kScaleOfGradient<T>, for `scaled` as in silu.h; silu' = s * (1 + z * (1 - s)), s the sigmoid. As
+// exact as sums over what belongs to T need.
+template <class T, class V>
+inline __attribute__((always_inline)) V through_silu(V grad, V scaled) {
+  constexpr float kScale = kScaleOfGradient<T>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const V s = 1.0f / (exp(-scaled) + 1.0f);
+    return grad * (s * (scaled * (1.0f - s) + 1.0f));
+  }
+  const V s = kScale / (rough_exp2<5>(scaled) + 1.0f);
+  return (grad * s) * (scaled * (s - kScale) + 1.0f);
+}
+
 // Where the values of a group are near each other, `inverse` is large: what cancels must be rounded alike before it.
 template <class V, class Factor>
 inline V x_gradient(V gradient, V centred, Factor weight, Factor linear, Factor constant, Factor inverse) {
@@ -37,18 +50,19 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
       const int64_t offset = number * op.positions + start, count = std::min(kPiece, op.positions - start);
       const T *grad = op.grad + offset, *x = op.x + offset;
       Vec32 sums{}, centred_sums{};
-      for_thirty_twos(count, [&](int64_t i, auto lanes) {
-        prefetch_thirty_two(x + i + kAhead);
-        prefetch_thirty_two(grad + i + kAhead);
-        if constexpr (kWrite == Write::past_caches) prefetch_translation(op.grad_x + offset + i, 32 * sizeof(T));
-        const auto centred = lanes.get(x + i) - centre;
-        const auto gradient = through_silu<T>(lanes.get(grad + i), centred * slope + bias);
+      for_run(count, [&](int64_t i, auto places) {
+        prefetch_values(x + i + kAhead, places.kWidth);
+        prefetch_values(grad + i + kAhead, places.kWidth);
+        if constexpr (kWrite == Write::past_caches)
+          prefetch_translation(op.grad_x + offset + i, places.kWidth * sizeof(T));
+        const auto centred = places.get(x + i) - centre;
+        const auto gradient = through_silu<T>(places.get(grad + i), centred * slope + bias);
         if constexpr (kAddUp) {
-          add_to(sums, gradient);
-          add_to(centred_sums, gradient * centred);
+          add_to(sums, places.sum(gradient));
+          add_to(centred_sums, places.sum(gradient * centred));
         }
         if constexpr (kWrite != Write::nothing)
-          lanes.template set<kWrite == Write::past_caches, Ties::away>(
+          places.template set<kWrite == Write::past_caches, Ties::away>(
               op.grad_x + offset + i, x_gradient(gradient, centred, weight, linear, constant, inverse));
       });
       sum_of_all += sum(sums);
@@ -63,7 +77,7 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
   if (kWrite == Write::past_caches) end_of_stream();
 }
 
-// The terms of a sample in the order of a row of T, slope and bias as `through_silu` takes them.
+// The terms of a sample in the order of `for_even_odds`; slope and bias as `through_silu` takes them.
 template <class T>
 class ArrangedTerms {
  public:
@@ -74,7 +88,7 @@ class ArrangedTerms {
     if (sample == sample_) return;
     sample_ = sample;
     for (int64_t term = 0; term < kTerms; term++)
-      arrange<T>(arranged_.data + term * row_, terms_ + (sample * kTerms + term) * channels_, channels_);
+      arrange_even_odd<T>(arranged_.data + term * row_, terms_ + (sample * kTerms + term) * channels_, channels_);
     for (const Term term : {kSlope, kBias})
       for (int64_t i = 0; i < row_; i++) arranged_.data[term * row_ + i] *= kScaleOfZ<T>;
   }
@@ -109,25 +123,27 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
       prefetch_translation(grad, count * C * sizeof(T));
       if constexpr (kWrite == Write::past_caches) prefetch_translation(grad_x, count * C * sizeof(T));
       int64_t ahead = together * C;
-      for_thirty_twos(C, [=, &ahead](int64_t i, auto lanes) {
+      for_even_odds(C, [=, &ahead](int64_t i, auto lanes) {
         const auto of_channel = [=](const float* term) { return lanes.arranged(term + i); };
         const auto centres = of_channel(centre), slopes = of_channel(slope), biases = of_channel(bias);
         auto sum = of_channel(sums), centred_sum = of_channel(centred_sums);
-        for (int64_t place = i; place < i + count * C; place += C) {
-          prefetch_thirty_two(x + ahead);
-          prefetch_thirty_two(grad + ahead);
-          ahead += lanes.kWidth;
-          const auto centred = lanes.get(x + place) - centres;
-          const auto gradient = through_silu<T>(lanes.get(grad + place), centred * slopes + biases);
+        for_places(i, count, C, lanes, [=, &ahead, &sum, &centred_sum](int64_t place, auto places) {
+          prefetch_values(x + ahead, places.kWidth);
+          prefetch_values(grad + ahead, places.kWidth);
+          ahead += places.kWidth;
+          const auto term = [=](const float* row) { return places.same(of_channel(row)); };
+          const auto centred = places.get(x + place) - places.same(centres);
+          const auto gradient =
+              through_silu<T>(places.get(grad + place), centred * places.same(slopes) + places.same(biases));
           if constexpr (kAddUp) {
-            sum = sum + gradient;
-            centred_sum = centred_sum + gradient * centred;
+            sum = sum + places.sum(gradient);
+            centred_sum = centred_sum + places.sum(gradient * centred);
           }
           if constexpr (kWrite != Write::nothing)
-            lanes.template set<kWrite == Write::past_caches, Ties::away>(
-                grad_x + place, x_gradient(gradient, centred, of_channel(weight), of_channel(linear),
-                                           of_channel(constant), of_channel(inverse)));
-        }
+            places.template set<kWrite == Write::past_caches, Ties::away>(
+                grad_x + place,
+                x_gradient(gradient, centred, term(weight), term(linear), term(constant), term(inverse)));
+        });
         if constexpr (kAddUp) {
           lanes.set_arranged(sums + i, sum);
           lanes.set_arranged(centred_sums + i, centred_sum);
@@ -135,12 +151,15 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
       });
     }
     if constexpr (kAddUp)
-      for_sixteens(C, [&](int64_t i, int, auto lanes) {
+      for_even_odds(C, [&](int64_t i, auto lanes) {
         float* target = op.sums + number * 2 * C + i;
-        lanes.template set_floats<T>(target, load_sixteen(sums + i));
-        lanes.template set_floats<T>(target + C, load_sixteen(centred_sums + i));
-        store_sixteen(sums + i, Vec16{});
-        store_sixteen(centred_sums + i, Vec16{});
+        const auto take = [=](float* of_chunk, float* target) {
+          auto values = lanes.arranged(of_chunk + i);
+          lanes.template set_floats<T>(target, values);
+          lanes.set_arranged(of_chunk + i, decltype(values){});
+        };
+        take(sums, target);
+        take(centred_sums, target + C);
       });
   }
   if (kWrite == Write::past_caches) end_of_stream();

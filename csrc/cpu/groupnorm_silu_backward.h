@@ -9,11 +9,16 @@
 
 namespace k5 {
 
+// What the gradient of z below is multiplied by. For bfloat16 that turns a multiplication with an addition into an
+// addition, which other units of the processor do.
+template <class T>
+constexpr float kScaleOfGradient = sizeof(T) == sizeof(float) ? 1 : 0.693147181f;  // ln(2)
+
 // What the kernels know of a channel of a sample: rows of `terms` [batch, kTerms, channels].
 enum Term : int64_t { kCentre, kSlope, kBias, kWeight, kLinear, kConstant, kInverse, kTerms };
 
 // With c = x - centre and z = c * slope + bias, the forward's result is silu(z). The gradient of z is
-// g = grad * silu'(z), and
+// g = grad * silu'(z) * kScaleOfGradient<T>, and
 //
 //     grad_x = (g * weight - c * linear - constant) * inverse        where grad_x is not null
 //     sums   = sum(g), sum(g * c) over positions                     where sums is not null

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "vec_math.h"
 
@@ -189,6 +190,138 @@ inline __attribute__((always_inline)) void for_thirty_twos(int64_t width, const 
     i += kHalf;
   }
   if (i < width) visit(i, LastSixteen{width - i});
+}
+
+// Thirty-two values of a row of T, in the order of `load_even_odd` of wide_vec.h.
+struct EvenOddThirtyTwo {
+  static constexpr int64_t kHalf = 2 * kLanes, kWidth = 2 * kHalf;
+  template <class T>
+  Vec32 get(const T* source) const {
+    return load_even_odd(source);
+  }
+  Vec32 arranged(const float* source) const { return {load_sixteen(source), load_sixteen(source + kHalf)}; }
+  void set_arranged(float* target, Vec32 values) const { store_thirty_two<Ties::to_even>(target, values); }
+  template <class T>
+  Vec32 floats(const float* source) const {
+    return in_even_odd_order<T>(arranged(source));
+  }
+  template <class T>
+  void set_floats(float* target, Vec32 values) const {
+    set_arranged(target, from_even_odd_order<T>(values));
+  }
+  template <bool kPastCaches, Ties kTies, class T>
+  void set(T* target, Vec32 values) const {
+    if constexpr (kPastCaches) {
+      stream_even_odd<kTies>(target, values);
+    } else {
+      store_even_odd<kTies>(target, values);
+    }
+  }
+};
+
+// As `for_thirty_twos`, for rows that are `arranged` by `arrange_even_odd`.
+template <class Visit>
+inline __attribute__((always_inline)) void for_even_odds(int64_t width, const Visit& visit) {
+  constexpr int64_t kStep = EvenOddThirtyTwo::kWidth, kHalf = EvenOddThirtyTwo::kHalf;
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) visit(i, EvenOddThirtyTwo{});
+  if (i + kHalf <= width) {
+    visit(i, AllSixteen{});
+    i += kHalf;
+  }
+  if (i < width) visit(i, LastSixteen{width - i});
+}
+
+// A row of floats in the order in which `for_even_odds` takes a row of T; target holds whole_sixteens(width).
+template <class T>
+inline void arrange_even_odd(float* target, const float* source, int64_t width) {
+  for_even_odds(width, [&](int64_t i, auto lanes) {
+    lanes.set_arranged(target + i, lanes.template floats<T>(source + i));
+  });
+}
+
+// One or two places of a memory that are computed together: with the 32 registers of AVX-512 two, whose instructions
+// need not wait for each other. `same`: what belongs to both. `sum`: of both.
+template <class Lanes>
+struct OnePlace {
+  static constexpr int64_t kWidth = Lanes::kWidth;
+  Lanes lanes;
+  template <class T>
+  auto get(const T* source) const {
+    return lanes.get(source);
+  }
+  template <bool kPastCaches, Ties kTies, class T, class V>
+  void set(T* target, V values) const {
+    lanes.template set<kPastCaches, kTies>(target, values);
+  }
+  template <class V>
+  V same(V value) const {
+    return value;
+  }
+  template <class V>
+  V sum(V values) const {
+    return values;
+  }
+};
+template <class Lanes>
+struct TwoPlaces {
+  static constexpr int64_t kWidth = 2 * Lanes::kWidth;
+  Lanes lanes;
+  int64_t apart;
+  template <class T>
+  auto get(const T* source) const {
+    const auto first = lanes.get(source);
+    return Twice<std::remove_const_t<decltype(first)>>{first, lanes.get(source + apart)};
+  }
+  template <bool kPastCaches, Ties kTies, class T, class V>
+  void set(T* target, Twice<V> values) const {
+    lanes.template set<kPastCaches, kTies>(target, values.first);
+    lanes.template set<kPastCaches, kTies>(target + apart, values.second);
+  }
+  template <class V>
+  Twice<V> same(V value) const {
+    return {value, value};
+  }
+  template <class V>
+  V sum(Twice<V> values) const {
+    return values.first + values.second;
+  }
+};
+
+#ifdef __AVX512F__
+constexpr bool kTakesTwoPlaces = true;
+#else
+constexpr bool kTakesTwoPlaces = false;
+#endif
+
+// Calls visit(place, places) for `count` places that are so far apart, the first of them at `place`.
+template <class Lanes, class Visit>
+inline __attribute__((always_inline)) void for_places(int64_t place, int64_t count, int64_t apart, Lanes lanes,
+                                                      const Visit& visit) {
+  const int64_t end = place + count * apart;
+  if constexpr (kTakesTwoPlaces)
+    for (; place + apart < end; place += 2 * apart) visit(place, TwoPlaces<Lanes>{lanes, apart});
+  for (; place < end; place += apart) visit(place, OnePlace<Lanes>{lanes});
+}
+
+// The same for a row of values that all belong together: their order is of no account.
+template <class Visit>
+inline __attribute__((always_inline)) void for_run(int64_t width, const Visit& visit) {
+  constexpr int64_t kStep = EvenOddThirtyTwo::kWidth;
+  const int64_t whole = width / kStep * kStep;
+  for_places(0, width / kStep, kStep, EvenOddThirtyTwo{}, visit);
+  for_even_odds(width - whole, [&](int64_t i, auto lanes) { visit(whole + i, OnePlace<decltype(lanes)>{lanes}); });
+}
+
+// Calls visit(i, lanes) for the values of rows of several types, each in the order of memory: eight at a time, with
+// AVX-512 thirty-two.
+template <class Visit>
+inline __attribute__((always_inline)) void for_values(int64_t width, const Visit& visit) {
+#ifdef __AVX512F__
+  for_thirty_twos(width, visit);
+#else
+  for_lanes(width, [&](int64_t i, int, auto lanes) { visit(i, lanes); });
+#endif
 }
 
 inline float sum_of_parts(const Vec16 (&parts)[kSums]) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace k5 {
 namespace {
 
@@ -41,12 +43,13 @@ inline bool has_whole_lines(int64_t width, int64_t columns) {
 }
 
 // For `rows` padded rows that follow each other at `out`; next_row() gives the inner values of one after the other.
-// Calls whole(source, line) for each of their cache lines, with what it is computed from, and part(source, place,
-// first, end) for a line that they share with their neighbours: values [first, end) of it belong at `place`.
-template <class T, class NextRow, class Whole, class Part>
+// Calls whole(source, line) for each of their cache lines, with what it is computed from, or two(source, next_source,
+// line) for it and the next one, and part(source, place, first, end) for a line that they share with their neighbours:
+// values [first, end) of it belong at `place`.
+template <class T, class NextRow, class Two, class Whole, class Part>
 inline __attribute__((always_inline)) void for_lines_of_padded_rows(int64_t rows, int64_t width, int64_t columns,
-                                                                    T* out, const NextRow& next_row, const Whole& whole,
-                                                                    const Part& part) {
+                                                                    T* out, const NextRow& next_row, const Two& two,
+                                                                    const Whole& whole, const Part& part) {
   constexpr int64_t kLine = Seam<T>::kLine;
   const int64_t padded = width + 2 * columns;
   Seam<T> seams[2];
@@ -63,15 +66,16 @@ inline __attribute__((always_inline)) void for_lines_of_padded_rows(int64_t rows
     const Seam<T>&before = seams[(row + 1) % 2], &after = seams[row % 2];
     seams[row % 2].join(x, next, width, columns);
     const int64_t end = is_last ? padded - kLine + 1 : padded;
-    for (; begin < end; begin += kLine) {
+    const auto source_of = [&](int64_t place) {
       // Chosen without a branch, which could not be foreseen: the compiler must not see that the loop falls into parts.
-      int64_t place = begin;
       asm("" : "+r"(place));
       const T* source = x + place - columns;
       source = place + kLine > columns + width ? after.from_end(place - padded, columns) : source;
-      source = place < columns ? before.from_end(place, columns) : source;
-      whole(source, out + begin);
-    }
+      return place < columns ? before.from_end(place, columns) : source;
+    };
+    if constexpr (kTakesTwoPlaces)
+      for (; begin + kLine < end; begin += 2 * kLine) two(source_of(begin), source_of(begin + kLine), out + begin);
+    for (; begin < end; begin += kLine) whole(source_of(begin), out + begin);
     if (is_last && begin < padded) part(after.from_end(begin - padded, columns), out + begin, 0, padded - begin);
   }
 }

@@ -31,9 +31,9 @@ struct GradientRow {
   float* values;
   bool first;
 
-  template <class Lanes>
-  __attribute__((always_inline)) void add(int64_t i, Lanes lanes, Vec8 value) const {
-    lanes.set(values + i, first ? value : lanes.get(values + i) + value);
+  template <class Lanes, class V>
+  __attribute__((always_inline)) void add(int64_t i, Lanes lanes, V value) const {
+    lanes.template set<false>(values + i, first ? value : lanes.get(values + i) + value);
   }
 };
 

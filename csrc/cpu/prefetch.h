@@ -21,11 +21,10 @@ inline int64_t positions_together(int64_t channels) {
   return in_page > 0 ? in_page : 1;
 }
 
-// The cache lines that thirty-two values begin in.
+// The cache lines that `count` values begin in; fewer than a line's are one.
 template <class T>
-inline __attribute__((always_inline)) void prefetch_thirty_two(const T* values) {
-  __builtin_prefetch(values);
-  if constexpr (sizeof(T) == sizeof(float)) __builtin_prefetch(values + 16);
+inline __attribute__((always_inline)) void prefetch_values(const T* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(values + i);
 }
 
 // To be called for each of the `bytes` after `place`, in the order of memory: once a page it fetches a line two pages

@@ -76,8 +76,12 @@ static inline Vec16 above_floor(Vec16 value) {
 static inline Vec16 scaled_by_floor(Vec16 value, Vec16 exponent) {
   return (Vec16)_mm512_scalef_ps((__m512)value, (__m512)exponent);
 }
-static inline Vec32 above_floor(Vec32 value) { return {above_floor(value.first), above_floor(value.second)}; }
-static inline Vec32 scaled_by_floor(Vec32 value, Vec32 exponent) {
+template <class V>
+static inline Twice<V> above_floor(Twice<V> value) {
+  return {above_floor(value.first), above_floor(value.second)};
+}
+template <class V>
+static inline Twice<V> scaled_by_floor(Twice<V> value, Twice<V> exponent) {
   return {scaled_by_floor(value.first, exponent.first), scaled_by_floor(value.second, exponent.second)};
 }
 
@@ -142,7 +146,9 @@ static inline float sum(Vec8 value) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 #ifdef __AVX512F__
-static inline float sum(Vec16 value) { return sum(low_half(value) + high_half(value)); }
+static inline float sum(Vec16 value) {
+  return sum((Vec8)_mm512_castps512_ps256((__m512)value) + (Vec8)_mm512_extractf32x8_ps((__m512)value, 1));
+}
 #endif
 template <class V>
 static inline float sum(Twice<V> value) {

@@ -131,13 +131,18 @@ static inline void store_sixteen(BFloat16* target, Vec16 values) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), rounded_to_bfloat16<kTies>(values));
 }
 
-static inline Vec8 low_half(Vec16 values) { return (Vec8)_mm512_castps512_ps256((__m512)values); }
-static inline Vec8 high_half(Vec16 values) { return (Vec8)_mm512_extractf32x8_ps((__m512)values, 1); }
+// In one write where it is a whole cache line: two take longer.
+static inline void stream_line(void* target, __m512i values) {
+  if (__builtin_expect(reinterpret_cast<uintptr_t>(target) % sizeof(values) == 0, true))
+    return _mm512_stream_si512(static_cast<__m512i*>(target), values);
+  __m256i* const place = static_cast<__m256i*>(target);
+  _mm256_stream_si256(place, _mm512_castsi512_si256(values));
+  _mm256_stream_si256(place + 1, _mm512_extracti64x4_epi64(values, 1));
+}
 
 template <Ties kTies = Ties::to_even>
 static inline void stream_sixteen(float* target, Vec16 values) {
-  stream(target, low_half(values));
-  stream(target + kLanes, high_half(values));
+  stream_line(target, (__m512i)values);
 }
 template <Ties kTies = Ties::to_even>
 static inline void stream_sixteen(BFloat16* target, Vec16 values) {
@@ -150,10 +155,7 @@ static inline void store_thirty_two(BFloat16* target, Vec32 values) {
 }
 template <Ties kTies>
 static inline void stream_thirty_two(BFloat16* target, Vec32 values) {
-  const __m512i halves = rounded_to_bfloat16<kTies>(values);
-  __m256i* const place = reinterpret_cast<__m256i*>(target);
-  _mm256_stream_si256(place, _mm512_castsi512_si256(halves));
-  _mm256_stream_si256(place + 1, _mm512_extracti64x4_epi64(halves, 1));
+  stream_line(target, rounded_to_bfloat16<kTies>(values));
 }
 
 template <class T>
@@ -218,5 +220,65 @@ static inline void stream_thirty_two(T* target, Vec32 values) {
   stream_sixteen<kTies>(target, values.first);
   stream_sixteen<kTies>(target + 2 * kLanes, values.second);
 }
+
+// Thirty-two values of a row in another order, for those that need not be in that of `Vec16`: with AVX-512 bfloat16 of
+// even places first, which takes fewer instructions. `in_even_odd_order<T>` brings floats that belong to a row of T into
+// it, `from_even_odd_order<T>` undoes that.
+template <class T>
+static inline Vec32 load_even_odd(const T* source) {
+  return {load_sixteen(source), load_sixteen(source + 2 * kLanes)};
+}
+template <Ties kTies, class T>
+static inline void store_even_odd(T* target, Vec32 values) {
+  store_thirty_two<kTies>(target, values);
+}
+template <Ties kTies, class T>
+static inline void stream_even_odd(T* target, Vec32 values) {
+  stream_thirty_two<kTies>(target, values);
+}
+#ifdef __AVX512F__
+static inline Vec32 load_even_odd(const BFloat16* source) {
+  const __m512i both = _mm512_loadu_si512(source);
+  return {(Vec16)_mm512_slli_epi32(both, 16), (Vec16)_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000))};
+}
+template <Ties kTies>
+static inline __m512i bfloat16_of_even_odd(Vec32 values) {
+  const __m512i even = _mm512_srli_epi32((__m512i)round_to_upper_halves<kTies>(values.first), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, even, (__m512i)round_to_upper_halves<kTies>(values.second));
+}
+template <Ties kTies>
+static inline void store_even_odd(BFloat16* target, Vec32 values) {
+  _mm512_storeu_si512(target, bfloat16_of_even_odd<kTies>(values));
+}
+template <Ties kTies>
+static inline void stream_even_odd(BFloat16* target, Vec32 values) {
+  stream_line(target, bfloat16_of_even_odd<kTies>(values));
+}
+template <class T>
+static inline Vec32 in_even_odd_order(Vec32 values) {
+  if constexpr (sizeof(T) == sizeof(float)) return values;
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_set_epi32(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512 low = (__m512)values.first, high = (__m512)values.second;
+  return {(Vec16)_mm512_permutex2var_ps(low, even, high), (Vec16)_mm512_permutex2var_ps(low, odd, high)};
+}
+template <class T>
+static inline Vec32 from_even_odd_order(Vec32 values) {
+  if constexpr (sizeof(T) == sizeof(float)) return values;
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+  const __m512 even = (__m512)values.first, odd = (__m512)values.second;
+  return {(Vec16)_mm512_permutex2var_ps(even, low, odd), (Vec16)_mm512_permutex2var_ps(even, high, odd)};
+}
+#else
+template <class T>
+static inline Vec32 in_even_odd_order(Vec32 values) {
+  return {in_order_of<T>(values.first), in_order_of<T>(values.second)};
+}
+template <class T>
+static inline Vec32 from_even_odd_order(Vec32 values) {
+  return {from_order_of<T>(values.first), from_order_of<T>(values.second)};
+}
+#endif
 
 }  // namespace k5

@@ -242,9 +242,10 @@ def test_thread_count_changes_no_bit(isa, set_threads, per):
     )
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(2048, 1792), (32768, 80), (32768, 72)])  # rows of lines, halves, less
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype):
-    x, shift, scale, eps = inputs(1, 2048, 1792, dtype=dtype)
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype, tokens, width):
+    x, shift, scale, eps = inputs(1, tokens, width, dtype=dtype)
     grad = x.flip(1).contiguous()
 
     def gradient(grad, x):
