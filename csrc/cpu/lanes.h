@@ -75,8 +75,8 @@ inline Vec8 from_memory_order(Vec8 values) {
   return values;
 }
 
-// Sixteen values of a row of T, in its order (`Vec16` of wide_vec.h). `floats`: floats that belong to the row; `set_floats`
-// writes such. `arranged`: of a row that is in its order already, with room for whole vectors.
+// Sixteen values of a row of T, in its order (`Vec16` of wide_vec.h). `floats`: floats that belong to the row;
+// `set_floats` writes such. `arranged`: of a row that is in its order already, with room for whole vectors.
 struct AllSixteen {
   static constexpr int64_t kWidth = 2 * kLanes;
   template <class T>
@@ -168,6 +168,11 @@ struct AllThirtyTwo {
   }
   Vec32 arranged(const float* source) const { return get(source); }
   void set_arranged(float* target, Vec32 values) const { set<false>(target, values); }
+  template <class T>
+  void set_floats(float* target, Vec32 values) const {
+    AllSixteen{}.set_floats<T>(target, values.first);
+    AllSixteen{}.set_floats<T>(target + kHalf, values.second);
+  }
   template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Vec32 values) const {
     if constexpr (kPastCaches) {
@@ -311,6 +316,16 @@ inline __attribute__((always_inline)) void for_run(int64_t width, const Visit& v
   const int64_t whole = width / kStep * kStep;
   for_places(0, width / kStep, kStep, EvenOddThirtyTwo{}, visit);
   for_even_odds(width - whole, [&](int64_t i, auto lanes) { visit(whole + i, OnePlace<decltype(lanes)>{lanes}); });
+}
+
+// Calls visit(i, part, lanes), as `for_sixteens` or with AVX-512 for thirty-two: a cache line of bfloat16.
+template <class Visit>
+inline __attribute__((always_inline)) void for_lines(int64_t width, const Visit& visit) {
+#ifdef __AVX512F__
+  for_thirty_twos(width, [&](int64_t i, auto lanes) { visit(i, 0, lanes); });
+#else
+  for_sixteens(width, visit);
+#endif
 }
 
 // Calls visit(i, lanes) for the values of rows of several types, each in the order of memory: eight at a time, with

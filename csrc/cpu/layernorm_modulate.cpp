@@ -78,12 +78,12 @@ class ModulationSums {
   ModulationSums(const ModulationGradient& gradient, int64_t width)
       : gradient_(gradient), width_(width), sums_(whole_sixteens(width)) {}
 
-  template <class Lanes>
-  __attribute__((always_inline)) void add(int64_t row, int64_t i, Lanes lanes, Vec16 value) const {
+  template <class Lanes, class V>
+  __attribute__((always_inline)) void add(int64_t row, int64_t i, Lanes lanes, V value) const {
     if (gradient_.per_token) {
       lanes.template set_floats<T>(gradient_.rows + row * width_ + i, value);
     } else {
-      store_sixteen(sums_.data + i, load_sixteen(sums_.data + i) + value);
+      lanes.set_arranged(sums_.data + i, lanes.arranged(sums_.data + i) + value);
     }
   }
 
@@ -110,8 +110,8 @@ struct RowMoments {
 // grad * (1 + scale), rounded: where all values of a row are near each other, the deviation magnifies differences of
 // rounding.
 template <class T, class Lanes>
-inline __attribute__((always_inline)) Vec16 scaled_gradient(const T* grad, const float* scale, int64_t i, Lanes lanes) {
-  return rounded(lanes.get(grad + i) * load_sixteen(scale + i));
+inline __attribute__((always_inline)) auto scaled_gradient(const T* grad, const float* scale, int64_t i, Lanes lanes) {
+  return rounded(lanes.get(grad + i) * lanes.arranged(scale + i));
 }
 
 // In one pass, of differences from a pivot. Calls meanwhile(i, part) of for_sixteens.
@@ -159,13 +159,13 @@ void pieces_backward(const LayerNormModulateBackward<T>& op, const Piece* pieces
         prefetch_half(next_x, i, part);
         prefetch_half(next_grad, i, part);
       });
-      for_sixteens(width, [&](int64_t i, int part, auto lanes) {
+      for_lines(width, [&](int64_t i, int part, auto lanes) {
         prefetch_half(next_x + width / 2, i, part);
         prefetch_half(next_grad + width / 2, i, part);
-        const Vec16 gradient = lanes.get(grad + i);
-        const Vec16 normalized = (lanes.get(x + i) - row_of.mean) * row_of.inverse_deviation;
-        const Vec16 scaled = scaled_gradient(grad, scale, i, lanes);
-        const Vec16 tangent = scaled - row_of.scaled_mean - normalized * row_of.projection;
+        const auto gradient = lanes.get(grad + i);
+        const auto normalized = (lanes.get(x + i) - row_of.mean) * row_of.inverse_deviation;
+        const auto scaled = scaled_gradient(grad, scale, i, lanes);
+        const auto tangent = scaled - row_of.scaled_mean - normalized * row_of.projection;
         lanes.template set<kPastCaches, Ties::away>(grad_x + i, tangent * row_of.inverse_deviation);
         grad_shift.add(row, i, lanes, gradient);
         grad_scale.add(row, i, lanes, gradient * normalized);

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace k5::K5_ISA {
@@ -49,8 +50,28 @@ inline void inverse_rms_of(float* squares, int64_t heads, int64_t width, float e
     store(squares + head, 1.0f / sqrt(load(squares + head) / static_cast<float>(width) + eps));
 }
 
+constexpr int64_t kPairedValues = 2 * kLanes;
+
+// Neighbours of a row that are taken together.
+template <int kCount_, class Lanes>
+struct Blocks {
+  static constexpr int kCount = kCount_;
+  Lanes lanes;
+};
+
+// Calls visit(i, blocks) for every 32 pairs of a row of even width, then for sixteen, for eight and for what is left; i
+// is the number of the first value.
+template <class Visit>
+inline __attribute__((always_inline)) void for_blocks(int64_t width, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + 4 * kPairedValues <= width; i += 4 * kPairedValues) visit(i, Blocks<4, AllPairs>{});
+  for (; i + 2 * kPairedValues <= width; i += 2 * kPairedValues) visit(i, Blocks<2, AllPairs>{});
+  for_pairs(width - i, [&](int64_t rest, auto lanes) { visit(i + rest, Blocks<1, decltype(lanes)>{lanes}); });
+}
+
 // All heads of a token are read, then their roots taken, then all are written: one head after the other would wait for
-// its sum, its root and its quotient. What is read a second time comes from the first-level cache.
+// its sum, its root and its quotient. What is read a second time comes from the first-level cache. 32 pairs of every
+// head are written before the next 32: what belongs to all heads stays in registers.
 template <bool kPastCaches, class T>
 void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
   // With n = x / rms: out.even = n.even * to_even.even + n.odd * to_even.odd, and so on. The weight is multiplied into
@@ -79,18 +100,26 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
       inverse_rms.data[head] = sum(squares);
     }
     inverse_rms_of(inverse_rms.data, op.heads, op.width, op.eps);
-    for (int64_t head = 0; head < op.heads; head++) {
-      const T* x = head_at(op.x, batch, token, head);
-      T* out = op.out + (row * op.heads + head) * op.width;
-      const float inverse = inverse_rms.data[head];
-      for_pairs(op.width, [&](int64_t i, auto lanes) {
-        __builtin_prefetch(x + step + i);
-        const Pairs value = lanes.get(x + i), even = to_even.get(i), odd = to_odd.get(i);
-        lanes.template set<kPastCaches, Ties::away>(
-            out + i, Pairs{(value.even * even.even + value.odd * even.odd) * inverse,
-                           (value.even * odd.even + value.odd * odd.odd) * inverse});
-      });
-    }
+    for_blocks(op.width, [&](int64_t i, auto blocks) {
+      Pairs even[blocks.kCount], odd[blocks.kCount];
+      for (int block = 0; block < blocks.kCount; block++) {
+        even[block] = to_even.get(i + block * kPairedValues);
+        odd[block] = to_odd.get(i + block * kPairedValues);
+      }
+      for (int64_t head = 0; head < op.heads; head++) {
+        const T* x = head_at(op.x, batch, token, head) + i;
+        T* out = op.out + (row * op.heads + head) * op.width + i;
+        const float inverse = inverse_rms.data[head];
+        prefetch_values(x + step, blocks.kCount * kPairedValues);
+        for (int block = 0; block < blocks.kCount; block++) {
+          const int64_t at = block * kPairedValues;
+          const Pairs value = blocks.lanes.get(x + at);
+          blocks.lanes.template set<kPastCaches, Ties::away>(
+              out + at, Pairs{(value.even * even[block].even + value.odd * even[block].odd) * inverse,
+                              (value.even * odd[block].even + value.odd * odd[block].odd) * inverse});
+        }
+      }
+    });
   }
   if (kPastCaches) end_of_stream();
 }
@@ -99,8 +128,8 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
 // grad_x = (g - n * mean(g * n)) / rms, grad_weight = sum of r * n over all heads.
 template <bool kPastCaches, class T>
 void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece) {
-  const SplitRows rows(4, op.width), rotated(op.heads, op.width);
-  const SplitRow weight = rows[0], trig = rows[1], of_token = rows[2], of_piece = rows[3];
+  const SplitRows rows(3, op.width), rotated(op.heads, op.width);
+  const SplitRow weight = rows[0], trig = rows[1], of_piece = rows[2];
   const ZeroedFloats inverse_rms(whole_heads(op.heads)), dots(whole_heads(op.heads));
   for_pairs(op.width, [&](int64_t i, auto lanes) { weight.set(i, plain(lanes.template floats<T>(op.weight + i))); });
   for (int64_t piece = first_piece; piece < end_piece; piece++) {
@@ -111,7 +140,6 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
       const float *cos = op.cos + token * (op.width / 2), *sin = op.sin + token * (op.width / 2);
       for_pairs(op.width, [&](int64_t i, auto lanes) {
         trig.set(i, plain(Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)}));
-        of_token.set(i, Pairs{});
       });
       const bool last = token + 1 == op.sequence;
       const int64_t step = last ? 0 : op.x.sequence_stride, grad_step = last ? 0 : op.grad.sequence_stride;
@@ -134,25 +162,36 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
         dots.data[head] = sum(even_dots + odd_dots);
       }
       inverse_rms_of(inverse_rms.data, op.heads, op.width, op.eps);
-      for (int64_t head = 0; head < op.heads; head++) {
-        const T* x = head_at(op.x, batch, token, head);
-        T* grad_x = op.grad_x + (row * op.heads + head) * op.width;
-        const SplitRow kept = rotated[head];
-        const T* grad = head_at(op.grad, batch, token, head);
-        const float inverse = inverse_rms.data[head], projection = dots.data[head] / op.width * inverse * inverse;
-        for_pairs(op.width, [&](int64_t i, auto lanes) {
-          __builtin_prefetch(grad + grad_step + i);
-          const Pairs value = lanes.get(x + i), r = kept.get(i), w = weight.get(i), sums = of_token.get(i);
-          lanes.template set<kPastCaches, Ties::away>(
-              grad_x + i, Pairs{(r.even * w.even - value.even * projection) * inverse,
-                                (r.odd * w.odd - value.odd * projection) * inverse});
-          of_token.set(i, Pairs{sums.even + r.even * (value.even * inverse), sums.odd + r.odd * (value.odd * inverse)});
-        });
+      for (int64_t head = 0; head < op.heads; head += kLanes) {
+        const Vec8 inverse = load(inverse_rms.data + head);
+        const Vec8 mean = load(dots.data + head) / static_cast<float>(op.width);
+        store(dots.data + head, mean * inverse * inverse * inverse);  // what x of the head is multiplied by
       }
-      // Heads first, then tokens: few additions in a row lose few digits.
-      for_pairs(op.width, [&](int64_t i, auto) {
-        const Pairs sums = of_piece.get(i), more = of_token.get(i);
-        of_piece.set(i, Pairs{sums.even + more.even, sums.odd + more.odd});
+      for_blocks(op.width, [&](int64_t i, auto blocks) {
+        // Heads first, then tokens: few additions in a row lose few digits.
+        Pairs w[blocks.kCount], sums[blocks.kCount] = {};
+        for (int block = 0; block < blocks.kCount; block++) w[block] = weight.get(i + block * kPairedValues);
+        for (int64_t head = 0; head < op.heads; head++) {
+          const T *x = head_at(op.x, batch, token, head) + i, *grad = head_at(op.grad, batch, token, head) + i;
+          T* grad_x = op.grad_x + (row * op.heads + head) * op.width + i;
+          const float inverse = inverse_rms.data[head], projection = dots.data[head];
+          prefetch_values(grad + grad_step, blocks.kCount * kPairedValues);
+          for (int block = 0; block < blocks.kCount; block++) {
+            const int64_t at = block * kPairedValues;
+            const Pairs value = blocks.lanes.get(x + at), r = rotated[head].get(i + at);
+            const Pairs scaled{r.even * inverse, r.odd * inverse};
+            blocks.lanes.template set<kPastCaches, Ties::away>(
+                grad_x + at, Pairs{scaled.even * w[block].even - value.even * projection,
+                                   scaled.odd * w[block].odd - value.odd * projection});
+            sums[block].even += scaled.even * value.even;
+            sums[block].odd += scaled.odd * value.odd;
+          }
+        }
+        for (int block = 0; block < blocks.kCount; block++) {
+          const Pairs before = of_piece.get(i + block * kPairedValues);
+          of_piece.set(i + block * kPairedValues,
+                       Pairs{before.even + sums[block].even, before.odd + sums[block].odd});
+        }
       });
     }
     for_pairs(op.width, [&](int64_t i, auto lanes) {

@@ -222,8 +222,8 @@ static inline void stream_thirty_two(T* target, Vec32 values) {
 }
 
 // Thirty-two values of a row in another order, for those that need not be in that of `Vec16`: with AVX-512 bfloat16 of
-// even places first, which takes fewer instructions. `in_even_odd_order<T>` brings floats that belong to a row of T into
-// it, `from_even_odd_order<T>` undoes that.
+// even places first, which takes fewer instructions. `in_even_odd_order<T>` brings floats that belong to a row of T
+// into it, `from_even_odd_order<T>` undoes that.
 template <class T>
 static inline Vec32 load_even_odd(const T* source) {
   return {load_sixteen(source), load_sixteen(source + 2 * kLanes)};
