@@ -96,12 +96,12 @@ def _reason(name: str, device: str) -> str:
 
 
 def _instruction_set_of(name: str) -> str | None:
-    """The operator's C++ kernel is in the file of csrc/cpu that is named like the file of its reference."""
+    """Files of csrc/cpu whose names begin with one word have kernels of one family, which are built alike."""
     instructions = _instruction_set()
     if instructions != "avx512_bf16":
         return instructions
-    file = library.OPERATORS[name].reference.__module__.rpartition(".")[2]
-    return instructions if file in torch.ops.k5_cpu.avx512_files().split(",") else "avx2"
+    families = {file.partition("_")[0] for file in torch.ops.k5_cpu.avx512_files().split(",")}
+    return instructions if name.partition("_")[0] in families else "avx2"
 
 
 def _engine(engine: Engine, device: str) -> AttentionEngine:

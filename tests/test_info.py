@@ -46,10 +46,11 @@ def test_a_native_kernel_says_for_which_dtypes_and_with_which_instructions(isa):
     if isa == "reference":
         pytest.skip("installed without a C++ compiler")
     reasons = {(o.name, o.device): o.reason for o in info.machine().operators}
-    for name in ("layernorm_modulate", "qk_norm_rope"):
+    for name in ("layernorm_modulate", "groupnorm_silu", "nabla_mask"):
         assert "float32 and bfloat16" in reasons[name, "cpu"]
     assert reasons["layernorm_modulate", "cpu"].startswith(isa)
-    assert reasons["qk_norm_rope", "cpu"].startswith("avx2" if isa == "avx512_bf16" else isa)
+    assert reasons["groupnorm_silu", "cpu"].startswith(isa)
+    assert reasons["nabla_mask", "cpu"].startswith("avx2" if isa == "avx512_bf16" else isa)
 
 
 @pytest.mark.skipif(not library.HAS_TRITON, reason="triton is not installed")
