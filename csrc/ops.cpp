@@ -204,7 +204,7 @@ Tensor norm_rope(const Tensor& x, const Tensor& weight, const Tensor& cos, const
         static_cast<float>(eps),
         past_caches<T>(out, x.size(3), 2 * k5::kLanes)};
     parallel_for(0, x.size(0) * x.size(1), grain(x.size(2) * x.size(3)), [&](int64_t first, int64_t end) {
-      K5_DISPATCH(norm_rope, op, first, end);
+      K5_DISPATCH_AVX512(norm_rope, op, first, end);
     });
   });
   return out;
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor> norm_rope_backward(const Tensor& grad, const Tensor& 
         static_cast<float>(eps),
         past_caches<T>(grad_x, width, 2 * k5::kLanes)};
     parallel_for(0, pieces, grain(k5::kPieceRows * x.size(2) * width), [&](int64_t first, int64_t end) {
-      K5_DISPATCH(norm_rope_backward, op, first, end);
+      K5_DISPATCH_AVX512(norm_rope_backward, op, first, end);
     });
   });
   const k5::PieceSums op{sums.data(), first_pieces, mutable_data<float>(grad_weight), width};

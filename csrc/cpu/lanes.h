@@ -63,6 +63,10 @@ struct Buffer {
   T values[2 * kLanes] = {};
 };
 
+// Sixteen values, as pairs of any.
+inline Pairs any_pairs(const float* source) { return {load(source), load(source + kLanes)}; }
+inline Pairs any_pairs(const BFloat16* source) { return load_pairs(source); }
+
 // Pairs of floats, and what belongs to pairs in the order of memory, in the order of a row of T.
 template <class T>
 inline Pairs in_pair_order(Pairs pairs) {
@@ -355,6 +359,8 @@ inline void arrange(float* target, const float* source, int64_t width) {
 // Eight pairs of a row of T. `floats`: floats that belong to the row, in the order of its pairs. `half`: what belongs
 // to each pair, in an array of half the row's width.
 struct AllPairs {
+  using V = Vec8;
+  static constexpr int64_t kWidth = 2 * kLanes;
   template <class T>
   Pairs get(const T* source) const {
     return load_pairs(source);
@@ -367,10 +373,10 @@ struct AllPairs {
   Vec8 half(const float* source) const {
     return from_memory_order<T>(load(source));
   }
-  // All sixteen, in any order.
+  // All values, as pairs of any.
   template <class T>
-  Vec16 any(const T* source) const {
-    return load_sixteen(source);
+  Pairs any(const T* source) const {
+    return any_pairs(source);
   }
   template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Pairs pairs) const {
@@ -380,10 +386,16 @@ struct AllPairs {
       store_pairs<kTies>(target, pairs);
     }
   }
+  template <class T>
+  void set_floats(float* target, Pairs pairs) const {
+    store_pairs(target, in_pair_order<T>(pairs));
+  }
 };
 
 // The last `count` < 8 pairs of a row; zeros are got for the others.
 struct LastPairs {
+  using V = Vec8;
+  static constexpr int64_t kWidth = AllPairs::kWidth;
   int64_t count;
   template <class T>
   Pairs get(const T* source) const {
@@ -399,9 +411,9 @@ struct LastPairs {
     return from_memory_order<T>(load_partial(source, count));
   }
   template <class T>
-  Vec16 any(const T* source) const {
+  Pairs any(const T* source) const {
     const Buffer<T> buffer(source, 2 * count);
-    return load_sixteen(buffer.values);
+    return any_pairs(buffer.values);
   }
   template <bool kPastCaches, Ties kTies = Ties::to_even, class T>
   void set(T* target, Pairs pairs) const {
@@ -409,13 +421,43 @@ struct LastPairs {
     store_pairs<kTies>(buffer, pairs);
     std::memcpy(target, buffer, 2 * count * sizeof(T));
   }
+  template <class T>
+  void set_floats(float* target, Pairs pairs) const {
+    set<false>(target, in_pair_order<T>(pairs));
+  }
 };
 
-// Calls visit(i, lanes) for every eight pairs of a row of even width; i is the number of the first value.
-template <class Visit>
+// The most pairs of a row of T that are taken at a time: eight, with AVX-512 of bfloat16 sixteen.
+#ifdef __AVX512F__
+struct SixteenPairs : EvenOddThirtyTwo {
+  using V = Vec16;
+  template <class T>
+  Vec16 half(const float* source) const {
+    return load_sixteen(source);
+  }
+  template <class T>
+  Vec32 any(const T* source) const {
+    return get(source);
+  }
+};
+template <class T>
+using MostPairs = std::conditional_t<sizeof(T) == sizeof(float), AllPairs, SixteenPairs>;
+#else
+template <class T>
+using MostPairs = AllPairs;
+#endif
+
+// Calls visit(i, lanes) for all pairs of a row of T of even width, of which i is the number of the first value.
+template <class T, class Visit>
 inline __attribute__((always_inline)) void for_pairs(int64_t width, const Visit& visit) {
+  constexpr int64_t kMost = MostPairs<T>::kWidth;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= width; i += 2 * kLanes) visit(i, AllPairs{});
+  for (; i + kMost <= width; i += kMost) visit(i, MostPairs<T>{});
+  if constexpr (kMost > AllPairs::kWidth)
+    if (i + AllPairs::kWidth <= width) {
+      visit(i, AllPairs{});
+      i += AllPairs::kWidth;
+    }
   if (i < width) visit(i, LastPairs{(width - i) / 2});
 }
 

@@ -1,6 +1,6 @@
 #include "qk_norm_rope.h"
 
-#include <cmath>
+#include <cstring>
 
 #include "lanes.h"
 #include "prefetch.h"
@@ -9,21 +9,29 @@
 namespace k5::K5_ISA {
 namespace {
 
-// Values of a row of pairs, the even ones apart from the odd ones, with room for whole vectors.
+// Values of a row of pairs, the even ones apart from the odd ones, with room for whole vectors. V: of the lanes that
+// get and set them.
 struct SplitRow {
   float *even, *odd;
 
-  Pairs get(int64_t i) const { return Pairs{load(even + i / 2), load(odd + i / 2)}; }
-  void set(int64_t i, Pairs pairs) const {
-    store(even + i / 2, pairs.even);
-    store(odd + i / 2, pairs.odd);
+  template <class V>
+  Twice<V> get(int64_t i) const {
+    Twice<V> pairs;
+    std::memcpy(&pairs.first, even + i / 2, sizeof(V));
+    std::memcpy(&pairs.second, odd + i / 2, sizeof(V));
+    return pairs;
+  }
+  template <class V>
+  void set(int64_t i, Twice<V> pairs) const {
+    std::memcpy(even + i / 2, &pairs.first, sizeof(V));
+    std::memcpy(odd + i / 2, &pairs.second, sizeof(V));
   }
 };
 
 // Split rows of one width.
 class SplitRows {
  public:
-  SplitRows(int64_t rows, int64_t width) : half_(width / 2 + kLanes), floats_(rows * 2 * half_) {}
+  SplitRows(int64_t rows, int64_t width) : half_(width / 2 + 2 * kLanes), floats_(rows * 2 * half_) {}
   SplitRow operator[](int64_t row) const {
     return {floats_.data + 2 * row * half_, floats_.data + (2 * row + 1) * half_};
   }
@@ -34,40 +42,52 @@ class SplitRows {
 };
 
 // For the sake of Ties::away.
-inline Pairs plain(Pairs pairs) { return {with_plain_nan(pairs.even), with_plain_nan(pairs.odd)}; }
+template <class V>
+inline Twice<V> plain(Twice<V> pairs) {
+  return {with_plain_nan(pairs.first), with_plain_nan(pairs.second)};
+}
 
 template <class T>
 inline const T* head_at(const Heads<T>& heads, int64_t batch, int64_t token, int64_t head) {
   return heads.data + batch * heads.batch_stride + token * heads.sequence_stride + head * heads.head_stride;
 }
 
-// Room for a float a head, in whole vectors.
-inline int64_t whole_heads(int64_t heads) { return (heads + kLanes - 1) / kLanes * kLanes; }
-
-// 1 / rms of every head of a token from its sum of squares.
-inline void inverse_rms_of(float* squares, int64_t heads, int64_t width, float eps) {
-  for (int64_t head = 0; head < heads; head += kLanes)
-    store(squares + head, 1.0f / sqrt(load(squares + head) / static_cast<float>(width) + eps));
+// 1 / rms of heads from their sums of squares.
+inline Vec8 inverse_rms_of(Vec8 squares, int64_t width, float eps) {
+  return 1.0f / sqrt(squares / static_cast<float>(width) + eps);
 }
-
-constexpr int64_t kPairedValues = 2 * kLanes;
 
 // Neighbours of a row that are taken together.
 template <int kCount_, class Lanes>
 struct Blocks {
   static constexpr int kCount = kCount_;
+  static constexpr int64_t kStep = Lanes::kWidth, kWidth = kCount * kStep;
+  using V = typename Lanes::V;
   Lanes lanes;
 };
 
-// Calls visit(i, blocks) for every 32 pairs of a row of even width, then for sixteen, for eight and for what is left; i
-// is the number of the first value.
-template <class Visit>
+// Calls visit(i, blocks) for every 32 pairs of a row of T of even width, then for what is left; i is the number of the
+// first value.
+template <class T, class Visit>
 inline __attribute__((always_inline)) void for_blocks(int64_t width, const Visit& visit) {
+  using Most = MostPairs<T>;
+  constexpr int64_t kTogether = 64;
   int64_t i = 0;
-  for (; i + 4 * kPairedValues <= width; i += 4 * kPairedValues) visit(i, Blocks<4, AllPairs>{});
-  for (; i + 2 * kPairedValues <= width; i += 2 * kPairedValues) visit(i, Blocks<2, AllPairs>{});
-  for_pairs(width - i, [&](int64_t rest, auto lanes) { visit(i + rest, Blocks<1, decltype(lanes)>{lanes}); });
+  for (; i + kTogether <= width; i += kTogether) visit(i, Blocks<kTogether / Most::kWidth, Most>{});
+  for_pairs<T>(width - i, [&](int64_t rest, auto lanes) { visit(i + rest, Blocks<1, decltype(lanes)>{lanes}); });
 }
+
+// Room for a float a head, in whole vectors.
+class OfHeads {
+ public:
+  explicit OfHeads(int64_t heads) : floats_((heads + kLanes - 1) / kLanes * kLanes) {}
+  float& operator[](int64_t head) const { return floats_.data[head]; }
+  Vec8 get(int64_t head) const { return load(floats_.data + head); }
+  void set(int64_t head, Vec8 values) const { store(floats_.data + head, values); }
+
+ private:
+  const ZeroedFloats floats_;
+};
 
 // All heads of a token are read, then their roots taken, then all are written: one head after the other would wait for
 // its sum, its root and its quotient. What is read a second time comes from the first-level cache. 32 pairs of every
@@ -78,45 +98,53 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
   // the factors, which all heads of a token share.
   const SplitRows rows(3, op.width);
   const SplitRow to_even = rows[0], to_odd = rows[1], weights = rows[2];
-  const ZeroedFloats inverse_rms(whole_heads(op.heads));
-  for_pairs(op.width, [&](int64_t i, auto lanes) { weights.set(i, plain(lanes.template floats<T>(op.weight + i))); });
+  const OfHeads squares(op.heads), inverse_rms(op.heads);
+  for_pairs<T>(op.width, [&](int64_t i, auto lanes) {
+    weights.set(i, plain(lanes.template floats<T>(op.weight + i)));
+  });
   for (int64_t row = first_row; row < end_row; row++) {
     const int64_t batch = row / op.sequence, token = row % op.sequence;
     const float *cos = op.cos + token * (op.width / 2), *sin = op.sin + token * (op.width / 2);
-    for_pairs(op.width, [&](int64_t i, auto lanes) {
-      const Pairs weight = weights.get(i);
-      const auto [c, s] = plain(Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)});
-      to_even.set(i, Pairs{weight.even * c, -weight.odd * s});
-      to_odd.set(i, Pairs{weight.even * s, weight.odd * c});
+    for_pairs<T>(op.width, [&](int64_t i, auto lanes) {
+      using V = typename decltype(lanes)::V;
+      const Twice<V> weight = weights.get<V>(i);
+      const auto [c, s] = plain(Twice<V>{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)});
+      to_even.set(i, Twice<V>{weight.first * c, -weight.second * s});
+      to_odd.set(i, Twice<V>{weight.first * s, weight.second * c});
     });
     const int64_t step = token + 1 < op.sequence && row + 1 < end_row ? op.x.sequence_stride : 0;
-    for (int64_t head = 0; head < op.heads; head++) {
-      const T* x = head_at(op.x, batch, token, head);
-      Vec16 squares = {};
-      for_pairs(op.width, [&](int64_t i, auto lanes) {
-        const Vec16 value = lanes.any(x + i);
-        squares = squares + value * value;
-      });
-      inverse_rms.data[head] = sum(squares);
+    for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
+      for (int64_t head = 0; head < op.heads; head++) {
+        const T* x = head_at(op.x, batch, token, head) + i;
+        Twice<typename decltype(blocks)::V> total{};
+        for (int block = 0; block < blocks.kCount; block++) {
+          const auto value = blocks.lanes.any(x + block * blocks.kStep);
+          total = total + value * value;
+        }
+        squares[head] += sum(total);
+      }
+    });
+    for (int64_t head = 0; head < op.heads; head += kLanes) {
+      inverse_rms.set(head, inverse_rms_of(squares.get(head), op.width, op.eps));
+      squares.set(head, Vec8{});
     }
-    inverse_rms_of(inverse_rms.data, op.heads, op.width, op.eps);
-    for_blocks(op.width, [&](int64_t i, auto blocks) {
-      Pairs even[blocks.kCount], odd[blocks.kCount];
+    for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
+      using V = typename decltype(blocks)::V;
+      Twice<V> even[blocks.kCount], odd[blocks.kCount];
       for (int block = 0; block < blocks.kCount; block++) {
-        even[block] = to_even.get(i + block * kPairedValues);
-        odd[block] = to_odd.get(i + block * kPairedValues);
+        even[block] = to_even.get<V>(i + block * blocks.kStep);
+        odd[block] = to_odd.get<V>(i + block * blocks.kStep);
       }
       for (int64_t head = 0; head < op.heads; head++) {
         const T* x = head_at(op.x, batch, token, head) + i;
         T* out = op.out + (row * op.heads + head) * op.width + i;
-        const float inverse = inverse_rms.data[head];
-        prefetch_values(x + step, blocks.kCount * kPairedValues);
+        const float inverse = inverse_rms[head];
+        prefetch_values(x + step, blocks.kWidth);
         for (int block = 0; block < blocks.kCount; block++) {
-          const int64_t at = block * kPairedValues;
-          const Pairs value = blocks.lanes.get(x + at);
-          blocks.lanes.template set<kPastCaches, Ties::away>(
-              out + at, Pairs{(value.even * even[block].even + value.odd * even[block].odd) * inverse,
-                              (value.even * odd[block].even + value.odd * odd[block].odd) * inverse});
+          const Twice<V> value = blocks.lanes.get(x + block * blocks.kStep);
+          const Twice<V> turned{value.first * even[block].first + value.second * even[block].second,
+                                value.first * odd[block].first + value.second * odd[block].second};
+          blocks.lanes.template set<kPastCaches, Ties::away>(out + block * blocks.kStep, turned * inverse);
         }
       }
     });
@@ -130,72 +158,80 @@ template <bool kPastCaches, class T>
 void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece) {
   const SplitRows rows(3, op.width), rotated(op.heads, op.width);
   const SplitRow weight = rows[0], trig = rows[1], of_piece = rows[2];
-  const ZeroedFloats inverse_rms(whole_heads(op.heads)), dots(whole_heads(op.heads));
-  for_pairs(op.width, [&](int64_t i, auto lanes) { weight.set(i, plain(lanes.template floats<T>(op.weight + i))); });
+  const OfHeads squares(op.heads), products(op.heads), inverse_rms(op.heads), projections(op.heads);
+  for_pairs<T>(op.width, [&](int64_t i, auto lanes) { weight.set(i, plain(lanes.template floats<T>(op.weight + i))); });
   for (int64_t piece = first_piece; piece < end_piece; piece++) {
-    for_pairs(op.width, [&](int64_t i, auto) { of_piece.set(i, Pairs{}); });
+    for_pairs<T>(op.width, [&](int64_t i, auto lanes) {
+      of_piece.set(i, Twice<typename decltype(lanes)::V>{});
+    });
     const int64_t all = op.batch * op.sequence, first = piece * kPieceRows;
     for (int64_t row = first; row < first + kPieceRows && row < all; row++) {
       const int64_t batch = row / op.sequence, token = row % op.sequence;
       const float *cos = op.cos + token * (op.width / 2), *sin = op.sin + token * (op.width / 2);
-      for_pairs(op.width, [&](int64_t i, auto lanes) {
-        trig.set(i, plain(Pairs{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)}));
+      for_pairs<T>(op.width, [&](int64_t i, auto lanes) {
+        trig.set(i, plain(Twice{lanes.template half<T>(cos + i / 2), lanes.template half<T>(sin + i / 2)}));
       });
       const bool last = token + 1 == op.sequence;
       const int64_t step = last ? 0 : op.x.sequence_stride, grad_step = last ? 0 : op.grad.sequence_stride;
-      for (int64_t head = 0; head < op.heads; head++) {
-        const T *grad = head_at(op.grad, batch, token, head), *x = head_at(op.x, batch, token, head);
-        const SplitRow kept = rotated[head];
-        Vec8 even_squares = {}, odd_squares = {}, even_dots = {}, odd_dots = {};
-        for_pairs(op.width, [&](int64_t i, auto lanes) {
-          __builtin_prefetch(x + step + i);
-          const Pairs value = lanes.get(x + i), gradient = lanes.get(grad + i), w = weight.get(i), turn = trig.get(i);
-          const Vec8 even = gradient.even * turn.even + gradient.odd * turn.odd;
-          const Vec8 odd = gradient.odd * turn.even - gradient.even * turn.odd;
-          even_squares += value.even * value.even;
-          odd_squares += value.odd * value.odd;
-          even_dots += even * w.even * value.even;
-          odd_dots += odd * w.odd * value.odd;
-          kept.set(i, Pairs{even, odd});
-        });
-        inverse_rms.data[head] = sum(even_squares + odd_squares);
-        dots.data[head] = sum(even_dots + odd_dots);
-      }
-      inverse_rms_of(inverse_rms.data, op.heads, op.width, op.eps);
+      for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
+        using V = typename decltype(blocks)::V;
+        Twice<V> w[blocks.kCount], turn[blocks.kCount];
+        for (int block = 0; block < blocks.kCount; block++) {
+          w[block] = weight.get<V>(i + block * blocks.kStep);
+          turn[block] = trig.get<V>(i + block * blocks.kStep);
+        }
+        for (int64_t head = 0; head < op.heads; head++) {
+          const T *x = head_at(op.x, batch, token, head) + i, *grad = head_at(op.grad, batch, token, head) + i;
+          prefetch_values(x + step, blocks.kWidth);
+          Twice<V> total{}, product{};
+          for (int block = 0; block < blocks.kCount; block++) {
+            const int64_t at = block * blocks.kStep;
+            const Twice<V> value = blocks.lanes.get(x + at), gradient = blocks.lanes.get(grad + at);
+            const Twice<V> r{gradient.first * turn[block].first + gradient.second * turn[block].second,
+                             gradient.second * turn[block].first - gradient.first * turn[block].second};
+            total = total + value * value;
+            product = product + r * w[block] * value;
+            rotated[head].set(i + at, r);
+          }
+          squares[head] += sum(total);
+          products[head] += sum(product);
+        }
+      });
+      // What x of a head is multiplied by.
       for (int64_t head = 0; head < op.heads; head += kLanes) {
-        const Vec8 inverse = load(inverse_rms.data + head);
-        const Vec8 mean = load(dots.data + head) / static_cast<float>(op.width);
-        store(dots.data + head, mean * inverse * inverse * inverse);  // what x of the head is multiplied by
+        const Vec8 inverse = inverse_rms_of(squares.get(head), op.width, op.eps);
+        const Vec8 mean = products.get(head) / static_cast<float>(op.width);
+        inverse_rms.set(head, inverse);
+        projections.set(head, mean * inverse * inverse * inverse);
+        squares.set(head, Vec8{});
+        products.set(head, Vec8{});
       }
-      for_blocks(op.width, [&](int64_t i, auto blocks) {
+      for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
         // Heads first, then tokens: few additions in a row lose few digits.
-        Pairs w[blocks.kCount], sums[blocks.kCount] = {};
-        for (int block = 0; block < blocks.kCount; block++) w[block] = weight.get(i + block * kPairedValues);
+        using V = typename decltype(blocks)::V;
+        Twice<V> w[blocks.kCount], sums[blocks.kCount] = {};
+        for (int block = 0; block < blocks.kCount; block++) w[block] = weight.get<V>(i + block * blocks.kStep);
         for (int64_t head = 0; head < op.heads; head++) {
           const T *x = head_at(op.x, batch, token, head) + i, *grad = head_at(op.grad, batch, token, head) + i;
           T* grad_x = op.grad_x + (row * op.heads + head) * op.width + i;
-          const float inverse = inverse_rms.data[head], projection = dots.data[head];
-          prefetch_values(grad + grad_step, blocks.kCount * kPairedValues);
+          const float inverse = inverse_rms[head], projection = projections[head];
+          prefetch_values(grad + grad_step, blocks.kWidth);
           for (int block = 0; block < blocks.kCount; block++) {
-            const int64_t at = block * kPairedValues;
-            const Pairs value = blocks.lanes.get(x + at), r = rotated[head].get(i + at);
-            const Pairs scaled{r.even * inverse, r.odd * inverse};
-            blocks.lanes.template set<kPastCaches, Ties::away>(
-                grad_x + at, Pairs{scaled.even * w[block].even - value.even * projection,
-                                   scaled.odd * w[block].odd - value.odd * projection});
-            sums[block].even += scaled.even * value.even;
-            sums[block].odd += scaled.odd * value.odd;
+            const int64_t at = block * blocks.kStep;
+            const Twice<V> value = blocks.lanes.get(x + at), scaled = rotated[head].get<V>(i + at) * inverse;
+            blocks.lanes.template set<kPastCaches, Ties::away>(grad_x + at, scaled * w[block] - value * projection);
+            sums[block] = sums[block] + scaled * value;
           }
         }
         for (int block = 0; block < blocks.kCount; block++) {
-          const Pairs before = of_piece.get(i + block * kPairedValues);
-          of_piece.set(i + block * kPairedValues,
-                       Pairs{before.even + sums[block].even, before.odd + sums[block].odd});
+          const int64_t at = i + block * blocks.kStep;
+          of_piece.set(at, of_piece.get<V>(at) + sums[block]);
         }
       });
     }
-    for_pairs(op.width, [&](int64_t i, auto lanes) {
-      lanes.template set<false>(op.grad_weight + piece * op.width + i, in_pair_order<T>(of_piece.get(i)));
+    for_pairs<T>(op.width, [&](int64_t i, auto lanes) {
+      lanes.template set_floats<T>(op.grad_weight + piece * op.width + i,
+                                   of_piece.get<typename decltype(lanes)::V>(i));
     });
   }
   if (kPastCaches) end_of_stream();

@@ -45,17 +45,16 @@ struct NormRopeBackward {
 };
 
 // A row is one token, all its heads.
-namespace portable {
-template <class T>
-void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row);
-template <class T>
-void norm_rope_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece);
-}  // namespace portable
-namespace avx2 {
-template <class T>
-void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row);
-template <class T>
-void norm_rope_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece);
-}  // namespace avx2
+#define K5_DECLARE_QK_NORM_ROPE(isa)                                                             \
+  namespace isa {                                                                                \
+  template <class T>                                                                             \
+  void norm_rope(const NormRope<T>& op, int64_t first_row, int64_t end_row);                     \
+  template <class T>                                                                             \
+  void norm_rope_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t end_piece); \
+  }
+K5_DECLARE_QK_NORM_ROPE(portable)
+K5_DECLARE_QK_NORM_ROPE(avx2)
+K5_DECLARE_QK_NORM_ROPE(avx512_bf16)
+#undef K5_DECLARE_QK_NORM_ROPE
 
 }  // namespace k5

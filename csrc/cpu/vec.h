@@ -163,23 +163,27 @@ static inline Vec8 keep_first(Vec8 value, int64_t count) {
 #define K5_SHUFFLE(one, other, ...) __builtin_shuffle(one, other, UVec8{__VA_ARGS__})
 #endif
 
-// Eight pairs of neighbours in memory. Those of floats stand in the order 0, 1, 4, 5, 2, 3, 6, 7, which costs half as
-// many shuffles; those of bfloat16 in their own.
-struct Pairs {
-  Vec8 even, odd;
+// Two vectors that take each step of a computation together.
+template <class V>
+struct Twice {
+  V first, second;
 };
+
+// Eight pairs of neighbours in memory, the even ones first. Those of floats stand in the order 0, 1, 4, 5, 2, 3, 6, 7,
+// which costs half as many shuffles; those of bfloat16 in their own.
+using Pairs = Twice<Vec8>;
 
 static inline Pairs load_pairs(const float* source) {
   const Vec8 low = load(source), high = load(source + kLanes);
   return {K5_SHUFFLE(low, high, 0, 2, 8, 10, 4, 6, 12, 14), K5_SHUFFLE(low, high, 1, 3, 9, 11, 5, 7, 13, 15)};
 }
 
-static inline Vec8 low_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 0, 8, 1, 9, 4, 12, 5, 13); }
-static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.even, pairs.odd, 2, 10, 3, 11, 6, 14, 7, 15); }
+static inline Vec8 low_half(Pairs pairs) { return K5_SHUFFLE(pairs.first, pairs.second, 0, 8, 1, 9, 4, 12, 5, 13); }
+static inline Vec8 high_half(Pairs pairs) { return K5_SHUFFLE(pairs.first, pairs.second, 2, 10, 3, 11, 6, 14, 7, 15); }
 
 // From one of the two orders to the other.
 static inline Vec8 reordered(Vec8 value) { return K5_SHUFFLE(value, value, 0, 1, 4, 5, 2, 3, 6, 7); }
-static inline Pairs reordered(Pairs pairs) { return {reordered(pairs.even), reordered(pairs.odd)}; }
+static inline Pairs reordered(Pairs pairs) { return {reordered(pairs.first), reordered(pairs.second)}; }
 
 // kTies: of numbers that are rounded; floats are not.
 template <Ties kTies = Ties::to_even>
@@ -203,7 +207,7 @@ static inline Pairs load_pairs(const BFloat16* source) {
 
 template <Ties kTies>
 static inline UVec8 rounded_to_bfloat16(Pairs pairs) {
-  const UVec8 even = round_to_upper_halves<kTies>(pairs.even) >> 16, odd = round_to_upper_halves<kTies>(pairs.odd);
+  const UVec8 even = round_to_upper_halves<kTies>(pairs.first) >> 16, odd = round_to_upper_halves<kTies>(pairs.second);
 #ifdef __AVX2__
   return (UVec8)_mm256_blend_epi16((__m256i)even, (__m256i)odd, 0xaa);
 #else

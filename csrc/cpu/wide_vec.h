@@ -5,12 +5,6 @@
 
 namespace k5 {
 
-// Two vectors that take each step of a computation together.
-template <class V>
-struct Twice {
-  V first, second;
-};
-
 // Sixteen values of a row, in the order that costs their type least: floats as in memory, of bfloat16 those of even
 // places first, and with AVX-512 as in memory too. `in_order_of<T>` brings floats that belong to a row of T into its
 // order, `from_order_of<T>` undoes that.
@@ -21,6 +15,9 @@ typedef uint32_t UVec16 __attribute__((vector_size(64)));
 static inline Vec16 rounded(Vec16 product) {
   asm("" : "+v"(product));
   return product;
+}
+static inline Vec16 with_plain_nan(Vec16 value) {
+  return value == value ? value : Vec16{} + bits_as<float>(0x7fc00000u);
 }
 #else
 using Vec16 = Twice<Vec8>;
@@ -168,10 +165,7 @@ static inline Vec16 from_order_of(Vec16 values) {
 }
 #else
 static inline Vec16 load_sixteen(const float* source) { return {load(source), load(source + kLanes)}; }
-static inline Vec16 load_sixteen(const BFloat16* source) {
-  const Pairs pairs = load_pairs(source);
-  return {pairs.even, pairs.odd};
-}
+static inline Vec16 load_sixteen(const BFloat16* source) { return load_pairs(source); }
 
 // kTies: of numbers that are rounded; floats are not.
 template <Ties kTies = Ties::to_even>
@@ -181,7 +175,7 @@ static inline void store_sixteen(float* target, Vec16 values) {
 }
 template <Ties kTies = Ties::to_even>
 static inline void store_sixteen(BFloat16* target, Vec16 values) {
-  store_pairs<kTies>(target, {values.first, values.second});
+  store_pairs<kTies>(target, values);
 }
 
 template <Ties kTies = Ties::to_even>
@@ -191,7 +185,7 @@ static inline void stream_sixteen(float* target, Vec16 values) {
 }
 template <Ties kTies = Ties::to_even>
 static inline void stream_sixteen(BFloat16* target, Vec16 values) {
-  stream_pairs<kTies>(target, {values.first, values.second});
+  stream_pairs<kTies>(target, values);
 }
 
 template <class T>
