@@ -36,8 +36,9 @@ class BarePass:
 
 
 class SiluLimit:
-    """Makes bare passes on torch's threads, each in the way that is fastest here: sixteen or thirty-two values at a
-    time, with or without fetching values and address translations ahead, written past the caches or through them.
+    """Makes bare passes on torch's threads, each in the way that is fastest here: sixteen, thirty-two or twice
+    thirty-two values at a time, with or without fetching values and address translations ahead, written past the caches
+    or through them.
 
     Raises subprocess.CalledProcessError where the compiler, $CXX or c++, fails.
     """
