@@ -69,7 +69,7 @@ inline __attribute__((always_inline)) void activate_positions(const GroupNormSiL
     prefetch_translation(from, count * C * sizeof(T));
     if constexpr (kPastCaches) prefetch_translation(to, count * C * sizeof(T));
     const T* ahead = from + together * C;
-    for_even_odds(C, [=, &ahead](int64_t i, auto lanes) {
+    for_thirty_twos<EvenOddThirtyTwo>(C, [=, &ahead](int64_t i, auto lanes) {
       const auto centre = lanes.arranged(centres + i), slope = lanes.arranged(slopes + i);
       const auto bias = lanes.arranged(biases + i);
       for_places(i, count, C, lanes, [=, &ahead](int64_t place, auto places) {

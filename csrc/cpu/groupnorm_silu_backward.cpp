@@ -77,7 +77,7 @@ void channels_contiguous(const GroupNormSiLUBackward<T>& op, int64_t first_chann
   if (kWrite == Write::past_caches) end_of_stream();
 }
 
-// The terms of a sample in the order of `for_even_odds`; slope and bias as `through_silu` takes them.
+// The terms of a sample in the order of EvenOddThirtyTwo; slope and bias as `through_silu` takes them.
 template <class T>
 class ArrangedTerms {
  public:
@@ -123,7 +123,7 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
       prefetch_translation(grad, count * C * sizeof(T));
       if constexpr (kWrite == Write::past_caches) prefetch_translation(grad_x, count * C * sizeof(T));
       int64_t ahead = together * C;
-      for_even_odds(C, [=, &ahead](int64_t i, auto lanes) {
+      for_thirty_twos<EvenOddThirtyTwo>(C, [=, &ahead](int64_t i, auto lanes) {
         const auto of_channel = [=](const float* term) { return lanes.arranged(term + i); };
         const auto centres = of_channel(centre), slopes = of_channel(slope), biases = of_channel(bias);
         auto sum = of_channel(sums), centred_sum = of_channel(centred_sums);
@@ -151,7 +151,7 @@ void chunks_channels_last(const GroupNormSiLUBackward<T>& op, int64_t first_chun
       });
     }
     if constexpr (kAddUp)
-      for_even_odds(C, [&](int64_t i, auto lanes) {
+      for_thirty_twos<EvenOddThirtyTwo>(C, [&](int64_t i, auto lanes) {
         float* target = op.sums + number * 2 * C + i;
         const auto take = [=](float* of_chunk, float* target) {
           auto values = lanes.arranged(of_chunk + i);

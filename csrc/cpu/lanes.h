@@ -189,11 +189,11 @@ struct AllThirtyTwo {
 
 // Calls visit(i, lanes) for every thirty-two values of a row, then for the sixteens that are left: for long
 // computations, whose constants do not fit the registers and are loaded for each block.
-template <class Visit>
+template <class ThirtyTwo = AllThirtyTwo, class Visit>
 inline __attribute__((always_inline)) void for_thirty_twos(int64_t width, const Visit& visit) {
   constexpr int64_t kHalf = 2 * kLanes;
   int64_t i = 0;
-  for (; i + 2 * kHalf <= width; i += 2 * kHalf) visit(i, AllThirtyTwo{});
+  for (; i + 2 * kHalf <= width; i += 2 * kHalf) visit(i, ThirtyTwo{});
   if (i + kHalf <= width) {
     visit(i, AllSixteen{});
     i += kHalf;
@@ -228,23 +228,11 @@ struct EvenOddThirtyTwo {
   }
 };
 
-// As `for_thirty_twos`, for rows that are `arranged` by `arrange_even_odd`.
-template <class Visit>
-inline __attribute__((always_inline)) void for_even_odds(int64_t width, const Visit& visit) {
-  constexpr int64_t kStep = EvenOddThirtyTwo::kWidth, kHalf = EvenOddThirtyTwo::kHalf;
-  int64_t i = 0;
-  for (; i + kStep <= width; i += kStep) visit(i, EvenOddThirtyTwo{});
-  if (i + kHalf <= width) {
-    visit(i, AllSixteen{});
-    i += kHalf;
-  }
-  if (i < width) visit(i, LastSixteen{width - i});
-}
-
-// A row of floats in the order in which `for_even_odds` takes a row of T; target holds whole_sixteens(width).
+// A row of floats in the order in which `for_thirty_twos<EvenOddThirtyTwo>` takes a row of T; target holds
+// whole_sixteens(width).
 template <class T>
 inline void arrange_even_odd(float* target, const float* source, int64_t width) {
-  for_even_odds(width, [&](int64_t i, auto lanes) {
+  for_thirty_twos<EvenOddThirtyTwo>(width, [&](int64_t i, auto lanes) {
     lanes.set_arranged(target + i, lanes.template floats<T>(source + i));
   });
 }
@@ -319,7 +307,8 @@ inline __attribute__((always_inline)) void for_run(int64_t width, const Visit& v
   constexpr int64_t kStep = EvenOddThirtyTwo::kWidth;
   const int64_t whole = width / kStep * kStep;
   for_places(0, width / kStep, kStep, EvenOddThirtyTwo{}, visit);
-  for_even_odds(width - whole, [&](int64_t i, auto lanes) { visit(whole + i, OnePlace<decltype(lanes)>{lanes}); });
+  for_thirty_twos<EvenOddThirtyTwo>(
+      width - whole, [&](int64_t i, auto lanes) { visit(whole + i, OnePlace<decltype(lanes)>{lanes}); });
 }
 
 // Calls visit(i, part, lanes), as `for_sixteens` or with AVX-512 for thirty-two: a cache line of bfloat16.

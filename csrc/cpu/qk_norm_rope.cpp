@@ -66,6 +66,18 @@ struct Blocks {
   Lanes lanes;
 };
 
+// The values of a split row at neighbours that are taken together.
+template <class Blocks>
+struct Held {
+  using V = typename Blocks::V;
+  Twice<V> values[Blocks::kCount];
+
+  Held(const SplitRow& row, int64_t i, Blocks) {
+    for (int block = 0; block < Blocks::kCount; block++) values[block] = row.get<V>(i + block * Blocks::kStep);
+  }
+  const Twice<V>& operator[](int block) const { return values[block]; }
+};
+
 // Calls visit(i, blocks) for every 32 pairs of a row of T of even width, then for what is left; i is the number of the
 // first value.
 template <class T, class Visit>
@@ -130,11 +142,7 @@ void rows_forward(const NormRope<T>& op, int64_t first_row, int64_t end_row) {
     }
     for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
       using V = typename decltype(blocks)::V;
-      Twice<V> even[blocks.kCount], odd[blocks.kCount];
-      for (int block = 0; block < blocks.kCount; block++) {
-        even[block] = to_even.get<V>(i + block * blocks.kStep);
-        odd[block] = to_odd.get<V>(i + block * blocks.kStep);
-      }
+      const Held even(to_even, i, blocks), odd(to_odd, i, blocks);
       for (int64_t head = 0; head < op.heads; head++) {
         const T* x = head_at(op.x, batch, token, head) + i;
         T* out = op.out + (row * op.heads + head) * op.width + i;
@@ -175,11 +183,7 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
       const int64_t step = last ? 0 : op.x.sequence_stride, grad_step = last ? 0 : op.grad.sequence_stride;
       for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
         using V = typename decltype(blocks)::V;
-        Twice<V> w[blocks.kCount], turn[blocks.kCount];
-        for (int block = 0; block < blocks.kCount; block++) {
-          w[block] = weight.get<V>(i + block * blocks.kStep);
-          turn[block] = trig.get<V>(i + block * blocks.kStep);
-        }
+        const Held w(weight, i, blocks), turn(trig, i, blocks);
         for (int64_t head = 0; head < op.heads; head++) {
           const T *x = head_at(op.x, batch, token, head) + i, *grad = head_at(op.grad, batch, token, head) + i;
           prefetch_values(x + step, blocks.kWidth);
@@ -209,8 +213,8 @@ void pieces_backward(const NormRopeBackward<T>& op, int64_t first_piece, int64_t
       for_blocks<T>(op.width, [&](int64_t i, auto blocks) {
         // Heads first, then tokens: few additions in a row lose few digits.
         using V = typename decltype(blocks)::V;
-        Twice<V> w[blocks.kCount], sums[blocks.kCount] = {};
-        for (int block = 0; block < blocks.kCount; block++) w[block] = weight.get<V>(i + block * blocks.kStep);
+        const Held w(weight, i, blocks);
+        Twice<V> sums[blocks.kCount] = {};
         for (int64_t head = 0; head < op.heads; head++) {
           const T *x = head_at(op.x, batch, token, head) + i, *grad = head_at(op.grad, batch, token, head) + i;
           T* grad_x = op.grad_x + (row * op.heads + head) * op.width + i;

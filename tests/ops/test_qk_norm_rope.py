@@ -161,8 +161,9 @@ def test_thread_count_changes_no_bit(isa, set_threads, dtype):
 
 @pytest.mark.parametrize("output", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, dtype, output):
-    q, k, q_weight, k_weight, cos, sin, eps = inputs(1, 2048, 28, 64, dtype)
+@pytest.mark.parametrize(("heads", "width"), [(28, 64), (16, 112), (25, 72)])  # 64 at a time; and less left
+def test_a_result_too_large_for_the_caches_has_the_bits_of_its_parts(isa, heads, width, dtype, output):
+    q, k, q_weight, k_weight, cos, sin, eps = inputs(1, 2048, heads, width, dtype)
     rotation = [tensor[None] for tensor in (cos, sin)]  # [1, S, D/2], to be cut like q and k
 
     def rotated(q, k, cos, sin):
